@@ -1,0 +1,1 @@
+"""What a loss minimises and how credit is given: supervised, GRPO's family, distillation, entropy control."""

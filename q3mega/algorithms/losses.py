@@ -1,0 +1,115 @@
+"""The losses of the recipe, each from hidden states through one operator.
+
+All are sums: `normalise` puts mask and normaliser into the samples' weights beforehand.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q3mega import ops
+from q3mega.data.batch import Batch, Sample
+from q3mega.engine import Head, LossFn
+
+
+def normalise(samples: Sequence[Sample], aggregate: str = "token", length: int = 1) -> list[Sample]:
+    """Scale weights so that the global sum is the wanted mean (QWEN3_FACTS section 7).
+
+    "token": mean over all weighted tokens (SFT, DAPO, CISPO). "sequence": mean over sequences of
+    each one's token mean (GRPO, GSPO). "constant": tokens over len(samples) * length (Dr. GRPO).
+    """
+    total = sum(sum(s.weights) for s in samples) or 1.0
+    out = []
+    for s in samples:
+        if aggregate == "token":
+            scale = 1.0 / total
+        elif aggregate == "sequence":
+            scale = 1.0 / (len(samples) * (sum(s.weights) or 1.0))
+        else:
+            scale = 1.0 / (len(samples) * length)
+        out.append(Sample(s.tokens, [w * scale for w in s.weights], s.columns))
+    return out
+
+
+def _weighted(values: Tensor, batch: Batch) -> Tensor:
+    return (values.detach() * batch.loss_weights).sum()
+
+
+def supervised(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Negative log-likelihood of the weighted tokens; `entropy` is their mean (token aggregate)."""
+    logprob, entropy = ops.linear_logprob(
+        head.hidden, head.weight, batch.targets, tp_group=head.tp_group
+    )
+    return -(logprob * batch.loss_weights).sum(), {"entropy": _weighted(entropy, batch)}
+
+
+def policy_gradient(**settings: Any) -> LossFn:
+    """A loss of GRPO's family; settings go to `ops.grpo_loss` as they are."""
+
+    def loss(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        columns = batch.columns
+        out = ops.grpo_loss(
+            head.hidden,
+            head.weight,
+            batch.targets,
+            advantages=columns["advantages"],
+            old_logprobs=columns["old_logprobs"],
+            ref_logprobs=columns.get("ref_logprobs"),
+            loss_weights=batch.loss_weights,
+            seq_ids=batch.seq_ids,
+            tp_group=head.tp_group,
+            **settings,
+        )
+        active = batch.loss_weights > 0
+        gap = (out.logprobs - columns["old_logprobs"]).abs() * active
+        return out.loss, {
+            "entropy": (out.entropy * active).sum(),
+            "kl": (out.kl * active).sum(),
+            "clipped": out.clip_fraction * active.sum(),
+            "gap": gap.sum(),  # on the first update of a rollout batch: trainer against sampler
+            "active": active.sum(),
+        }
+
+    return loss
+
+
+def distillation(teacher_weight: Tensor, divergence: str, temperature: float = 1.0) -> LossFn:
+    """Exact full-vocabulary divergence to the teacher, whose hidden states travel in the batch."""
+
+    def loss(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        out = ops.distill_loss(
+            head.hidden,
+            head.weight,
+            teacher_hidden=batch.columns["teacher_hidden"],
+            teacher_weight=teacher_weight,
+            divergence=divergence,
+            temperature=temperature,
+            loss_weights=batch.loss_weights,
+            tp_group=head.tp_group,
+        )
+        return out.loss, {}
+
+    return loss
+
+
+def preference(token: int) -> LossFn:
+    """Bradley-Terry on pairs: documents 2i (chosen) and 2i + 1 (rejected) of every batch.
+
+    A document's scalar is the logit of `token` at its end: the scalar head is that lm_head row.
+    """
+
+    def loss(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        margin = scalar(head, batch, token).view(-1, 2)
+        margin = margin[:, 0] - margin[:, 1]
+        weight = batch.loss_weights.sum() / len(margin)
+        right = (margin > 0).sum()
+        return -torch.nn.functional.logsigmoid(margin).sum() * weight, {"right": right}
+
+    return loss
+
+
+def scalar(head: Head, batch: Batch, token: int) -> Tensor:
+    """(B,) the preference model's scalar of each document."""
+    return head.hidden[batch.cu_seqlens[1:].long() - 1] @ head.weight[token]

@@ -1,0 +1,111 @@
+"""The `q3mega` command. What the user got wrong is one line on stderr and exit code 2."""
+
+import argparse
+import importlib.util
+import platform
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+
+from q3mega.errors import UserError
+
+_PACKAGES = ("torch", "megatron-core", "transformers", "triton", "transformer-engine", "vllm")
+
+# The heavy imports stand inside the commands, so that --help and errors come at once.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, 1 (a stage broke), 2 (bad input) or 130 (interrupted)."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse stops collecting overrides at the first option; those behind it are left over.
+    overrides = getattr(arguments, "overrides", None)
+    if rest and (overrides is None or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if overrides is not None:
+        overrides += rest
+    try:
+        return arguments.command(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="q3mega", description="The Qwen3 recipe, end to end.")
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    run = commands.add_parser("run", help="run a recipe's stages; a cut run goes on by itself")
+    run.set_defaults(command=_run)
+    run.add_argument("recipe", help="a YAML file")
+    run.add_argument("overrides", nargs="*", metavar="stage.field=value", help="change a setting")
+    run.add_argument("--run-dir", help="where the run lives (default: runs/<the recipe's name>)")
+    run.add_argument("--only", metavar="STAGE", help="run this stage alone")
+    run.add_argument("--from", dest="start", metavar="STAGE", help="leave out the stages before it")
+
+    report = commands.add_parser("report", help="write report.html again from a run folder")
+    report.set_defaults(command=_report)
+    report.add_argument("run_dir", metavar="RUN")
+
+    doctor = commands.add_parser("doctor", help="what is installed, and which backend serves what")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from q3mega.driver import StageFailed, run
+    from q3mega.recipe import Recipe
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)  # unwinds through the driver, which ends the stage
+
+    signal.signal(signal.SIGTERM, stop)
+    recipe = Recipe.load(arguments.recipe, arguments.overrides)
+    run_dir = Path(arguments.run_dir or Path("runs") / recipe.name)
+    try:
+        run(recipe, run_dir, only=arguments.only, start=arguments.start)
+    except StageFailed as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from q3mega.report import publish
+
+    publish(arguments.run_dir)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    for name, finding in _findings():
+        print(f"{name:<24} {finding}")
+    return 0
+
+
+def _findings() -> Iterator[tuple[str, str]]:
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    for package in _PACKAGES:
+        yield package, _version(package)
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        yield "cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield "gpu", ", ".join(cards) or "none"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Data: real text, chat template, tokenizer, tasks, filters, mixtures, packing into batches."""

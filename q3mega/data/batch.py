@@ -1,0 +1,97 @@
+"""The one currency: a packed Batch of documents feeds every loss; a Sample is one of its documents.
+
+Columns are per token and travel together, so that advantages, old log-probabilities or teacher
+scores reach the loss beside the tokens they belong to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from q3mega._data import best_fit_pack
+
+
+@dataclass
+class Sample:
+    """One sequence. weights[i] is the loss weight of *predicting* tokens[i] (0: prompt, padding).
+
+    columns: further per-token numbers with the same alignment as weights.
+    """
+
+    tokens: list[int]
+    weights: list[float]
+    columns: dict[str, list[float]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass
+class Batch:
+    """Packed documents, ready for a forward pass. T tokens, B documents.
+
+    tokens, targets (T,) int64: targets are the next token, within each document.
+    loss_weights (T,) fp32: mask times normaliser; a document's last position weighs 0.
+    cu_seqlens (B + 1,) int32: document borders.
+    columns: name -> (T,) fp32, aligned with targets.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    loss_weights: Tensor
+    cu_seqlens: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def seq_ids(self) -> Tensor:
+        """(T,) int64, the document of each token."""
+        lengths = self.cu_seqlens.diff().long()
+        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+
+    @property
+    def max_length(self) -> int:
+        return int(self.cu_seqlens.diff().max())
+
+    def to(self, device: torch.device) -> "Batch":
+        if self.tokens.device == device:
+            return self
+        columns = {name: column.to(device) for name, column in self.columns.items()}
+        moved = (t.to(device) for t in (self.tokens, self.targets, self.loss_weights, self.cu_seqlens))
+        return Batch(*moved, columns=columns)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Pack samples, in order, into one Batch."""
+    lengths = np.array([len(s) for s in samples])
+    ends = np.cumsum(lengths)
+    tokens = torch.tensor([t for s in samples for t in s.tokens])
+
+    def shifted(values: list[float]) -> Tensor:
+        column = torch.tensor(values, dtype=torch.float32).roll(-1)
+        column[ends - 1] = 0.0
+        return column
+
+    targets = tokens.roll(-1)
+    targets[ends - 1] = 0
+    names = samples[0].columns
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        loss_weights=shifted([w for s in samples for w in s.weights]),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        columns={n: shifted([v for s in samples for v in s.columns[n]]) for n in names},
+    )
+
+
+def pack(samples: Sequence[Sample], capacity: int) -> list[Batch]:
+    """Best-fit packing of samples into batches of at most `capacity` tokens, none of them cut."""
+    if not samples:
+        return []
+    bins = best_fit_pack(np.array([len(s) for s in samples], dtype=np.int64), capacity)
+    return [collate([samples[i] for i in sorted(b.tolist())]) for b in bins]

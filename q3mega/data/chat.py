@@ -1,0 +1,112 @@
+"""The Qwen3 chat format: messages to text and back, and the thinking flags that text can carry.
+
+There is one truth, `chat_template.jinja`: `render` executes the file that checkpoints ship with.
+The template is not prefix-preserving (earlier turns lose their thinking): reinforcement learning
+keeps token ids and never renders a turn again.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import Template
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from q3mega.errors import UserError
+
+TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
+ROLES = ("system", "user", "assistant", "tool")
+EMPTY_THINKING = "<think>\n\n</think>\n\n"
+_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_FLAG = re.compile(r"(?<!\S)/(think|no_think)(?!\S)")
+
+
+@dataclass(frozen=True)
+class Message:
+    """An assistant's text in parts.
+
+    thinking: None without a think block, "" for an empty one. closed: False when a think block was
+    opened and never closed. tool_calls: well-formed calls only; a malformed one stays in content.
+    """
+
+    thinking: str | None
+    content: str
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    closed: bool = True
+
+
+@cache
+def _template() -> Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda x: json.dumps(x, ensure_ascii=False)
+    return environment.from_string(TEMPLATE_PATH.read_text(encoding="utf-8"))
+
+
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    enable_thinking: bool | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Messages as the text that Qwen3 reads. enable_thinking=False pre-fills an empty think block.
+
+    Raises UserError for no messages, an unknown role, or content that is not a string.
+    """
+    if not messages:
+        raise UserError("messages is empty: a chat needs at least one turn")
+    for i, message in enumerate(messages):
+        if message.get("role") not in ROLES:
+            raise UserError(f"messages[{i}].role={message.get('role')!r}: use one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"messages[{i}].content={message.get('content')!r} must be a string")
+    flag = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    return _template().render(
+        messages=messages, tools=tools or None, add_generation_prompt=add_generation_prompt, **flag
+    )
+
+
+def parse(text: str) -> Message:
+    """An assistant's raw text (without <|im_end|>) in parts; any text at all has an answer."""
+    thinking: str | None = None
+    closed = True
+    if "</think>" in text:
+        before, _, content = text.rpartition("</think>")
+        thinking = before.split("<think>", 1)[-1].strip("\n")
+    elif "<think>" in text:
+        before, _, rest = text.partition("<think>")
+        thinking, content, closed = rest.strip("\n"), before, False
+    else:
+        content = text
+    calls = []
+
+    def take(match: re.Match[str]) -> str:
+        call = _call(match[1])
+        if call is None:
+            return match[0]
+        calls.append(call)
+        return ""
+
+    content = _CALL.sub(take, content)
+    return Message(thinking, content.strip("\n"), calls, closed)
+
+
+def _call(text: str) -> dict[str, Any] | None:
+    try:
+        call = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    good = isinstance(call, dict) and isinstance(call.get("name"), str)
+    return call if good and isinstance(call.get("arguments"), dict) else None
+
+
+def last_flag(messages: Sequence[Mapping[str, Any]]) -> Literal["think", "no_think"] | None:
+    """The last /think or /no_think, as a word of its own, in a user or system turn."""
+    for message in reversed(messages):
+        if message["role"] in ("user", "system") and (found := _FLAG.findall(message["content"])):
+            return found[-1]
+    return None

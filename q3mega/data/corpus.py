@@ -1,0 +1,168 @@
+"""Pre-training documents: real text and generated ones, as megatron-core indexed datasets.
+
+A mixture names kinds of documents and their share of the tokens; `Mixture` turns it into the global
+batch of any step, a pure function of the step, so that a resumed run reads on where it stopped.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from q3mega import device  # noqa: F401  isort: split
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+from q3mega._data import blend_index
+from q3mega.data import text
+from q3mega.data.batch import Sample
+from q3mega.data.chat import render
+from q3mega.data.tasks import general, generate
+from q3mega.data.tasks.solutions import response_text, solve, text_documents, thinking_text
+from q3mega.data.tokenizer import Tokenizer
+
+REASONING = ("chain_sum", "base_conversion", "number_sorting", "letter_counting")
+SLIP = 0.05  # of the worked steps are wrong: a base model that knows the way and stumbles on it
+
+
+def _text(kind: str) -> Callable[[random.Random], Iterator[str]]:
+    def documents(rng: random.Random) -> Iterator[str]:
+        found = [d for s in text.sources().values() if s.kind == kind for d in text.documents(s.name)]
+        rng.shuffle(found)
+        kept, _ = text.deduplicate(found[:1500])
+        yield from kept
+
+    return documents
+
+
+def _facts(rng: random.Random) -> Iterator[str]:
+    """Lines of one step each, the alphabet of the worked solutions."""
+    while True:
+        lines = []
+        for _ in range(12):
+            a, b = rng.randint(0, 60), rng.randint(1, 9)
+            total, sign = (a + b, "+") if rng.random() < 0.5 or a < b else (a - b, "-")
+            lines.append(f"{a}{sign}{b}={total}")
+        yield "\n".join(lines)
+
+
+def _problems(rng: random.Random) -> Iterator:
+    """Training-side problems of the four families in turn, without end."""
+    for block in itertools.count():
+        drawn = [generate(f, 2000, seed=rng.randrange(2**31) + block) for f in REASONING]
+        yield from itertools.chain.from_iterable(zip(*drawn, strict=True))
+
+
+def _worked(rng: random.Random) -> Iterator[str]:
+    for p in _problems(rng):
+        yield text_documents(p, rng, slip=SLIP, style=rng.randrange(3))[0]
+
+
+def _direct(rng: random.Random) -> Iterator[str]:
+    for p in _problems(rng):
+        yield text_documents(p, rng)[1]
+
+
+def _chat(rng: random.Random) -> Iterator[str]:
+    """Worked solutions in chat markup, and short replies: what post-training builds on."""
+    for p in _problems(rng):
+        if rng.random() < 0.5:
+            solution = solve(p, rng=rng, slip=SLIP, style=rng.randrange(3))
+            thinking, reply = thinking_text(solution), response_text(solution)
+        else:
+            p = general.draw(rng)
+            thinking, reply = "", general.respond(p, rng, skill=0.5)
+        turn = {"role": "assistant", "content": reply, "reasoning_content": thinking}
+        yield render([*p.messages, turn], tools=p.tools)
+
+
+def retrieval_document(rng: random.Random, pairs: int) -> tuple[str, str, str]:
+    """(text, question, answer): `pairs` keys with values in order of need, then one key asked for."""
+    keys = rng.sample(range(1000), pairs)
+    values = [rng.randrange(100, 1000) for _ in keys]
+    asked = rng.randrange(pairs)
+    lines = [f"key {k:03d} is {v}" for k, v in zip(keys, values, strict=True)]
+    return "\n".join(lines), f"\nkey {keys[asked]:03d} is ", str(values[asked])
+
+
+def _retrieval(rng: random.Random, low: int = 4, high: int = 40) -> Iterator[str]:
+    while True:
+        body, _, _ = retrieval_document(rng, rng.randint(low, high))
+        lines = body.split("\n")
+        again = rng.sample(lines, min(len(lines), 8))  # several questions a document
+        yield "\n".join([body, *again])
+
+
+KINDS: dict[str, Callable[[random.Random], Iterator[str]]] = {
+    "prose": _text("prose"),
+    "code": _text("code"),
+    "science": _text("science"),
+    "facts": _facts,
+    "worked": _worked,
+    "direct": _direct,
+    "chat": _chat,
+    "retrieval": _retrieval,
+}
+
+
+def documents(kind: str, seed: int) -> Iterator[str]:
+    """Documents of one kind, the same ones for the same seed; generated kinds have no end."""
+    return KINDS[kind](random.Random(f"{kind}/{seed}"))
+
+
+def build(
+    mixture: Mapping[str, float], tokens: int, sequence: int, tokenizer: Tokenizer, seed: int, folder: Path
+) -> None:
+    """Write one indexed dataset a kind, with enough documents for its share of `tokens`.
+
+    Documents longer than `sequence` are cut into pieces of that length; each ends in <|endoftext|>.
+    """
+    total = sum(mixture.values())
+    for kind, weight in mixture.items():
+        builder = IndexedDatasetBuilder(str(folder / f"{kind}.bin"), dtype=np.int32)
+        wanted, have = int(tokens * weight / total) + sequence, 0
+        source = documents(kind, seed)
+        while have < wanted and (texts := list(itertools.islice(source, 512))):
+            for ids in tokenizer.encode_batch(texts):
+                ids.append(tokenizer.eod)
+                for i in range(0, len(ids), sequence):
+                    piece = ids[i : i + sequence]
+                    builder.add_document(torch.tensor(piece), [len(piece)])
+                have += len(ids)
+        builder.finalize(str(folder / f"{kind}.idx"))
+
+
+class Mixture:
+    """Global batches of `tokens_per_step` tokens from the datasets of `folder`, in mixed order."""
+
+    def __init__(
+        self, mixture: Mapping[str, float], folder: Path, steps: int, tokens_per_step: int, seed: int
+    ) -> None:
+        self.data = [IndexedDataset(str(folder / kind)) for kind in mixture]
+        lengths = [d.sequence_lengths for d in self.data]
+        shares = [w / n.mean() for w, n in zip(mixture.values(), lengths, strict=True)]  # documents
+        mean = sum(shares) / sum(s / n for s, n in zip(mixture.values(), [1] * len(shares), strict=True))
+        budget = int(steps * tokens_per_step * mean * 1.2) + 64
+        which, place = blend_index(np.array(shares), budget)
+        rng = np.random.default_rng(seed)
+        orders = [
+            np.concatenate([rng.permutation(len(n)) for _ in range(budget // len(n) + 1)])
+            for n in lengths
+        ]
+        document = np.array([orders[d][i] for d, i in zip(which, place, strict=True)])
+        size = np.array([lengths[d][i] for d, i in zip(which, document, strict=True)])
+        self.which, self.document = which, document
+        self.ends = np.searchsorted(size.cumsum(), np.arange(1, steps + 1) * tokens_per_step)
+        assert self.ends[-1] < budget, "the blend is too short for the run"
+
+    def __call__(self, step: int) -> list[Sample]:
+        """The documents of step 1, 2, ...; every token but the first of each carries loss."""
+        first = self.ends[step - 2] if step > 1 else 0
+        samples = []
+        for i in range(first, self.ends[step - 1]):
+            tokens = self.data[self.which[i]][self.document[i]].tolist()
+            if len(tokens) > 1:
+                samples.append(Sample(tokens, [0.0] + [1.0] * (len(tokens) - 1)))
+        return samples

@@ -1,0 +1,230 @@
+"""The engine: a Qwen3 model under a parallel layout, with a training step and an evaluation step.
+
+A loss is a *sum*: the batch's loss weights carry mask and normaliser, so any aggregation is the
+caller's choice and every layout gives the same gradient.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from q3mega import device  # isort: split
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from q3mega.data.batch import Batch
+from q3mega.engine import checkpoint, parallel
+from q3mega.engine.optimizer import OptimizerSpec, build_optimizer
+from q3mega.model import Qwen3Shape, huggingface
+from q3mega.model.attention import Positions
+from q3mega.model.megatron import build_model, transformer_config
+
+
+@dataclass
+class Head:
+    """What a loss sees: final hidden states (T, H), lm_head weight (V / TP, H), and its TP group."""
+
+    hidden: Tensor
+    weight: Tensor
+    tp_group: dist.ProcessGroup | None
+
+
+# (head, batch) -> (loss: a sum, metrics: name -> a sum, to be added up over micro-batches and ranks)
+LossFn = Callable[[Head, Batch], tuple[Tensor, dict[str, Tensor]]]
+_T = TypeVar("_T")
+
+
+class Engine:
+    """One model. `optimizer=None` builds a frozen one (reference policy, teacher, judge)."""
+
+    def __init__(
+        self,
+        shape: Qwen3Shape,
+        layout: Any,
+        *,
+        seed: int,
+        positions: Positions | None = None,
+        optimizer: OptimizerSpec | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.shape, self.layout, self.spec = shape, layout, optimizer
+        parallel.initialise(layout, seed)
+        self.config = transformer_config(shape, dtype=dtype, **parallel.config_fields(layout))
+        positions = positions or Positions(shape.rope_base)
+        stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
+        self.chunks = [build_model(shape, self.config, positions, stage) for stage in stages]
+        self.modules: list[Any] = [c.to(device.device()) for c in self.chunks]
+        if dtype == torch.bfloat16:
+            self.modules = [Float16Module(self.config, m) for m in self.modules]
+        group = ps.get_tensor_model_parallel_group()
+        self.tp_group = group if group.size() > 1 else None
+        self.optimizer: Any = None
+        if optimizer is None:
+            for module in self.modules:
+                module.requires_grad_(False)
+            return
+        distributed = layout.distributed_optimizer and optimizer.kind != "muon"
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=distributed, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+        )
+        self.modules = [DistributedDataParallel(self.config, ddp, m) for m in self.modules]
+        self.optimizer, self.schedule = build_optimizer(
+            optimizer, self.modules, distributed=distributed, dtype=dtype
+        )
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.grad_scale_func = self.optimizer.scale_loss
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def load_hf(self, folder: str | Path) -> None:
+        """Weights from a Hugging Face folder of this shape."""
+        for chunk in self.chunks:
+            huggingface.load(chunk, self.shape, folder)
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
+
+    def save_hf(self, folder: str | Path, tokens: dict[str, int]) -> None:
+        """Weights and config.json to a Hugging Face folder (every rank calls)."""
+        base = self.positions.base
+        huggingface.save(self.chunks, self.shape, folder, rope_base=base, tokens=tokens)
+
+    @property
+    def positions(self) -> Positions:
+        return self.chunks[0].attention_state.positions
+
+    @positions.setter
+    def positions(self, positions: Positions) -> None:
+        """Change the position scheme (ABF, YaRN, dual-chunk); no weight depends on it."""
+        for chunk in self.chunks:
+            chunk.attention_state.positions = positions
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def train_step(self, batches: Sequence[Batch], loss_fn: LossFn) -> dict[str, float]:
+        """Forward and backward over this data-parallel rank's micro-batches, then one update.
+
+        Returns the metrics summed over micro-batches and data-parallel ranks, plus `loss`,
+        `grad_norm` and `lr`.
+        """
+        self.schedule.step(1)
+        for module in self.modules:
+            module.zero_grad_buffer()
+            module.train()
+        self.optimizer.zero_grad()
+        batches, tokens = self._same_count(batches)
+
+        def loss_func(batch: Batch, out: Head) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            loss, metrics = loss_fn(out, batch)
+            # megatron divides gradients by the token count; the MoE balance loss relies on it
+            count = torch.tensor(len(batch), dtype=torch.int, device=loss.device)
+            return loss * tokens, count, {"loss": loss.detach(), **metrics}
+
+        parts = self._forward(batches, loss_func, forward_only=False)
+        success, grad_norm, _ = self.optimizer.step()
+        metrics = self._total(parts)
+        if not success:
+            metrics["skipped"] = 1.0
+        metrics["grad_norm"] = float(grad_norm or 0.0)
+        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        return metrics
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch], fn: Callable[[Head, Batch], _T]) -> list[_T]:
+        """fn over this rank's micro-batches, no gradient; results live on the last pipeline stage."""
+        for module in self.modules:
+            module.eval()
+        own = len(batches)
+        batches, _ = self._same_count(batches)
+
+        def loss_func(batch: Batch, out: Head) -> tuple[Tensor, Tensor, Any]:
+            zero = out.hidden.new_zeros(())
+            return zero, torch.tensor(1, dtype=torch.int), fn(out, batch)
+
+        return self._forward(batches, loss_func, forward_only=True)[:own]
+
+    def _forward(self, batches: Sequence[Batch], loss_func: Any, forward_only: bool) -> list[Any]:
+        if not batches:
+            return []
+
+        def head(hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Head:
+            if self.config.sequence_parallel:  # the operator sums the gradient over the group itself
+                hidden_states = gather_from_sequence_parallel_region(
+                    hidden_states, tensor_parallel_output_grad=False
+                )
+            weight = output_layer.weight if output_weight is None else output_weight
+            return Head(hidden_states[:, 0], weight, self.tp_group)
+
+        def forward_step(batches: Iterator[Batch], module: Any) -> tuple[Any, Any]:
+            batch = next(batches).to(device.device())
+            packed = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=batch.cu_seqlens,
+                cu_seqlens_kv=batch.cu_seqlens,
+                max_seqlen_q=batch.max_length,
+                max_seqlen_kv=batch.max_length,
+            )
+            out = module(
+                batch.tokens[None], None, None, packed_seq_params=packed, output_processor=head
+            )
+            return out, partial(loss_func, batch)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in self.modules] if len(self.modules) > 1 else iter(batches),
+            model=self.modules if len(self.modules) > 1 else self.modules[0],
+            num_microbatches=len(batches),
+            seq_length=max(len(b) for b in batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _same_count(self, batches: Sequence[Batch]) -> tuple[list[Batch], int]:
+        """Equal numbers of micro-batches on all ranks (weightless repeats), and all ranks' tokens."""
+        count = torch.tensor([len(batches), sum(len(b) for b in batches)])
+        counts = [count.clone() for _ in range(parallel.data_size())]
+        if len(counts) > 1:
+            dist.all_gather(counts, count, group=parallel.data_group())
+        most = max(int(c[0]) for c in counts)
+        if not batches and most:
+            raise ValueError("a data-parallel rank got no micro-batch: use fewer ranks or more data")
+        filler = [
+            Batch(b.tokens, b.targets, torch.zeros_like(b.loss_weights), b.cu_seqlens, b.columns)
+            for b in list(batches[:1]) * (most - len(batches))
+        ]
+        extra = sum(len(b) for b in filler)
+        tokens = sum(int(c[1]) for c in counts)
+        if most * len(counts) > sum(int(c[0]) for c in counts):  # fillers count in megatron's divisor
+            total = torch.tensor(extra)
+            dist.all_reduce(total, group=parallel.data_group())
+            tokens += int(total)
+        return [*batches, *filler], tokens
+
+    def _total(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
+        names = sorted(parts[0]) if parts else []
+        return parallel.sum_over_data(
+            {n: sum(float(p[n]) for p in parts) for n in names}, self.config
+        )
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def save(self, folder: Path, step: int, state: dict[str, Any]) -> None:
+        """Checkpoint everything that the next step depends on; published by one rename."""
+        checkpoint.save(self, folder, step, state)
+
+    def load_latest(self, folder: Path) -> tuple[int, dict[str, Any]] | None:
+        """Resume from the newest complete checkpoint: (step, state), or None when there is none."""
+        return checkpoint.load_latest(self, folder)

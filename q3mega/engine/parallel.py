@@ -1,0 +1,90 @@
+"""The parallel layout: process groups from a recipe's layout, and sums over the data-parallel ranks."""
+
+import os
+from typing import Any
+
+from q3mega import device  # isort: split
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core import tensor_parallel
+
+
+def initialise(layout: Any, seed: int) -> None:
+    """Join the process group that torchrun describes (or be alone) and cut it as the layout says."""
+    if not dist.is_initialized():
+        if device.HAS_GPU:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if "RANK" in os.environ:
+            dist.init_process_group(device.BACKEND)
+        else:
+            store = dist.HashStore()
+            dist.init_process_group(device.BACKEND, store=store, rank=0, world_size=1)
+    if not ps.model_parallel_is_initialized():
+        virtual = layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+        ps.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=virtual,
+            context_parallel_size=layout.context,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
+            create_gloo_process_groups=False,
+        )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    torch.manual_seed(seed)
+
+
+def config_fields(layout: Any) -> dict[str, Any]:
+    """The layout in TransformerConfig's words."""
+    fields: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+        "sequence_parallel": layout.sequence_parallel,
+        "variable_seq_lengths": layout.pipeline > 1,  # packed micro-batches differ in length
+    }
+    if layout.virtual_pipeline > 1:
+        fields["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
+        # with the default flags an interleaved pipeline of two stages is silently wrong
+        fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return fields
+
+
+def data_group() -> dist.ProcessGroup:
+    return ps.get_data_parallel_group()
+
+
+def data_rank() -> int:
+    return ps.get_data_parallel_rank()
+
+
+def data_size() -> int:
+    return ps.get_data_parallel_world_size()
+
+
+def sum_over_data(values: dict[str, float], config: Any) -> dict[str, float]:
+    """Sums over data-parallel ranks, then known to every pipeline stage. Fixed key order."""
+    if dist.get_world_size() == 1:
+        return values
+    box: list[Any] = [sorted(values)]
+    last = ps.get_pipeline_model_parallel_last_rank()
+    if config.pipeline_model_parallel_size > 1:
+        dist.broadcast_object_list(box, last, group=ps.get_pipeline_model_parallel_group())
+    total = torch.tensor([values.get(n, 0.0) for n in box[0]], dtype=torch.float64, device=device.device())
+    dist.all_reduce(total, group=data_group())
+    if config.pipeline_model_parallel_size > 1:
+        dist.broadcast(total, last, group=ps.get_pipeline_model_parallel_group())
+    return dict(zip(box[0], total.tolist(), strict=True))
+
+
+def gather_over_data(items: list[Any]) -> list[Any]:
+    """All data-parallel ranks' lists, joined in rank order, on every rank."""
+    if data_size() == 1:
+        return items
+    boxes: list[Any] = [None] * data_size()
+    dist.all_gather_object(boxes, items, group=data_group())
+    return [item for box in boxes for item in box]

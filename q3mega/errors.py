@@ -1,0 +1,5 @@
+"""The one error a user is meant to see: a sentence, no traceback, exit code 2."""
+
+
+class UserError(ValueError):
+    """Bad input. The message names the field, the value, and the remedy, in one line."""

@@ -1,0 +1,5 @@
+"""Qwen3: shapes, megatron-core layer specs, and the map between Hugging Face and megatron-core weights."""
+
+from q3mega.model.sizes import QWEN3, Qwen3Shape
+
+__all__ = ["QWEN3", "Qwen3Shape"]

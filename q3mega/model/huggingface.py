@@ -1,0 +1,268 @@
+"""Hugging Face checkpoints in and out of a megatron-core model, any layout.
+
+One pair of functions, `_merge` and `_split`, is the whole weight map; shards are cut from, and
+gathered into, the full tensor that they describe. Reading touches only what a rank needs.
+"""
+
+from q3mega import device  # noqa: F401  isort: split
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from q3mega.errors import UserError
+from q3mega.model.sizes import Qwen3Shape
+
+_TOP = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+_LAYER = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+    "mlp.router.weight": "mlp.gate.weight",
+}
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
+_Read = Callable[[str], Tensor]
+
+
+def _merge(name: str, prefix: str, shape: Qwen3Shape, read: _Read) -> Tensor:
+    """The full megatron tensor of a layer parameter, from Hugging Face tensors under `prefix`."""
+    if name == "self_attention.linear_qkv.weight":
+        groups, dim = shape.kv_heads, shape.head_dim
+        parts = [read(f"{prefix}self_attn.{p}_proj.weight") for p in "qkv"]
+        return torch.cat([p.view(groups, -1, dim, shape.hidden) for p in parts], 1).flatten(0, 2)
+    if name == "mlp.linear_fc1.weight":
+        return torch.cat([read(f"{prefix}mlp.{p}_proj.weight") for p in ("gate", "up")])
+    if match := _EXPERT.fullmatch(name):
+        expert = f"{prefix}mlp.experts.{match[1]}."
+        if match[2] == "linear_fc2":
+            return read(f"{expert}down_proj.weight")
+        return torch.cat([read(f"{expert}{p}_proj.weight") for p in ("gate", "up")])
+    return read(prefix + _LAYER[name])
+
+
+def _split(name: str, prefix: str, shape: Qwen3Shape, full: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The inverse of `_merge`."""
+    if name == "self_attention.linear_qkv.weight":
+        per_group = shape.heads // shape.kv_heads
+        groups = full.view(shape.kv_heads, per_group + 2, shape.head_dim, shape.hidden)
+        for p, part in zip("qkv", groups.split([per_group, 1, 1], dim=1), strict=True):
+            yield f"{prefix}self_attn.{p}_proj.weight", part.reshape(-1, shape.hidden)
+    elif name == "mlp.linear_fc1.weight":
+        for p, part in zip(("gate", "up"), full.chunk(2), strict=True):
+            yield f"{prefix}mlp.{p}_proj.weight", part
+    elif match := _EXPERT.fullmatch(name):
+        expert = f"{prefix}mlp.experts.{match[1]}."
+        if match[2] == "linear_fc2":
+            yield f"{expert}down_proj.weight", full
+        else:
+            for p, part in zip(("gate", "up"), full.chunk(2), strict=True):
+                yield f"{expert}{p}_proj.weight", part
+    else:
+        yield prefix + _LAYER[name], full
+
+
+def _parameters(model: Any) -> Iterator[tuple[str, str, Tensor]]:
+    """(name within its layer, Hugging Face prefix, this rank's tensor); experts by global number."""
+    offset = get_transformer_layer_offset(model.config, vp_stage=model.vp_stage)
+    for name, tensor in model.named_parameters():
+        if name in _TOP:
+            yield name, "", tensor
+            continue
+        layer, name = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name).groups()  # type: ignore[union-attr]
+        if match := _EXPERT.fullmatch(name):
+            per_rank = model.config.num_moe_experts // ps.get_expert_model_parallel_world_size()
+            expert = int(match[1]) + ps.get_expert_model_parallel_rank() * per_rank
+            name = f"mlp.experts.local_experts.{expert}.{match[2]}.weight"
+        yield name, f"model.layers.{int(layer) + offset}.", tensor
+
+
+def _shard_group(name: str) -> Any:
+    expert = _EXPERT.fullmatch(name)
+    return ps.get_expert_tensor_parallel_group() if expert else ps.get_tensor_model_parallel_group()
+
+
+def _shard_dim(name: str) -> int | None:
+    """The dimension cut by tensor parallelism. None: every rank holds the whole."""
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return 1
+    if name.endswith(("linear_qkv.weight", "linear_fc1.weight")) or name in (
+        "embedding.word_embeddings.weight",
+        "output_layer.weight",
+    ):
+        return 0
+    return None
+
+
+def _shard(name: str, full: Tensor) -> Tensor:
+    dim, group = _shard_dim(name), _shard_group(name)
+    if dim is None or group.size() == 1:
+        return full
+    parts = full.chunk(2) if name.endswith("linear_fc1.weight") else (full,)  # gate and up apart
+    return torch.cat([p.chunk(group.size(), dim)[group.rank()] for p in parts])
+
+
+def _gather(name: str, shard: Tensor) -> Tensor:
+    dim, group = _shard_dim(name), _shard_group(name)
+    if dim is None or group.size() == 1:
+        return shard
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    if not name.endswith("linear_fc1.weight"):
+        return torch.cat(shards, dim)
+    gates, ups = zip(*(s.chunk(2) for s in shards), strict=True)
+    return torch.cat([*gates, *ups])
+
+
+class _Reader:
+    """Tensors of a Hugging Face folder by name, one or many files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
+        self.where: dict[str, Any] = {}
+        for file in files or ["model.safetensors"]:
+            path = folder / file
+            if not path.exists():
+                raise UserError(f"checkpoint {folder} has no {file}: give a Hugging Face model folder")
+            try:
+                handle = safe_open(str(path), framework="pt")
+            except SafetensorError as error:
+                raise UserError(f"checkpoint {path} is damaged ({error}): restore or rebuild it") from None
+            self.where.update(dict.fromkeys(handle.keys(), handle))
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self.where:
+            raise UserError(f"checkpoint {self.folder} lacks tensor {name}: is it a Qwen3 model?")
+        return self.where[name].get_tensor(name)
+
+
+def load(model: Any, shape: Qwen3Shape, folder: str | Path) -> None:
+    """Fill this rank's part of `model` from a Hugging Face folder; refuses another shape."""
+    folder = Path(folder)
+    found = shape_of(folder)
+    width = "moe_ffn" if shape.experts else "ffn"
+    for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "tied", "experts", width):
+        have, want = getattr(found, field), getattr(shape, field)
+        if have != want:
+            raise UserError(
+                f"checkpoint {folder} has {field}={have} but the recipe's model has {field}={want}: "
+                "change the model section or start from a checkpoint of this shape"
+            )
+    read = _Reader(folder)
+    with torch.no_grad():
+        for name, prefix, tensor in _parameters(model):
+            if name == "output_layer.weight" and shape.tied:  # last stage of a tied pipeline
+                full = read(_TOP["embedding.word_embeddings.weight"])
+            else:
+                full = read(_TOP[name]) if name in _TOP else _merge(name, prefix, shape, read)
+            tensor.copy_(_shard(name, full))
+
+
+def gather(models: list[Any], shape: Qwen3Shape) -> dict[str, Tensor]:
+    """Full weights under Hugging Face names on rank 0 (empty elsewhere), fp32 or as trained."""
+    own: dict[str, Tensor] = {}
+    for model in models:
+        for name, prefix, tensor in _parameters(model):
+            full = _gather(name, tensor.detach()).cpu()
+            if name in _TOP:
+                if not (name == "output_layer.weight" and shape.tied):
+                    own[_TOP[name]] = full.clone()
+            else:
+                own.update((n, t.contiguous().clone()) for n, t in _split(name, prefix, shape, full))
+    owner = ps.get_data_parallel_rank(with_context_parallel=True) == 0 or shape.experts > 0
+    if dist.get_world_size() == 1:
+        return own
+    boxes: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    keep = own if owner and ps.get_tensor_model_parallel_rank() == 0 else {}
+    dist.gather_object(keep, boxes, dst=0)
+    return {name: t for box in boxes for name, t in box.items()} if boxes else {}
+
+
+def config_of(shape: Qwen3Shape, rope_base: float, tokens: dict[str, int]) -> Any:
+    """The transformers config of a shape; tokens: eos_token_id, pad_token_id."""
+    from transformers import Qwen3Config, Qwen3MoeConfig
+
+    common: dict[str, Any] = {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": shape.max_positions,
+        "rms_norm_eps": shape.norm_eps,
+        "tie_word_embeddings": shape.tied,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_base},
+        "dtype": "float32",
+        **tokens,
+    }
+    if not shape.experts:
+        return Qwen3Config(architectures=["Qwen3ForCausalLM"], **common)
+    return Qwen3MoeConfig(
+        architectures=["Qwen3MoeForCausalLM"],
+        moe_intermediate_size=shape.moe_ffn,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.topk,
+        norm_topk_prob=True,
+        **common,
+    )
+
+
+def shape_of(folder: str | Path) -> Qwen3Shape:
+    """The shape that a Hugging Face folder's config.json declares."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} is no Hugging Face checkpoint: it has no config.json")
+    c = json.loads(path.read_text())
+    rope = c.get("rope_parameters") or {}
+    return Qwen3Shape(
+        layers=c["num_hidden_layers"],
+        hidden=c["hidden_size"],
+        heads=c["num_attention_heads"],
+        kv_heads=c["num_key_value_heads"],
+        ffn=c["intermediate_size"],
+        head_dim=c["head_dim"],
+        vocab=c["vocab_size"],
+        tied=c["tie_word_embeddings"],
+        experts=c.get("num_experts", c.get("num_local_experts", 0)),
+        topk=c.get("num_experts_per_tok", 8),
+        moe_ffn=c.get("moe_intermediate_size", 0),
+        rope_base=rope.get("rope_theta", c.get("rope_theta", 1e6)),
+        max_positions=c["max_position_embeddings"],
+        norm_eps=c["rms_norm_eps"],
+    )
+
+
+def save(
+    models: list[Any], shape: Qwen3Shape, folder: str | Path, *, rope_base: float, tokens: dict[str, int]
+) -> None:
+    """Write weights and config.json; every rank calls, rank 0 writes. Published by one rename."""
+    weights = gather(models, shape)
+    if dist.get_rank() == 0:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config_of(shape, rope_base, tokens).save_pretrained(folder)
+        partial = folder / "model.safetensors.partial"
+        save_file(dict(sorted(weights.items())), partial, metadata={"format": "pt"})
+        os.replace(partial, folder / "model.safetensors")
+    dist.barrier()

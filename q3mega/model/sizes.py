@@ -1,0 +1,77 @@
+"""Qwen3 shapes: one row a model (Qwen3 report, tables 1 and 2), exact parameter counts and FLOPs from them."""
+
+from dataclasses import dataclass
+
+from q3mega.errors import UserError
+
+
+@dataclass(frozen=True)
+class Qwen3Shape:
+    """The numbers that make a Qwen3 model. head_dim is explicit and is never hidden / heads."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    head_dim: int = 128
+    vocab: int = 151_936
+    tied: bool = False
+    experts: int = 0
+    topk: int = 8
+    moe_ffn: int = 0
+    rope_base: float = 1e6
+    max_positions: int = 40_960
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise UserError(
+                f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}: "
+                "every key-value head serves the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim={self.head_dim} is odd: rotary pairs need an even one")
+        if self.experts and not 1 <= self.topk <= self.experts:
+            raise UserError(f"model.topk={self.topk} must lie in 1..model.experts={self.experts}")
+
+    def _attention(self) -> int:
+        return self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+
+    def _mlp(self, *, active: bool) -> int:
+        if not self.experts:
+            return 3 * self.hidden * self.ffn
+        used = self.topk if active else self.experts
+        return used * 3 * self.hidden * self.moe_ffn + self.hidden * self.experts
+
+    def num_parameters(self, *, active: bool = False, embeddings: bool = True) -> int:
+        """Parameters; `active` counts only the experts that one token uses. Both untied matrices count."""
+        norms = 2 * self.hidden + 2 * self.head_dim
+        total = self.layers * (self._attention() + self._mlp(active=active) + norms) + self.hidden
+        return total + (self.vocab * self.hidden * (1 if self.tied else 2) if embeddings else 0)
+
+    def forward_flops(self, tokens: int, context: float) -> float:
+        """Matmul FLOPs of one forward pass over `tokens`, each attending to `context` keys on average.
+
+        Training counts three of these (forward and twice backward); a causal sequence of length S
+        has context S / 2.
+        """
+        matrices = self.layers * (self._attention() + self._mlp(active=True))
+        attention = self.layers * 2 * self.heads * self.head_dim * context
+        return 2.0 * tokens * (matrices + self.vocab * self.hidden + attention)
+
+
+def _dense(layers: int, hidden: int, heads: int, ffn: int, tied: bool) -> Qwen3Shape:
+    return Qwen3Shape(layers, hidden, heads, kv_heads=8, ffn=ffn, tied=tied)
+
+
+QWEN3: dict[str, Qwen3Shape] = {
+    "qwen3-0.6b": _dense(28, 1024, 16, 3072, tied=True),
+    "qwen3-1.7b": _dense(28, 2048, 16, 6144, tied=True),
+    "qwen3-4b": _dense(36, 2560, 32, 9728, tied=True),
+    "qwen3-8b": _dense(36, 4096, 32, 12_288, tied=False),
+    "qwen3-14b": _dense(40, 5120, 40, 17_408, tied=False),
+    "qwen3-32b": _dense(64, 5120, 64, 25_600, tied=False),
+    "qwen3-30b-a3b": Qwen3Shape(48, 2048, 32, kv_heads=4, ffn=6144, experts=128, moe_ffn=768),
+    "qwen3-235b-a22b": Qwen3Shape(94, 4096, 64, kv_heads=4, ffn=12_288, experts=128, moe_ffn=1536),
+}

@@ -1,0 +1,172 @@
+"""The policy losses of GRPO's family, from hidden states (KERNELS: section B).
+
+With ratio r = exp(logp - old), advantage A and weight w a token, the loss is the sum of w times
+  grpo, bnpo, dr_grpo, dapo   -min(r A, clip(r, 1 - low, 1 + high) A)      (2402.03300, 2503.14476)
+  gspo                        the same with the sequence's ratio exp(mean log r)      (2507.18071)
+  gspo_token                  the same value, gradient through each token's own log p
+  cispo                       -sg(min(r, high)) A log p                            (2506.13585)
+  sapo                        -(4 / tau) sigmoid(tau (r - 1)) A, tau = 1 or 1.05 for A < 0 (2511.20347)
+plus kl_coef times a KL estimate to a reference, minus entropy_coef times the entropy. The first
+four differ in the weights alone, which are the caller's.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from q3mega.ops.dispatch import register, resolve
+from q3mega.ops.linear_logprob import check, linear_logprob
+
+Variant = Literal["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo"]
+VARIANTS = ("grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo")
+MAX_LOG_RATIO = 20.0
+SAPO_TAU = (1.0, 1.05)
+
+
+class GrpoOutput(NamedTuple):
+    """loss: differentiable sum. The rest is detached: logprobs, entropy, kl (N,), and the share of
+    weighted tokens whose policy gradient was clipped away."""
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    clip_fraction: Tensor
+    kl: Tensor
+
+
+def grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    advantages: Tensor,
+    old_logprobs: Tensor,
+    loss_weights: Tensor,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    variant: Variant = "grpo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    clip_ratio_c: float | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3",
+    entropy_coef: float = 0.0,
+    tis_cap: float | None = None,
+    temperature: float = 1.0,
+    seq_ids: Tensor | None = None,
+    valid_vocab: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> GrpoOutput:
+    """Sum of per-token policy losses times loss_weights, see the module's text.
+
+    hidden (N, H), weight (V, H) or the rank's shard, targets (N,) int64; advantages, old_logprobs,
+    loss_weights, ref_logprobs, rollout_logprobs (N,) fp32. clip_ratio_c: for A < 0 the ratio is
+    capped there (dual clip). tis_cap: truncated importance weight exp(old - rollout) on the policy
+    term. seq_ids (N,) int64, needed by gspo and gspo_token. Raises ValueError for an unknown
+    variant or a missing argument.
+    """
+    check(hidden, weight, targets, temperature)
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r}: choose one of {', '.join(VARIANTS)}")
+    if kl_estimator not in ("k1", "k2", "k3"):
+        raise ValueError(f"kl_estimator={kl_estimator!r}: choose one of k1, k2, k3")
+    if variant.startswith("gspo") and seq_ids is None:
+        raise ValueError(f"variant={variant!r} averages over sequences: give seq_ids")
+    if tis_cap is not None and rollout_logprobs is None:
+        raise ValueError("tis_cap corrects for the sampler: give rollout_logprobs")
+    if kl_coef and ref_logprobs is None:
+        raise ValueError("kl_coef needs ref_logprobs")
+    return resolve("grpo_loss", backend)(
+        hidden, weight, targets, advantages, old_logprobs, loss_weights, ref_logprobs,
+        rollout_logprobs, variant, (clip_low, clip_high), clip_ratio_c, kl_coef, kl_estimator,
+        entropy_coef, tis_cap, temperature, seq_ids, valid_vocab, tp_group,
+    )  # fmt: skip
+
+
+@register("grpo_loss", "reference")
+def _reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    old: Tensor,
+    w: Tensor,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    variant: str,
+    clip: tuple[float, float],
+    dual_clip: float | None,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    tis_cap: float | None,
+    temperature: float,
+    seq_ids: Tensor | None,
+    valid_vocab: int | None,
+    group: dist.ProcessGroup | None,
+) -> GrpoOutput:
+    logp, entropy = linear_logprob(
+        hidden, weight, targets, temperature=temperature, valid_vocab=valid_vocab,
+        tp_group=group, backend="reference",
+    )  # fmt: skip
+    log_ratio = logp - old
+    if variant.startswith("gspo"):
+        assert seq_ids is not None
+        mean = _sequence_mean(log_ratio, seq_ids, w != 0)
+        log_ratio = mean if variant == "gspo" else mean.detach() + logp - logp.detach()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    policy, clipped = _policy(variant, ratio, logp, advantages, clip, dual_clip)
+    if tis_cap is not None:
+        assert rollout is not None
+        policy = policy * (old - rollout).clamp(max=MAX_LOG_RATIO).exp().clamp(max=tis_cap)
+    kl = torch.zeros_like(logp) if ref is None else _kl(logp, ref, kl_estimator)
+    active = w != 0
+    loss = ((policy + kl_coef * kl - entropy_coef * entropy) * w)[active].sum()
+    share = (clipped & active).sum() / active.sum().clamp(min=1)
+    return GrpoOutput(loss, logp.detach(), entropy.detach(), share, kl.detach())
+
+
+def _policy(
+    variant: str,
+    ratio: Tensor,
+    logp: Tensor,
+    a: Tensor,
+    clip: tuple[float, float],
+    dual_clip: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Per-token policy loss and where its gradient was clipped away."""
+    low, high = clip
+    if variant == "cispo":
+        return -ratio.detach().clamp(max=high) * a * logp, torch.zeros_like(a, dtype=torch.bool)
+    if variant == "sapo":
+        tau = torch.where(a < 0, SAPO_TAU[1], SAPO_TAU[0])
+        soft = 4 / tau * torch.sigmoid(tau * (ratio - 1))
+        return -soft * a, torch.zeros_like(a, dtype=torch.bool)
+    loss = -torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+    clipped = ((a > 0) & (ratio > 1 + high)) | ((a < 0) & (ratio < 1 - low))
+    if dual_clip is not None:
+        capped = (a < 0) & (ratio > dual_clip)
+        loss = torch.where(capped, -dual_clip * a, loss)
+        clipped = clipped | capped
+    return loss, clipped
+
+
+def _kl(logp: Tensor, ref: Tensor, estimator: str) -> Tensor:
+    d = ref - logp  # http://joschu.net/blog/kl-approx.html
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return d.square() / 2
+    d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return d.exp() - d - 1
+
+
+def _sequence_mean(x: Tensor, seq_ids: Tensor, mask: Tensor) -> Tensor:
+    """Every token gets the mean of x over the masked tokens of its sequence."""
+    n = int(seq_ids.max()) + 1 if len(seq_ids) else 0
+    total = x.new_zeros(n).index_add(0, seq_ids, x * mask)
+    count = x.new_zeros(n).index_add(0, seq_ids, mask.to(x.dtype)).clamp(min=1)
+    return (total / count)[seq_ids]

@@ -1,0 +1,39 @@
+"""Rotary position angles: RoPE, and YaRN's interpolation of them (arXiv 2309.00071)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def inv_freq(head_dim: int, base: float) -> Tensor:
+    """(head_dim / 2,) fp32 radians a token: base^(-2i / head_dim)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    return (base**-exponent).float()
+
+
+def yarn_inv_freq(
+    head_dim: int, base: float, factor: float, original_length: int, alpha: float = 1, beta: float = 32
+) -> Tensor:
+    """YaRN's NTK-by-parts frequencies (head_dim / 2,) for `factor` times `original_length`.
+
+    Pairs that turn more than `beta` times over the original length stay, those that turn less
+    than `alpha` times are interpolated, with a linear ramp between.
+    """
+    freq = inv_freq(head_dim, base).double()
+    turns = original_length * freq / (2 * math.pi)
+    keep = ((turns - alpha) / (beta - alpha)).clamp(0, 1)
+    return (freq / factor * (1 - keep) + freq * keep).float()
+
+
+def yarn_attention_factor(factor: float) -> float:
+    """What YaRN multiplies both rotated operands by: 0.1 ln(factor) + 1."""
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:
+    """Rotate x (T, H, D) by position (T,), rotate-half layout (pairs d, d + D/2), angles in fp32."""
+    angle = position.to(torch.float32)[:, None] * inv_freq
+    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

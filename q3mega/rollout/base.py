@@ -1,0 +1,60 @@
+"""What a rollout engine is: token ids in, token ids and their log-probabilities out, never text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from q3mega.errors import UserError
+
+# Qwen3 report section 4.3, in the form of the released client (no stray period after the tag)
+STOP_THINKING = (
+    "\n\nConsidering the limited time by the user, I have to give the solution "
+    "based on the thinking directly now.\n</think>\n\n"
+)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """max_tokens: sampled tokens a completion. thinking_budget: tokens after which an open think
+    block is closed with the stop text (None: never). n: completions a prompt. top_k = 0: off.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    thinking_budget: int | None = None
+    n: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.n < 1:
+            raise UserError(f"max_tokens={self.max_tokens} and n={self.n} must be at least 1")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise UserError(
+                f"temperature={self.temperature} must be >= 0, top_p={self.top_p} in (0, 1], "
+                f"top_k={self.top_k} >= 0"
+            )
+
+
+@dataclass
+class Completion:
+    """tokens include the stop token. logprobs: of each token at the sampling temperature, before
+    top-p and top-k. mask: 0 marks tokens that the model did not choose (the stop text, tool
+    results); they stay out of every loss.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    mask: list[int]
+    finish_reason: Literal["stop", "length"]
+
+
+class Sampler(Protocol):
+    """A rollout engine: in process, or a server."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> list[list[Completion]]:
+        """`params.n` completions for each prompt."""
+        ...

@@ -1,0 +1,149 @@
+"""The in-process sampler: the engine's own weights, a KV cache, many sequences at once.
+
+The model that trains is the model that samples, so trainer and sampler agree to rounding. The
+cache lives in the core attention; this file only decides which token comes next.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from q3mega.data.batch import Sample, collate
+from q3mega.data.tokenizer import Tokenizer
+from q3mega.engine import Engine, Head
+from q3mega.errors import UserError
+from q3mega.model.attention import KVCache
+from q3mega.rollout.base import STOP_THINKING, Completion, SamplingParams
+
+
+class InProcessSampler:
+    """Samples from `engine`. Sequences beyond `max_batch` wait for the next round."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, max_batch: int = 512) -> None:
+        if engine.layout.pipeline > 1 or engine.layout.expert > 1 or engine.config.sequence_parallel:
+            raise UserError(
+                "in-process sampling needs layout.pipeline=1, layout.expert=1 and "
+                "layout.sequence_parallel=false: give the sampling stage such a layout"
+            )
+        self.engine, self.max_batch = engine, max_batch
+        self.stops = (tokenizer.eos, tokenizer.eod)
+        self.think_open, self.think_close = tokenizer.think_open, tokenizer.think_close
+        self.stop_thinking = tokenizer.encode(STOP_THINKING)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> list[list[Completion]]:
+        """See `Sampler`. A sequence's draws depend on its place among `prompts`, not on its company."""
+        queue = [list(p) for p in prompts for _ in range(params.n)]
+        generator = torch.Generator().manual_seed(params.seed)
+        longest = params.max_tokens + len(self.stop_thinking)
+        uniform = torch.rand(len(queue), longest, generator=generator)
+        done: list[Completion] = []
+        module = self.engine.chunks[0]
+        training = module.training
+        module.eval()
+        for start in range(0, len(queue), self.max_batch):
+            part = slice(start, start + self.max_batch)
+            done += self._run(queue[part], uniform[part], params)
+        module.train(training)
+        return [done[i : i + params.n] for i in range(0, len(done), params.n)]
+
+    def _run(self, prompts: list[list[int]], uniform: Tensor, params: SamplingParams) -> list[Completion]:
+        state = self.engine.chunks[0].attention_state
+        longest = max(map(len, prompts))
+        cache = KVCache(longest + uniform.shape[1])
+        state.cache = cache
+        try:
+            return self._decode(prompts, uniform, params, cache)
+        finally:
+            state.cache = None
+
+    def _decode(
+        self, prompts: list[list[int]], uniform: Tensor, params: SamplingParams, cache: KVCache
+    ) -> list[Completion]:
+        batch = collate([Sample(p, [0.0] * len(p)) for p in prompts])
+        [head] = self.engine.evaluate([batch], lambda head, _: head)
+        logits = self._logits(Head(head.hidden[batch.cu_seqlens[1:].long() - 1], head.weight, head.tp_group))
+        out = [Completion([], [], [], "length") for _ in prompts]
+        rows = torch.arange(len(prompts))
+        thinking = [p[-1] == self.think_open for p in prompts]
+        forced: list[list[int]] = [[] for _ in prompts]  # the stop text still to be written
+        sampled = [0] * len(prompts)
+        step = 0
+        while True:
+            tokens, logprobs = self._choose(logits, uniform[rows, step], params)
+            alive = []
+            for i, row in enumerate(rows.tolist()):
+                completion, token = out[row], int(tokens[i])
+                inserted = bool(forced[row])
+                if inserted:
+                    token = tokens[i] = forced[row].pop(0)
+                else:
+                    sampled[row] += 1
+                completion.tokens.append(int(token))
+                completion.logprobs.append(0.0 if inserted else float(logprobs[i]))
+                completion.mask.append(0 if inserted else 1)
+                if len(completion.tokens) == 1 and token == self.think_open:
+                    thinking[row] = True
+                if token == self.think_close:
+                    thinking[row] = False
+                if token in self.stops and not inserted:
+                    completion.finish_reason = "stop"
+                    continue
+                if params.thinking_budget is not None and thinking[row] and not forced[row]:
+                    if not inserted and sampled[row] >= params.thinking_budget:
+                        forced[row] = list(self.stop_thinking)
+                if sampled[row] < params.max_tokens or forced[row]:
+                    alive.append(i)
+            if not alive:
+                return out
+            if len(alive) < len(rows):
+                keep = torch.tensor(alive)
+                rows, tokens = rows[keep], tokens[keep]
+                cache.keep(keep)
+            logits = self._next(tokens, cache)
+            step += 1
+
+    def _next(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Feed one token a sequence (B,), return the next logits (B, V)."""
+        head = self.engine.chunks[0](
+            tokens[:, None], None, None, output_processor=self._last_hidden
+        )
+        cache.lengths += 1
+        return self._logits(head)
+
+    def _last_hidden(self, hidden_states: Tensor, output_layer: object, output_weight: Tensor | None, **_: object) -> Head:
+        weight = output_layer.weight if output_weight is None else output_weight  # type: ignore[attr-defined]
+        return Head(hidden_states[0], weight, self.engine.tp_group)
+
+    def _logits(self, head: Head) -> Tensor:
+        logits = (head.hidden @ head.weight.T).float()
+        if head.tp_group is None:
+            return logits
+        shards = [torch.empty_like(logits) for _ in range(head.tp_group.size())]
+        dist.all_gather(shards, logits, group=head.tp_group)
+        return torch.cat(shards, -1)
+
+    def _choose(self, logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+        """The next tokens (B,) by inverse transform, and their log-probabilities (B,)."""
+        logprobs = (logits / (params.temperature or 1.0)).log_softmax(-1)
+        if params.temperature == 0:
+            tokens = logits.argmax(-1)
+        else:
+            probs = logprobs.exp()
+            if params.top_k:
+                kth = probs.topk(min(params.top_k, probs.shape[-1])).values[:, -1:]
+                probs = probs * (probs >= kth)
+            if params.top_p < 1:
+                ordered, order = probs.sort(descending=True)
+                before = ordered.cumsum(-1) - ordered  # mass above each token: the first always stays
+                ordered = ordered * (before < params.top_p * ordered.sum(-1, keepdim=True))
+                probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+            mass = probs.cumsum(-1)
+            target = uniform[:, None].to(mass) * mass[:, -1:]
+            tokens = torch.searchsorted(mass, target, right=True)[:, 0]
+            tokens = tokens.clamp(max=logits.shape[-1] - 1)
+        return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]

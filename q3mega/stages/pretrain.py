@@ -1,0 +1,89 @@
+"""Stages 1 to 3, pre-training: general text, then reasoning-heavy text, then long documents.
+
+One pass over a mixture. The reasoning step has another mixture and a faster decay; the long step a
+longer sequence and another RoPE base (ABF), and is then evaluated at four times its length with
+YaRN and dual-chunk attention against plain RoPE (Qwen3 report, section 3).
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from q3mega import evaluate
+from q3mega.data import corpus
+from q3mega.data.tokenizer import train_tokenizer
+from q3mega.engine import Engine
+from q3mega.recipe import PretrainSettings
+from q3mega.stages.stage import Stage, extended
+from q3mega.train import supervised
+
+TOKENIZER_DOCUMENTS = 300  # of each kind
+
+
+def run(stage: Stage) -> None:
+    config = stage.config
+    ensure_tokenizer(stage)
+    source = stage.start() if config.init or stage.latest(model="model") else None
+    engine = stage.engine(source, shape=stage.shape(stage.recipe.model), steps=config.steps)
+    if config.rope_base:
+        engine.positions = replace(engine.positions, base=config.rope_base)
+    learn(stage, engine, config)
+    stage.finish(engine, evaluation(stage, engine))
+
+
+def ensure_tokenizer(stage: Stage) -> None:
+    """Train the run's tokenizer if the recipe asks for one and none is there yet."""
+    spec = stage.recipe.tokenizer
+    folder = stage.run_dir / "tokenizer"
+    if spec.vocab_size and stage.leads and not (folder / "tokenizer_config.json").exists():
+        texts = []
+        for kind in corpus.KINDS:
+            drawn = corpus.documents(kind, seed=stage.recipe.seed)
+            texts += [text for _, text in zip(range(TOKENIZER_DOCUMENTS), drawn, strict=False)]
+        train_tokenizer(texts, spec.vocab_size, folder)
+    dist.barrier()
+
+
+def learn(stage: Stage, engine: Engine, settings: PretrainSettings, part: str = "") -> None:
+    """One pass over the mixture; `part` keeps a student's apart from the stage's own."""
+    folder = stage.data / part
+    tokens = settings.steps * settings.tokens_per_step
+    if not stage.prepared(f"{part}/READY"):
+        if stage.leads:
+            folder.mkdir(exist_ok=True)
+            seed = stage.seed("corpus", part)
+            corpus.build(settings.mixture, tokens, settings.sequence, stage.tokenizer, seed, folder)
+            (folder / "READY").touch()
+        dist.barrier()
+    supervised.train(
+        engine,
+        corpus.Mixture(
+            settings.mixture, folder, settings.steps, settings.tokens_per_step, stage.seed("order", part)
+        ),
+        steps=settings.steps,
+        capacity=stage.config.micro_batch_tokens,
+        folder=stage.dir / "checkpoints" / part,
+        log=stage.log(settings.steps, part),
+        save_every=stage.config.save_every,
+    )
+
+
+def evaluation(stage: Stage, engine: Engine) -> dict[str, Any]:
+    """Held-out loss by kind; after the long step, retrieval within and beyond the trained length."""
+    config = stage.config
+    results: dict[str, Any] = evaluate.loss_by_kind(
+        engine, stage.tokenizer, config.mixture, config.sequence, stage.seed("held out")
+    )
+    if config.extension:
+        x, trained = config.extension, engine.positions
+        far = extended(trained, config.sequence, x.factor, x.chunk_size, x.local_size)
+        lengths = {"1x": config.sequence, f"{x.factor:g}x": int(config.sequence * x.factor)}
+        for times, length in lengths.items():
+            for name, positions in (("rope", trained), ("yarn_dca", far)):
+                engine.positions = positions
+                results[f"retrieval_{times}_{name}"] = evaluate.retrieval(
+                    engine, stage.tokenizer, length, x.documents, stage.seed("retrieval", length)
+                )
+        engine.positions = trained
+    return results

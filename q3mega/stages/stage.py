@@ -1,0 +1,146 @@
+"""What every stage stands on: its recipe, its folder, its tokenizer, its engine, its record."""
+
+import json
+import os
+import zlib
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from q3mega.data.tokenizer import Tokenizer
+from q3mega.engine import Engine, OptimizerSpec, parallel
+from q3mega.errors import UserError
+from q3mega.model import Qwen3Shape
+from q3mega.model.attention import Positions
+from q3mega.model.huggingface import shape_of
+from q3mega.recipe import ModelSpec, Recipe
+from q3mega.rollout.in_process import InProcessSampler
+from q3mega.train.log import Log
+
+
+class Stage:
+    """One stage of one run, in one of its processes."""
+
+    def __init__(self, run_dir: Path, name: str) -> None:
+        self.recipe = Recipe.load(run_dir / "recipe.yaml")
+        self.run_dir, self.name = run_dir, name
+        self.config: Any = self.recipe.stages[name]
+        self.dir = self.recipe.stage_dir(run_dir, name)
+        self.data = self.dir / "data"
+        self.data.mkdir(parents=True, exist_ok=True)
+        parallel.initialise(self.config.layout, self.seed())
+
+    def seed(self, *purpose: object) -> int:
+        """A seed for one purpose: a function of the recipe's seed, the stage and the purpose alone."""
+        return zlib.crc32(repr((self.recipe.seed, self.name, *purpose)).encode())
+
+    # -- what it starts from ---------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.recipe.tokenizer.path or self.run_dir / "tokenizer")
+
+    def shape(self, spec: ModelSpec) -> Qwen3Shape:
+        return spec.shape(self.tokenizer.vocab_size)
+
+    def hf(self, stage: str) -> Path:
+        """The weights that a stage of this run left."""
+        return self.recipe.stage_dir(self.run_dir, stage) / "hf"
+
+    def latest(self, *, model: str) -> Path | None:
+        """The weights of the nearest stage before this one that trains `model`."""
+        before = list(self.recipe.stages)[: list(self.recipe.stages).index(self.name)]
+        found = [s for s in before if self.recipe.stages[s].trains == model]
+        return self.hf(found[-1]) if found else None
+
+    def start(self) -> Path:
+        """Where this stage's weights come from; UserError when there is nothing."""
+        source = Path(self.config.init) if self.config.init else self.latest(model=self.config.trains)
+        if source is None or not (source / "config.json").exists():
+            raise UserError(
+                f"stages.{self.name}.init={source}: no checkpoint there; run the stages before it "
+                "or name a Hugging Face folder"
+            )
+        return source
+
+    def engine(
+        self, source: Path | None, *, shape: Qwen3Shape | None = None, steps: int = 0, **optimizer: Any
+    ) -> Engine:
+        """An engine with the weights of `source` (None: fresh ones of `shape`).
+
+        steps > 0 makes it train for so many steps, by this stage's settings or those in `optimizer`.
+        """
+        if source is not None:
+            shape = shape_of(source)
+        assert shape is not None
+        spec = replace(self._optimizer(steps), **optimizer) if steps else None
+        engine = Engine(shape, self.config.layout, seed=self.seed("init"), optimizer=spec)
+        if source is not None:
+            engine.load_hf(source)
+        return engine
+
+    def _optimizer(self, steps: int) -> OptimizerSpec:
+        c = self.config
+        return OptimizerSpec(
+            lr=c.lr, steps=steps, kind=c.optimizer, adam_lr=c.adam_lr, min_lr=c.min_lr,
+            warmup_steps=c.warmup_steps, decay=c.decay, weight_decay=c.weight_decay,
+            clip_grad=c.clip_grad, betas=c.betas,
+        )  # fmt: skip
+
+    def sampler(self, engine: Engine) -> InProcessSampler:
+        return InProcessSampler(engine, self.tokenizer)
+
+    def log(self, total: int, part: str = "") -> Log:
+        folder = self.dir / part
+        folder.mkdir(exist_ok=True)
+        return Log(folder, total)
+
+    # -- what it leaves --------------------------------------------------------------------------
+
+    @property
+    def leads(self) -> bool:
+        return dist.get_rank() == 0
+
+    def write(self, name: str, content: Any) -> None:
+        """A JSON file in the stage's folder, from rank 0, whole or not at all."""
+        if self.leads:
+            path = self.dir / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(content, ensure_ascii=False, indent=1))
+            os.replace(partial, path)
+
+    def prepared(self, name: str) -> bool:
+        """Did an earlier try of this stage finish preparing `data/<name>`? (same on every rank)"""
+        found = (self.data / name).exists()
+        dist.barrier()
+        return found
+
+    def save_hf(self, engine: Engine, folder: Path | None = None) -> None:
+        """A folder that transformers loads, tokenizer and chat template included."""
+        folder = folder or self.dir / "hf"
+        tokens = {"eos_token_id": self.tokenizer.eos, "pad_token_id": self.tokenizer.eod}
+        engine.save_hf(folder, tokens)
+        if self.leads:
+            for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                source = self.tokenizer.path / file
+                if source.exists():
+                    (folder / file).write_bytes(source.read_bytes())
+
+    def finish(self, engine: Engine, evaluation: dict[str, Any]) -> None:
+        """Weights, evaluation, and DONE as the last thing."""
+        self.save_hf(engine)
+        self.write("eval.json", evaluation)
+        if self.leads:
+            (self.dir / "DONE").touch()
+        dist.barrier()
+
+
+def extended(positions: Positions, original: int, factor: float, chunk: int, local: int) -> Positions:
+    """The same model at `factor` times its trained length: YaRN and dual-chunk attention."""
+    return replace(
+        positions, yarn_factor=factor, original_length=original, chunk_size=chunk, local_size=local
+    )

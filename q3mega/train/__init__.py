@@ -1,0 +1,1 @@
+"""The two loops: predict under a mask, and roll out - score - credit - update."""

@@ -1,0 +1,54 @@
+"""The first loop: predict the next token under a mask. Five of the nine stages are this loop."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from q3mega.algorithms.losses import normalise, supervised
+from q3mega.data.batch import Batch, Sample, pack
+from q3mega.engine import Engine, LossFn, parallel
+from q3mega.train.log import Log
+
+
+def shard(samples: Sequence[Sample], capacity: int) -> list[Batch]:
+    """This data-parallel rank's part of a global batch, in micro-batches of `capacity` tokens.
+
+    Longest first to the rank with the least, so that ranks finish together.
+    """
+    size, rank = parallel.data_size(), parallel.data_rank()
+    loads, mine = [0] * size, []
+    for sample in sorted(samples, key=len, reverse=True):
+        lightest = loads.index(min(loads))
+        loads[lightest] += len(sample)
+        if lightest == rank:
+            mine.append(sample)
+    return pack(mine, capacity)
+
+
+def train(
+    engine: Engine,
+    draw: Callable[[int], list[Sample]],
+    *,
+    steps: int,
+    capacity: int,
+    folder: Path,
+    log: Log,
+    save_every: int,
+    loss_fn: LossFn = supervised,
+    prepare: Callable[[list[Batch]], None] | None = None,
+) -> None:
+    """Steps 1..steps; `draw(step)` is the global batch of a step and depends on nothing else.
+
+    `prepare` may add columns to this rank's micro-batches (a teacher's hidden states).
+    """
+    resumed = engine.load_latest(folder)
+    first = resumed[0] if resumed else 0
+    log.resume(first)
+    for step in range(first + 1, steps + 1):
+        samples = draw(step)
+        batches = shard(normalise(samples), capacity)
+        if prepare:
+            prepare(batches)
+        metrics = engine.train_step(batches, loss_fn)
+        log.step(step, tokens=sum(map(len, samples)), **metrics)
+        if step % save_every == 0 and step < steps:
+            engine.save(folder, step, {})

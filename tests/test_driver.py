@@ -1,0 +1,258 @@
+"""The driver and the command line, on real processes that stand in for the stages."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from q3mega import cli, driver
+from q3mega.driver import StageFailed, last_metrics, run
+from q3mega.errors import UserError
+from q3mega.recipe import Recipe
+
+RECIPE = """
+name: tiny
+seed: 7
+tokenizer: {vocab_size: 512}
+model: {layers: 2, hidden: 64, heads: 2, kv_heads: 2, head_dim: 32, ffn: 128}
+layout: {processes: 2}
+stages: {pretrain_general: {lr: 1e-3}, cold_start: {lr: 1e-3, layout: {processes: 1}}}
+"""
+
+# Counts up in metrics.jsonl, ten steps a stage, and goes on where a cut run stopped. BEHAVE says
+# in which way it goes wrong, and in which stage.
+STAGE = """
+import json, os, pathlib, sys, time
+
+run_dir, stage = pathlib.Path(sys.argv[1]), sys.argv[2]
+folder = next(run_dir.glob("*-" + stage))
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+print("rank", rank, "of", world, "port", os.environ["MASTER_PORT"])
+(folder / f"pid{rank}").write_text(str(os.getpid()))
+where, _, how = os.environ.get("BEHAVE", "").partition(":")
+how = how if where == stage else ""
+if how == "bad_input" and rank == world - 1:
+    print("Traceback: noise", file=sys.stderr)
+    print("error: the corpus is empty", file=sys.stderr)
+    sys.exit(2)
+if how == "bad_input":
+    time.sleep(0.3)
+    sys.exit(1)  # what a peer's loss looks like
+if how == "crash" and rank == 0:
+    raise ValueError("loss is nan")
+if how == "no_done":
+    sys.exit(0)
+if rank == 0:
+    metrics = folder / "metrics.jsonl"
+    done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    with open(metrics, "a") as file:
+        for step in range(done + 1, 11):
+            line = {"step": step, "total": 10, "loss": 1 / step, "pid": os.getpid()}
+            print(json.dumps(line), file=file, flush=True)
+            if how == "hang" and step == 4:
+                time.sleep(600)
+if how in ("hang", "crash"):
+    time.sleep(600)
+if rank == 0:
+    (folder / "hf").mkdir(exist_ok=True)
+    result = {"accuracy": {"value": 0.5, "n": 100, "low": 0.4, "high": 0.6}}
+    (folder / "eval.json").write_text(json.dumps(result))
+    names = ("OMP_NUM_THREADS", "MKL_CBWR", "PYTHONHASHSEED", "HF_HUB_OFFLINE", "LOCAL_RANK")
+    (folder / "env.json").write_text(json.dumps({name: os.environ[name] for name in names}))
+    (folder / "DONE").touch()
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "stand_in_stage.py").write_text(STAGE)
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    inherited = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'code'}{os.pathsep}{inherited}")
+    return Recipe.load(tmp_path / "tiny.yaml")
+
+
+def go(recipe: Recipe, run_dir: Path, only: str | None = None, start: str | None = None) -> Path:
+    return run(recipe, run_dir, only=only, start=start, module="stand_in_stage")
+
+
+def pids(run_dir: Path) -> list[int]:
+    return [int(path.read_text()) for path in run_dir.glob("*/pid*") if path.read_text()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "gave up waiting"
+        time.sleep(0.05)
+
+
+def driver_process(tmp_path: Path) -> subprocess.Popen[str]:
+    code = (
+        "import sys; from q3mega.driver import run; from q3mega.recipe import Recipe; "
+        "run(Recipe.load(sys.argv[1]), sys.argv[2], module='stand_in_stage')"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "tiny.yaml", tmp_path / "run"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_run_leaves_the_folder_of_the_design(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = go(recipe, tmp_path / "run")
+    assert report == tmp_path / "run" / "report.html" and report.exists()
+    assert Recipe.load(tmp_path / "run" / "recipe.yaml") == recipe
+    first, second = tmp_path / "run" / "01-pretrain_general", tmp_path / "run" / "02-cold_start"
+    assert (first / "DONE").exists() and (second / "DONE").exists()
+    log = (first / "log.txt").read_text()
+    assert "rank 0 of 2" in log and "rank 1 of 2" in log
+    assert "rank 0 of 1" in (second / "log.txt").read_text()
+    environment = json.loads((second / "env.json").read_text())
+    assert environment["MKL_CBWR"] == "AVX2" and environment["PYTHONHASHSEED"] == "0"
+    assert int(environment["OMP_NUM_THREADS"]) >= 1 and environment["LOCAL_RANK"] == "0"
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["cold_start"]["accuracy"] == {"value": 0.5, "n": 100, "low": 0.4, "high": 0.6}
+    printed = capsys.readouterr().out
+    assert "cold_start:  done  10/10  loss 0.1000" in printed
+    assert str(report) in printed and "0.4 to 0.6" in printed
+
+
+def test_finished_stages_are_skipped(recipe: Recipe, tmp_path: Path) -> None:
+    go(recipe, tmp_path / "run")
+    before = (tmp_path / "run" / "02-cold_start" / "log.txt").read_text()
+    go(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "02-cold_start" / "log.txt").read_text() == before
+
+
+def test_only_and_from(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"01-pretrain_general/hf, .*cold_start\.init"):
+        go(recipe, tmp_path / "run", start="cold_start")
+    go(recipe, tmp_path / "run", only="pretrain_general")
+    assert not (tmp_path / "run" / "02-cold_start").exists()
+    go(recipe, tmp_path / "run", start="cold_start")
+    assert (tmp_path / "run" / "02-cold_start" / "DONE").exists()
+    with pytest.raises(UserError, match=r"--only cold_stat .*nearest is cold_start"):
+        go(recipe, tmp_path / "run", only="cold_stat")
+
+
+def test_another_recipe_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    go(recipe, tmp_path / "run")
+    other = Recipe.load(tmp_path / "tiny.yaml", ["cold_start.lr=0.5", "seed=8"])
+    with pytest.raises(UserError) as caught:
+        go(other, tmp_path / "run")
+    assert "seed (7 -> 8), stages.cold_start.lr (0.001 -> 0.5)" in str(caught.value)
+    assert "--run-dir" in str(caught.value)
+
+
+def test_bad_input_in_one_rank_is_the_reason_given(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEHAVE", "pretrain_general:bad_input")
+    with pytest.raises(UserError, match=r"^pretrain_general: the corpus is empty$"):
+        go(recipe, tmp_path / "run")
+
+
+def test_a_crash_shows_the_log_and_ends_the_other_rank(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEHAVE", "pretrain_general:crash")
+    with pytest.raises(StageFailed) as caught:
+        go(recipe, tmp_path / "run")
+    assert "exit code 1" in str(caught.value) and "01-pretrain_general/log.txt" in str(caught.value)
+    assert "\nValueError: loss is nan" in str(caught.value)
+    assert len(pids(tmp_path / "run")) == 2 and not any(map(alive, pids(tmp_path / "run")))
+    # The next attempt goes on, and its own failure does not quote the old one.
+    monkeypatch.setenv("BEHAVE", "pretrain_general:no_done")
+    with pytest.raises(StageFailed) as caught:
+        go(recipe, tmp_path / "run")
+    assert "no DONE written" in str(caught.value) and "nan" not in str(caught.value)
+
+
+def test_too_little_disk(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "MIN_FREE_BYTES", 2**60)
+    with pytest.raises(UserError, match="free disk and pretrain_general needs"):
+        go(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])
+def test_killing_the_driver_ends_the_stage_and_a_new_run_goes_on(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = tmp_path / "run" / "01-pretrain_general"
+    monkeypatch.setenv("BEHAVE", "pretrain_general:hang")
+    process = driver_process(tmp_path)
+    wait_for(lambda: last_metrics(folder).get("step") == 4 and len(pids(tmp_path / "run")) == 2)
+    with pytest.raises(UserError, match=f"in use by process {process.pid}: .*--run-dir"):
+        go(recipe, tmp_path / "run")
+    ranks = pids(tmp_path / "run")
+    assert all(map(alive, ranks))
+    process.send_signal(signal.Signals[name])
+    process.communicate()
+    wait_for(lambda: not any(map(alive, ranks)))
+    monkeypatch.delenv("BEHAVE")
+    go(recipe, tmp_path / "run")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 11))
+    assert len({record["pid"] for record in records[:4]}) == 1
+    assert records[4]["pid"] != records[3]["pid"]
+
+
+def test_the_last_whole_line_counts(tmp_path: Path) -> None:
+    assert last_metrics(tmp_path) == {}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1}\n{"step": 2, "x": "' + "y" * 50 + '"}\n{"note": 1}\n{"step": 3, "l'
+    )
+    assert last_metrics(tmp_path)["step"] == 2
+    path.write_text('{"st')
+    assert last_metrics(tmp_path) == {}
+
+
+def test_command_line_errors(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, run_dir = str(tmp_path / "tiny.yaml"), str(tmp_path / "run")
+    assert cli.main(["run", str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("error: recipe ")
+    # Overrides are taken on either side of the options, the later one last.
+    assert cli.main(["run", file, "seed=-1", "--run-dir", run_dir, "seed=-2"]) == 2
+    assert "seed=-2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["run", file, "--no-such-option"])
+    assert cli.main(["report", run_dir]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_the_run_folder_is_named_after_the_recipe(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("name: tiny", "name: by-name"))
+    command = [sys.executable, "-m", "q3mega.cli", "run", "tiny.yaml", "--only", "cold_start"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "starts from runs/by-name/01-" in done.stderr
+
+
+def test_doctor_names_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
+    assert lines["torch"][0].isdigit() and lines["cpu"]

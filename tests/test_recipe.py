@@ -1,0 +1,248 @@
+"""Recipes: what loads, what is refused and in which words."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from q3mega.errors import UserError
+from q3mega.model.sizes import QWEN3
+from q3mega.recipe import STAGES, Layout, ModelSpec, Recipe, check_layout
+
+TINY = """
+name: tiny
+seed: 7
+tokenizer: {vocab_size: 512}
+model: {layers: 4, hidden: 64, heads: 4, kv_heads: 2, head_dim: 32, ffn: 128}
+layout: {processes: 2, tensor: 2}
+stages:
+  pretrain_general: {lr: 1e-3, optimizer: muon}
+  cold_start: {lr: 3e-4, layout: {tensor: 1}}
+  reasoning_rl: {lr: 1e-4, decay: linear, betas: [0.9, 0.99]}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        Recipe.load(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_values_and_stage_layouts(tiny: Path) -> None:
+    recipe = Recipe.load(tiny)
+    assert list(recipe.stages) == ["pretrain_general", "cold_start", "reasoning_rl"]
+    assert all(type(stage) is STAGES[name] for name, stage in recipe.stages.items())
+    assert recipe.stages["pretrain_general"].lr == 1e-3  # written without a dot, as YAML 1.2 allows
+    assert recipe.stages["pretrain_general"].layout == Layout(processes=2, tensor=2)
+    assert recipe.stages["cold_start"].layout == Layout(processes=2, tensor=1)
+    assert recipe.stages["reasoning_rl"].betas == (0.9, 0.99)
+
+
+def test_stages_keep_the_order_of_the_file(tmp_path: Path) -> None:
+    raw = yaml.safe_load(TINY)
+    raw["stages"] = dict(reversed(raw["stages"].items()))
+    path = tmp_path / "back.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    recipe = Recipe.load(path)
+    assert list(recipe.stages) == ["reasoning_rl", "cold_start", "pretrain_general"]
+    assert recipe.stage_dir("runs/x", "cold_start") == Path("runs/x/02-cold_start")
+
+
+def test_where_a_stage_starts(tiny: Path) -> None:
+    recipe = Recipe.load(tiny, ["reasoning_rl.init=other/hf"])
+    assert recipe.init_dir("r", "pretrain_general") is None
+    assert recipe.init_dir("r", "cold_start") == Path("r/01-pretrain_general/hf")
+    assert recipe.init_dir("r", "reasoning_rl") == Path("other/hf")
+
+
+def test_overrides_are_yaml_at_dotted_paths(tiny: Path) -> None:
+    recipe = Recipe.load(
+        tiny,
+        ["cold_start.lr=5e-5", "model.hidden=128", "stages.reasoning_rl.betas=[0.8, 0.9]",
+         "layout.distributed_optimizer=false", "reasoning_rl.layout.pipeline=1",
+         "cold_start.init=null"],
+    )  # fmt: skip
+    assert recipe.stages["cold_start"].lr == 5e-5
+    assert recipe.model.hidden == 128
+    assert recipe.stages["reasoning_rl"].betas == (0.8, 0.9)
+    assert not recipe.stages["cold_start"].layout.distributed_optimizer
+
+
+def test_dump_holds_every_value_and_loads_back(tiny: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(tiny)
+    recipe.dump(tmp_path / "resolved.yaml")
+    assert Recipe.load(tmp_path / "resolved.yaml") == recipe
+    stage = yaml.safe_load((tmp_path / "resolved.yaml").read_text())["stages"]["cold_start"]
+    assert stage["save_every"] == 50 and stage["layout"]["processes"] == 2
+    assert stage["optimizer"] == "adamw" and float(stage["lr"]) == 3e-4
+
+
+def test_model_by_size_and_derived_from_it() -> None:
+    assert ModelSpec.model_validate({"size": "qwen3-8b"}).shape() == QWEN3["qwen3-8b"]
+    moe = ModelSpec.model_validate({"size": "qwen3-30b-a3b", "layers": 2})
+    assert moe.shape() == dataclasses.replace(QWEN3["qwen3-30b-a3b"], layers=2)
+    assert moe.shape(vocab=512).vocab == 512
+    assert ModelSpec.model_validate(moe.model_dump()) == moe
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("cold_start.learning_rte=3", ["stages.cold_start.learning_rte=3", "not a field"]),
+        ("cold_start.warmup_step=3", ["nearest is stages.cold_start.warmup_steps"]),
+        ("stages.cold_stat={}", ["nearest is stages.cold_start"]),
+        ("modle.hidden=3", ["modle=", "nearest is model"]),
+        ("reasoning_rl.layout.tensr=2", ["nearest is stages.reasoning_rl.layout.tensor"]),
+        ("student.hiden=2", ["student.", "is missing"]),
+        ("cold_start.lr=-1", ["stages.cold_start.lr=-1", "greater than 0"]),
+        ("cold_start.lr=.nan", ["stages.cold_start.lr=nan", "finite"]),
+        ("cold_start.lr=fast", ["stages.cold_start.lr='fast'", "valid number"]),
+        ("cold_start.min_lr=1", ["stages.cold_start", "min_lr=1.0", "lr=0.0003"]),
+        ("cold_start.betas=[0.9]", ["stages.cold_start.betas", "missing"]),
+        ("cold_start.optimizer=adam", ["optimizer='adam'", "'adamw' or 'muon'"]),
+        ("cold_start=null", ["stages.cold_start=None", "dict"]),
+        ("seed=-1", ["seed=-1", "greater than or equal to 0"]),
+        ("layout.processes=0", ["layout.processes=0", "greater than 0"]),
+        ("layout.processes=1.5", ["layout.processes=1.5", "integer"]),
+        ("tokenizer.path=here", ["tokenizer", "vocab_size", "path"]),
+        ("model.heads=3", ["model.heads=3", "model.kv_heads=2"]),
+        ("model.experts=4", ["model", "experts=4", "moe_ffn"]),
+        ("model.size=qwen3-9b", ["model.size='qwen3-9b'", "'qwen3-8b'"]),
+        ("name=../up", ["name='../up'"]),
+        ("stages={}", ["at least one of", "cold_start"]),
+        ("mode_fusion.lr=1", ["no stage mode_fusion"]),
+        ("model.hidden.x=1", ["hidden=64", "no fields"]),
+        ("model.hidden", ["stage.field=value"]),
+        ("model..hidden=1", ["stage.field=value"]),
+        ("model.hidden=[1", ["not valid YAML"]),
+        ("stages.distill_on_policy={lr: 1}", ["stages.distill_on_policy", "student section"]),
+    ],
+)
+def test_bad_values_are_named(tiny: Path, override: str, words: list[str]) -> None:
+    message = refusal(tiny, override)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: [", ["line 1", "not valid YAML"]),
+        ("- a", ["must be a mapping"]),
+        ("", ["must be a mapping"]),
+        ("name: a\nname: b", ["line 1", "'name' is given twice"]),
+        ("name: 2024-99-99", ["not valid YAML"]),
+        ("{[1]: 2}", ["not valid YAML"]),
+        ("[" * 5000, ["not valid YAML"]),
+        ("name: !!python/object/apply:os.getcwd []", ["not valid YAML"]),
+        (TINY.replace("seed: 7", ""), ["seed is missing"]),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    message = refusal(path)
+    assert all(word in message for word in words), message
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    assert "No such file" in refusal(tmp_path / "none.yaml")
+    assert "cannot be read" in refusal(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
+    assert "UTF-8" in refusal(tmp_path / "latin.yaml")
+
+
+MOE = {"experts": 8, "moe_ffn": 64}
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "words"),
+    [
+        ({"processes": 6, "tensor": 2, "pipeline": 2}, {}, "pipeline * context=4 does not divide"),
+        ({"processes": 3, "tensor": 3}, {}, "tensor=3 does not divide heads=4"),
+        ({"processes": 4, "tensor": 4}, {}, "tensor=4 does not divide kv_heads=2"),
+        ({"processes": 2, "tensor": 2}, {"ffn": 127}, "tensor=2 does not divide ffn=127"),
+        ({"processes": 3, "pipeline": 3}, {}, "pipeline * virtual_pipeline=3 does not divide"),
+        ({"processes": 2, "pipeline": 2, "virtual_pipeline": 4}, {}, "=8 does not divide layers=4"),
+        ({"processes": 1, "virtual_pipeline": 2}, {}, "needs layout.pipeline > 1"),
+        ({"processes": 1, "sequence_parallel": True}, {}, "needs layout.tensor > 1"),
+        ({"processes": 2, "expert": 2}, {}, "needs a model with experts"),
+        ({"processes": 3, "expert": 3}, MOE, "expert=3 does not divide experts=8"),
+        ({"processes": 2, "expert": 4}, MOE, "expert * expert_tensor * pipeline=4"),
+        ({"processes": 3, "expert_tensor": 3}, MOE, "expert_tensor=3 does not divide moe_ffn=64"),
+        ({"processes": 2, "tensor": 2}, MOE, "needs layout.sequence_parallel=true"),
+    ],
+)
+def test_layouts_that_do_not_fit(layout: dict[str, Any], model: dict[str, Any], words: str) -> None:
+    spec = yaml.safe_load(TINY)["model"] | model
+    with pytest.raises(UserError) as caught:
+        check_layout(Layout(**layout), ModelSpec(**spec))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "model"),
+    [
+        ({"processes": 8, "tensor": 2, "pipeline": 2, "context": 2}, {}),
+        ({"processes": 2, "pipeline": 2, "virtual_pipeline": 2}, {}),
+        ({"processes": 4, "tensor": 2, "expert": 4, "sequence_parallel": True}, MOE),
+        ({"processes": 4, "expert": 2, "pipeline": 2}, MOE),
+    ],
+)
+def test_layouts_that_fit(layout: dict[str, Any], model: dict[str, Any]) -> None:
+    check_layout(Layout(**layout), ModelSpec(**(yaml.safe_load(TINY)["model"] | model)))
+
+
+def test_a_stage_that_does_not_fit_is_named(tiny: Path) -> None:
+    assert "stages.cold_start (model): layout" in refusal(tiny, "cold_start.layout.pipeline=3")
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(scalars, inner, max_size=3),
+    max_leaves=6,
+)
+paths = st.sampled_from(
+    ["name", "seed", "tokenizer", "model", "student", "layout", "stages", "cold_start"]
+    + [f"cold_start.{field}" for field in STAGES["cold_start"].model_fields]
+    + [f"model.{field}" for field in ModelSpec.model_fields]
+    + [f"cold_start.layout.{field}" for field in Layout.model_fields]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(path=paths, value=values)
+def test_any_override_loads_and_dumps_or_is_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, path: str, value: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "in.yaml").write_text(TINY)
+    try:
+        recipe = Recipe.load(folder / "in.yaml", [f"{path}={yaml.safe_dump(value)}"])
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    recipe.dump(folder / "out.yaml")
+    assert Recipe.load(folder / "out.yaml") == recipe
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(alphabet=" \n:-[]{},&*!|>'\"#?%ab1.e", max_size=60))
+def test_any_text_is_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    path = tmp_path_factory.mktemp("text") / "in.yaml"
+    path.write_text(text)
+    refusal(path)
