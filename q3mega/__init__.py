@@ -1,20 +1,28 @@
-"""q3mega: the Qwen3 recipe, from raw text to a distilled small model that thinks, on megatron-core."""
+"""The Qwen3 recipe on megatron-core, from raw text to a distilled small model that thinks."""
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from q3mega import ops
+    from q3mega.driver import run
+    from q3mega.recipe import Recipe
+
+__all__ = ["Recipe", "ops", "run"]
 __version__ = "0.1.0"
 
-_LAZY = {"Recipe": "q3mega.recipe", "run": "q3mega.driver"}
+_HOME = {"Recipe": "q3mega.recipe", "run": "q3mega.driver"}
 
 _root = Path(__file__).resolve().parent.parent
-if (_root / "csrc").is_dir() and not (Path(__file__).parent / "kernels").exists():
+if (_root / "csrc").is_dir() and not (_root / "q3mega" / "kernels").exists():
     __path__.append(str(_root))  # a plain checkout: q3mega.kernels is ./kernels
 
 
 def __getattr__(name: str) -> Any:
-    """`Recipe` and `run`, imported when first asked for: `import q3mega` stays light."""
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    """The public names, imported when first asked for: `import q3mega` stays light."""
+    if name == "ops":
+        return import_module("q3mega.ops")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'q3mega' has no attribute {name!r}")

@@ -84,7 +84,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     for name, finding in _findings():
-        print(f"{name:<24} {finding}")
+        print(f"{name:<32} {finding}")
     return 0
 
 
@@ -98,6 +98,13 @@ def _findings() -> Iterator[tuple[str, str]]:
         yield "cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         yield "gpu", ", ".join(cards) or "none"
+        from q3mega.ops import dispatch
+
+        for op in dispatch.OPERATORS:
+            for backend, state in dispatch.backends(op).items():
+                yield f"{op} {backend}", state
+    built = importlib.util.find_spec("q3mega._data")
+    yield "C++ data helpers", str(built.origin) if built else "not built: pip install ."
 
 
 def _version(package: str) -> str:

@@ -56,7 +56,10 @@ def run(
     """
     run_dir = Path(run_dir)
     stages = _chosen(recipe, only, start)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
     with _lock(run_dir), _Progress(recipe) as progress:
         _keep_recipe(recipe, run_dir)
         for stage in stages:
@@ -64,7 +67,7 @@ def run(
             if (folder / "DONE").exists():
                 progress.show(stage, folder, "done before")
                 continue
-            _check_ready(recipe, run_dir, stage)
+            _check_disk(run_dir, stage)
             folder.mkdir(exist_ok=True)
             _run_stage(recipe, run_dir, stage, module, progress)
     return report.publish(run_dir)
@@ -105,8 +108,10 @@ def _keep_recipe(recipe: Recipe, run_dir: Path) -> None:
     if not path.exists():
         recipe.dump(path)
         return
-    before = _flat(Recipe.load(path).model_dump(mode="json"))
-    now = _flat(recipe.model_dump(mode="json"))
+    before, now = (
+        _flat(r.model_dump(mode="json")) | {"order of stages": list(r.stages)}
+        for r in (Recipe.load(path), recipe)
+    )
     changed = [key for key in before | now if before.get(key) != now.get(key)]
     if changed:
         shown = ", ".join(f"{key} ({before.get(key)} -> {now.get(key)})" for key in changed[:3])
@@ -124,17 +129,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_ready(recipe: Recipe, run_dir: Path, stage: str) -> None:
+def _check_disk(run_dir: Path, stage: str) -> None:
     if (free := shutil.disk_usage(run_dir).free) < MIN_FREE_BYTES:
         raise UserError(
             f"{run_dir} has {free >> 20} MB of free disk and {stage} needs "
             f"{MIN_FREE_BYTES >> 20} MB: free some, or choose another --run-dir"
-        )
-    source = recipe.init_dir(run_dir, stage)
-    if source is not None and not source.is_dir():
-        raise UserError(
-            f"{stage} starts from {source}, which is not there: "
-            f"run the stage before it, or set {stage}.init to a Hugging Face folder"
         )
 
 
@@ -240,22 +239,31 @@ def _failure(stage: str, code: int, log: Path, size: int) -> Exception:
     return StageFailed("\n".join([f"{stage} failed ({how}), see {log}", *lines[-15:]]))
 
 
-def last_metrics(folder: Path) -> dict[str, Any]:
-    """The last whole line of metrics.jsonl that counts steps; {} before there is one."""
+def recent_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The last whole lines of metrics.jsonl that count steps, at most twenty, oldest first."""
     try:
         with open(folder / "metrics.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65_536))
             lines = file.read().splitlines()
     except FileNotFoundError:
-        return {}
-    for line in reversed(lines):
-        try:
+        return []
+    records = []
+    for line in lines[-20:]:
+        with suppress(ValueError):  # cut at either end
             record = json.loads(line)
-        except ValueError:  # cut at either end
-            continue
-        if isinstance(record, dict) and "step" in record:
-            return record
-    return {}
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
+    return records
+
+
+def _speed(records: Sequence[Mapping[str, Any]]) -> str:
+    """Tokens a second over the steps between the first and the last record."""
+    try:
+        seconds = records[-1]["seconds"] - records[0]["seconds"]
+        tokens = sum(record["tokens"] for record in records[1:])
+    except (IndexError, KeyError):
+        return ""
+    return f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""  # < 0: resumed in between
 
 
 class _Progress:
@@ -282,7 +290,8 @@ class _Progress:
     def show(self, stage: str, folder: Path, state: str) -> None:
         now = time.monotonic()
         elapsed = now - self.started.setdefault(stage, now)
-        last = last_metrics(folder)
+        records = recent_metrics(folder)
+        last = records[-1] if records else {}
         row = [f"{last['step']}/{last.get('total', '?')}" if last else ""]
         for key in ("reward", "loss"):
             if isinstance(value := last.get(key), int | float):
@@ -290,8 +299,7 @@ class _Progress:
                 break
         else:
             row.append("")
-        speed = last.get("tokens_per_s")
-        row.append(f"{speed:,.0f} tokens/s" if isinstance(speed, int | float) else "")
+        row.append(_speed(records))
         row.append("" if state == "done before" else f"{elapsed:.0f} s")
         self.rows[stage] = [state, *row]
         if self.live:

@@ -28,7 +28,7 @@ from q3mega.errors import UserError
 from q3mega.model.sizes import QWEN3, Qwen3Shape
 from q3mega.sections import Section, explain, field_names, override, parse_yaml, short
 
-Kind = Literal["prose", "code", "science", "facts", "worked", "direct", "chat", "retrieval"]
+Kind = Literal["prose", "code", "science", "facts", "worked", "direct", "chat", "retrieval", "retrieval_long"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -174,7 +174,7 @@ class Extension(Section):
     factor: PositiveFloat = 4.0
     chunk_size: PositiveInt
     local_size: PositiveInt
-    documents: PositiveInt = 400  # of the retrieval evaluation, per length and position scheme
+    documents: PositiveInt = 100  # of the retrieval evaluation, four questions each
 
 
 class Pretrain(StageConfig, PretrainSettings):
@@ -386,13 +386,6 @@ class Recipe(Section):
     def stage_dir(self, run_dir: str | Path, stage: str) -> Path:
         """The folder of `stage`, numbered by its place in this recipe from 1."""
         return Path(run_dir) / f"{list(self.stages).index(stage) + 1:02d}-{stage}"
-
-    def init_dir(self, run_dir: str | Path, stage: str) -> Path | None:
-        """The weights `stage` starts from: its `init`, else the previous stage's hf/, if any."""
-        if (own := self.stages[stage].init) is not None:
-            return Path(own)
-        place = list(self.stages).index(stage)
-        return self.stage_dir(run_dir, list(self.stages)[place - 1]) / "hf" if place else None
 
 
 def _over(default: Any, own: Any) -> Any:

@@ -19,7 +19,7 @@ from q3mega.errors import UserError
 
 Evals = dict[str, dict[str, Any]]
 
-_TRACES = ("loss", "reward", "entropy", "response_length")
+_TRACES = {"loss": "loss", "reward": "reward", "entropy": "entropy", "length": "response length"}
 _SAMPLES = 3
 _SAMPLE_CHARS = 2_000
 _STYLE = """
@@ -168,9 +168,12 @@ def _curves(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
 
 def _curve(stage: str, name: str, curve: Mapping[str, Any]) -> str:
     figure, axes = _figure(1)
-    axes[0].plot(curve["x"], curve["y"], marker="o")
-    if curve.get("low") and curve.get("high"):
-        axes[0].fill_between(curve["x"], curve["low"], curve["high"], alpha=0.2)
+    for label, line in (curve.get("series") or {"": curve}).items():
+        axes[0].plot(line["x"], line["y"], marker="o", label=label)
+        if line.get("low") and line.get("high"):
+            axes[0].fill_between(line["x"], line["low"], line["high"], alpha=0.2)
+    if "series" in curve:
+        axes[0].legend()
     axes[0].set_xlabel(curve.get("xlabel", ""), parse_math=False)
     axes[0].set_ylabel(curve.get("ylabel", ""), parse_math=False)
     title = f"{name.replace('_', ' ').capitalize()} ({stage})"
@@ -190,7 +193,7 @@ def _training(folder: Path) -> str:
     figure, axes = _figure(len(traces))
     for axis, (key, points) in zip(axes, traces.items(), strict=True):
         axis.plot(*zip(*points, strict=True), linewidth=1)
-        axis.set_title(key.replace("_", " "))
+        axis.set_title(_TRACES[key])
         axis.set_xlabel("step")
     return _image(figure, f"training of {folder.name}")
 

@@ -146,6 +146,15 @@ def test_the_page_shows_values_pictures_and_marks(
     assert "entropy_ratio" in capsys.readouterr().out
 
 
+def test_a_comparison_of_curves_is_one_picture_that_names_them(tmp_path: Path) -> None:
+    series = {"on-policy": curve([0.4, 0.6]), "RL": curve([0.4, 0.5])}
+    compared = {"xlabel": "FLOPs", "ylabel": "accuracy", "series": series}
+    evals = {"distill_on_policy": {"curves": {"distillation_flops": compared}}}
+    page = publish(write(tmp_path / "run", evals)).read_text()
+    assert page.count("data:image/png") == 1
+    assert "Distillation flops (distill_on_policy)" in page
+
+
 def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
     attack = "<script>alert('x')</script>"
     evals = {"cold_start": {attack: metric(0.5), "curves": {attack: curve([0.1, 0.2])},

@@ -1,9 +1,9 @@
 // Data indices that Python loops are too slow for: best-fit packing and blending of datasets.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <numeric>
 #include <set>
@@ -16,8 +16,9 @@ namespace py = pybind11;
 
 namespace {
 
-using Lengths = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
-using Weights = py::array_t<double, py::array::c_style | py::array::forcecast>;
+// Without forcecast: a length of 1.5 is a TypeError, not silently 1.
+using Lengths = py::array_t<std::int64_t, py::array::c_style>;
+using Weights = py::array_t<double, py::array::c_style>;
 
 // Best-fit decreasing: the longest sequence first, each into the fullest bin that still takes it.
 // O(n log n); equal lengths keep their order, so the result is a function of the input alone.
@@ -68,17 +69,25 @@ py::list BestFitPack(const Lengths& lengths, std::int64_t capacity) {
   return out;
 }
 
-// At each place, the dataset that lags its share the most; every prefix is as close to the weights
-// as whole samples allow.
+// At each place, the dataset that lags its share the most (the first of equals), so that every
+// prefix follows the weights closely.
 py::tuple BlendIndex(const Weights& weights, std::int64_t n) {
   const std::int64_t k = weights.size();
   const double* w = weights.data();
+  if (n < 0) throw std::invalid_argument("n=" + std::to_string(n) + " must be at least 0");
   double sum = 0;
   for (std::int64_t d = 0; d < k; ++d) {
-    if (!(w[d] >= 0)) throw std::invalid_argument("weights must not be negative");
+    if (!(w[d] >= 0)) {
+      throw std::invalid_argument("weights[" + std::to_string(d) + "]=" + std::to_string(w[d]) +
+                                  " must not be negative");
+    }
     sum += w[d];
   }
-  if (!(sum > 0) || n < 0) throw std::invalid_argument("weights must have a positive sum, n >= 0");
+  if (!(sum > 0 && std::isfinite(sum))) {
+    throw std::invalid_argument("weights must have a positive, finite sum");
+  }
+  std::vector<double> share(w, w + k);
+  for (double& s : share) s /= sum;
   py::array_t<std::int32_t> dataset(n);
   py::array_t<std::int64_t> sample(n);
   std::int32_t* out_dataset = dataset.mutable_data();
@@ -90,8 +99,8 @@ py::tuple BlendIndex(const Weights& weights, std::int64_t n) {
       std::int64_t best = -1;
       double lag = 0;
       for (std::int64_t d = 0; d < k; ++d) {
-        const double behind = w[d] / sum * static_cast<double>(i + 1) - static_cast<double>(count[d]);
-        if (w[d] > 0 && (best < 0 || behind > lag)) {
+        const double behind = share[d] * static_cast<double>(i + 1) - static_cast<double>(count[d]);
+        if (share[d] > 0 && (best < 0 || behind > lag)) {
           best = d;
           lag = behind;
         }
@@ -108,9 +117,15 @@ py::tuple BlendIndex(const Weights& weights, std::int64_t n) {
 PYBIND11_MODULE(_data, m) {
   m.doc() = "Data indices in C++: best-fit packing and blending.";
   m.def("best_fit_pack", &BestFitPack, py::arg("lengths"), py::arg("capacity"),
-        "Bins of indices whose lengths sum to at most `capacity` (best-fit decreasing).\n\n"
-        "Raises ValueError for a length below 1 or above capacity.");
+        R"(Pack sequences into as few bins as best-fit decreasing needs.
+
+lengths (n,) int64, tokens. Returns a list of bins, each an int64 array of indices into lengths
+whose lengths sum to at most capacity; the same input gives the same bins.
+Raises ValueError for a length below 1 or above capacity.)");
   m.def("blend_index", &BlendIndex, py::arg("weights"), py::arg("n"),
-        "(dataset (n,) int32, sample (n,) int64): which dataset's how-manieth sample comes when.\n\n"
-        "Raises ValueError for negative weights or weights that sum to 0.");
+        R"(Interleave datasets by weight.
+
+weights (datasets,) float64. Returns (dataset (n,) int32, sample (n,) int64): place i of the blend
+is sample number sample[i] of dataset number dataset[i].
+Raises ValueError for n < 0, a negative weight, or a sum that is not positive and finite.)");
 }

@@ -94,18 +94,17 @@ def distillation(teacher_weight: Tensor, divergence: str, temperature: float = 1
     return loss
 
 
-def preference(token: int) -> LossFn:
+def preference(token: int, weight: float) -> LossFn:
     """Bradley-Terry on pairs: documents 2i (chosen) and 2i + 1 (rejected) of every batch.
 
     A document's scalar is the logit of `token` at its end: the scalar head is that lm_head row.
+    weight: of each pair in the global sum.
     """
 
     def loss(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        margin = scalar(head, batch, token).view(-1, 2)
-        margin = margin[:, 0] - margin[:, 1]
-        weight = batch.loss_weights.sum() / len(margin)
-        right = (margin > 0).sum()
-        return -torch.nn.functional.logsigmoid(margin).sum() * weight, {"right": right}
+        chosen, rejected = scalar(head, batch, token).view(-1, 2).unbind(1)
+        value = -torch.nn.functional.logsigmoid(chosen - rejected).sum() * weight
+        return value, {"right": (chosen > rejected).sum() * weight}
 
     return loss
 

@@ -42,7 +42,7 @@ def _facts(rng: random.Random) -> Iterator[str]:
     while True:
         lines = []
         for _ in range(12):
-            a, b = rng.randint(0, 60), rng.randint(1, 9)
+            a, b = rng.randint(0, 30), rng.randint(1, 9)
             total, sign = (a + b, "+") if rng.random() < 0.5 or a < b else (a - b, "-")
             lines.append(f"{a}{sign}{b}={total}")
         yield "\n".join(lines)
@@ -68,7 +68,7 @@ def _direct(rng: random.Random) -> Iterator[str]:
 def _chat(rng: random.Random) -> Iterator[str]:
     """Worked solutions in chat markup, and short replies: what post-training builds on."""
     for p in _problems(rng):
-        if rng.random() < 0.5:
+        if rng.random() < 0.7:
             solution = solve(p, rng=rng, slip=SLIP, style=rng.randrange(3))
             thinking, reply = thinking_text(solution), response_text(solution)
         else:
@@ -78,21 +78,36 @@ def _chat(rng: random.Random) -> Iterator[str]:
         yield render([*p.messages, turn], tools=p.tools)
 
 
-def retrieval_document(rng: random.Random, pairs: int) -> tuple[str, str, str]:
-    """(text, question, answer): `pairs` keys with values in order of need, then one key asked for."""
-    keys = rng.sample(range(1000), pairs)
-    values = [rng.randrange(100, 1000) for _ in keys]
-    asked = rng.randrange(pairs)
-    lines = [f"key {k:03d} is {v}" for k, v in zip(keys, values, strict=True)]
-    return "\n".join(lines), f"\nkey {keys[asked]:03d} is ", str(values[asked])
-
-
-def _retrieval(rng: random.Random, low: int = 4, high: int = 40) -> Iterator[str]:
+def haystack(rng: random.Random) -> Iterator[str]:
+    """Lines of real text without end, to hide things in."""
+    lines = [line for d in text.documents("stdlib_docs") for line in d.split("\n") if len(line) > 20]
     while True:
-        body, _, _ = retrieval_document(rng, rng.randint(low, high))
-        lines = body.split("\n")
-        again = rng.sample(lines, min(len(lines), 8))  # several questions a document
-        yield "\n".join([body, *again])
+        yield rng.choice(lines)
+
+
+def needles(rng: random.Random, n: int) -> list[tuple[str, str]]:
+    """n statements (beginning, value) about different names: 'The code of Ann is ' and '47'."""
+    names = rng.sample(general.NAMES, n)
+    return [(f"The code of {name} is ", str(rng.randint(10, 99))) for name in names]
+
+
+def _retrieval(longest: int) -> Callable[[random.Random], Iterator[str]]:
+    """Needles in up to `longest` characters of real text, each asked for twice at the end."""
+
+    def documents(rng: random.Random) -> Iterator[str]:
+        hay = haystack(rng)
+        while True:
+            facts, length = needles(rng, rng.randint(3, 8)), rng.randint(0, longest)
+            lines: list[str] = []
+            while sum(map(len, lines)) < length:
+                lines.append(next(hay))
+            for beginning, value in facts:
+                lines.insert(rng.randint(0, len(lines)), f"{beginning}{value}.")
+            twice = rng.sample(facts, len(facts)) + rng.sample(facts, len(facts))
+            asked = [f"{beginning}{value}." for beginning, value in twice]
+            yield "\n".join(lines + asked)
+
+    return documents
 
 
 KINDS: dict[str, Callable[[random.Random], Iterator[str]]] = {
@@ -103,7 +118,8 @@ KINDS: dict[str, Callable[[random.Random], Iterator[str]]] = {
     "worked": _worked,
     "direct": _direct,
     "chat": _chat,
-    "retrieval": _retrieval,
+    "retrieval": _retrieval(200),
+    "retrieval_long": _retrieval(800),
 }
 
 

@@ -32,6 +32,8 @@ _STDLIB = "argparse ast bisect calendar contextlib csv dataclasses datetime deci
     "re/_parser shutil statistics string subprocess tarfile textwrap threading tokenize typing " \
     "unittest/case urllib/parse zipfile"  # fmt: skip
 
+_SYMPY = ("core", "functions/elementary", "functions/special", "geometry", "ntheory", "series", "stats")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -71,9 +73,9 @@ def documents(name: str) -> Iterator[str]:
     elif name == "stdlib_docs":
         yield from (d for text in _stdlib() for d in _docstrings(text))
     elif name == "sympy_docs":
-        for path in sorted(_package("sympy", "sympy").rglob("*.py")):
-            if "tests" not in path.parts:
-                yield from _docstrings(path.read_text(encoding="utf-8"))
+        root = _package("sympy", "sympy")
+        for path in sorted(p for part in _SYMPY for p in (root / part).glob("*.py")):
+            yield from _docstrings(path.read_text(encoding="utf-8"))
     elif name == "year_2889":
         book = (_package("reasoning_gym", "reasoning-gym") / "data/in_the_year_2889.txt").read_text("utf-8")
         start, end = book.index("*** START"), book.index("*** END")

@@ -1,4 +1,4 @@
-"""Rotary position angles: RoPE, and YaRN's interpolation of them (arXiv 2309.00071)."""
+"""Rotary position angles: RoPE (arXiv 2104.09864), and YaRN's interpolation of them (2309.00071)."""
 
 import math
 
@@ -13,12 +13,17 @@ def inv_freq(head_dim: int, base: float) -> Tensor:
 
 
 def yarn_inv_freq(
-    head_dim: int, base: float, factor: float, original_length: int, alpha: float = 1, beta: float = 32
+    head_dim: int,
+    base: float,
+    factor: float,
+    original_length: int,
+    alpha: float = 1,
+    beta: float = 32,
 ) -> Tensor:
     """YaRN's NTK-by-parts frequencies (head_dim / 2,) for `factor` times `original_length`.
 
     Pairs that turn more than `beta` times over the original length stay, those that turn less
-    than `alpha` times are interpolated, with a linear ramp between.
+    than `alpha` times are interpolated, with a ramp linear in the turns between.
     """
     freq = inv_freq(head_dim, base).double()
     turns = original_length * freq / (2 * math.pi)
@@ -32,8 +37,13 @@ def yarn_attention_factor(factor: float) -> float:
 
 
 def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:
-    """Rotate x (T, H, D) by position (T,), rotate-half layout (pairs d, d + D/2), angles in fp32."""
-    angle = position.to(torch.float32)[:, None] * inv_freq
-    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    """Rotate x (T, H, D) by position (T,), rotate-half layout (pairs d, d + D/2), in x's dtype.
+
+    Angles are fp64 products of inv_freq (D / 2,): in fp32 they are off by 0.01 rad at position
+    262,144. Half-precision x is rotated in fp32 and rounded once.
+    """
+    angle = position.double()[:, None, None] * inv_freq.double()
+    work = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angle.cos().to(work), angle.sin().to(work)
+    first, second = x.to(work).chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

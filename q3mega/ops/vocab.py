@@ -1,11 +1,11 @@
-"""What the lm-head operators share: log-probabilities over a vocabulary that may be cut over ranks.
+"""What the lm-head operators share: logits by slices of rows, of a vocabulary maybe cut over ranks.
 
 Two conjugate collectives (Megatron-LM, 1909.08053) make plain autograd right under vocabulary
-parallelism: `spread` hands a replicated tensor to ranks that each use a part (its gradient is summed), and
-`total` sums the ranks' parts into a replicated tensor (its gradient is passed through).
+parallelism: `spread` hands a replicated tensor to ranks that each use a part (its gradient is
+summed), `total` sums the ranks' parts into a replicated tensor (its gradient is passed through).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-ROW_BYTES = 256 << 20  # logits held at once; more rows than fit are recomputed in the backward
+from q3mega.errors import UserError
+
+# Bytes of logits at once. On a CPU small blocks are reused by the allocator, while those above
+# 32 MiB are fresh pages each time: there a pass over the logits takes five times as long.
+CPU_BYTES, GPU_BYTES = 16 << 20, 256 << 20
+MASKED = -1e30  # the logit of an absent id; finite, so that 0 * it is 0, not NaN
 
 
 class _Spread(torch.autograd.Function):
@@ -49,9 +54,54 @@ def total(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return x if group is None else _Total.apply(x, group)
 
 
+def check(hidden: Tensor, weight: Tensor, temperature: float, **rows: Tensor | None) -> None:
+    """Raise UserError on what no lm-head operator can take; `rows` are (N, ...) by name."""
+    if temperature <= 0:
+        raise UserError(f"temperature={temperature}: must be positive")
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise UserError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: must be (N, H), (V, H)"
+        )
+    for name, row in rows.items():
+        if row is not None and len(row) != len(hidden):
+            raise UserError(f"{name} {tuple(row.shape)}: must have the {len(hidden)} rows of hidden")
+
+
+def stat_dtype(x: Tensor) -> torch.dtype:
+    """Logits and statistics are fp32, or fp64 for fp64 operands."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def offset(weight: Tensor, group: dist.ProcessGroup | None) -> int:
     """The vocabulary id of this rank's first row of the lm_head."""
     return 0 if group is None else dist.get_rank(group) * len(weight)
+
+
+def slices(n: int, weight: Tensor) -> Iterator[slice]:
+    """Slices of n rows whose logits are small enough to be held at once."""
+    budget = CPU_BYTES if weight.device.type == "cpu" else GPU_BYTES
+    step = max(1, budget // (len(weight) * stat_dtype(weight).itemsize))
+    return (slice(i, i + step) for i in range(0, n, step))
+
+
+def logits(
+    hidden: Tensor,
+    weight: Tensor,
+    temperature: float,
+    valid_vocab: int | None,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """(n, V or the rank's shard of it) hidden @ weight.T / temperature in `stat_dtype`.
+
+    Ids from `valid_vocab` on are padding rows of the lm_head: no mass, no gradient.
+    """
+    dtype = stat_dtype(hidden)
+    z = (hidden.to(dtype) / temperature) @ weight.to(dtype).T
+    first = offset(weight, group)
+    if valid_vocab is None or first + len(weight) <= valid_vocab:
+        return z
+    ids = torch.arange(first, first + len(weight), device=weight.device)
+    return z.masked_fill(ids >= valid_vocab, MASKED)
 
 
 def log_probs(
@@ -61,39 +111,26 @@ def log_probs(
     valid_vocab: int | None,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """(n, V or the rank's shard of it) fp32 log-softmax of hidden @ weight.T / temperature.
-
-    Ids from `valid_vocab` on are padding rows of the lm_head: no mass, no gradient.
-    """
-    logits = (spread(hidden, group) @ weight.T).float() / temperature
-    if valid_vocab is not None:
-        ids = torch.arange(len(weight), device=weight.device) + offset(weight, group)
-        logits = logits.masked_fill(ids >= valid_vocab, torch.finfo(torch.float32).min)
+    """Log-softmax of `logits` over the whole vocabulary, differentiable by autograd."""
+    z = logits(spread(hidden, group), weight, temperature, valid_vocab, group)
     if group is None:
-        return logits.log_softmax(-1)
-    top = logits.detach().max(-1, keepdim=True).values
+        return z.log_softmax(-1)
+    top = z.detach().amax(-1, keepdim=True)
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    mass = total((logits - top).exp().sum(-1, keepdim=True), group)
-    return logits - spread(top + mass.log(), group)
-
-
-def pick(logp: Tensor, ids: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """logp[i, ids[i, ...]] over the whole vocabulary; ids (n, ...) are global."""
-    local = ids - offset(weight, group)
-    mine = (local >= 0) & (local < logp.shape[-1])
-    found = logp.gather(-1, local.clamp(0, logp.shape[-1] - 1).flatten(1)).view(ids.shape)
-    return total(found * mine, group)
+    mass = total((z - top).exp().sum(-1, keepdim=True), group)
+    return z - spread(top + mass.log(), group)
 
 
 def by_rows(
-    fn: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor], vocabulary: int
-) -> tuple[Tensor, ...]:
-    """fn over slices of `rows` (all of length N) so small that their logits stay within ROW_BYTES."""
-    n, step = len(rows[0]), max(1, ROW_BYTES // (4 * vocabulary))
-    if n <= step:
+    fn: Callable[..., Tensor], rows: Sequence[Tensor], weight: Tensor
+) -> Tensor:
+    """fn over slices of `rows` (all of length N); more than one slice is recomputed in backward."""
+    parts = list(slices(len(rows[0]), weight))
+    if len(parts) <= 1:
         return fn(*rows)
-    parts = [
-        checkpoint(fn, *(r[i : i + step] for r in rows), use_reentrant=False)
-        for i in range(0, n, step)
-    ]
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return torch.cat(
+        [
+            checkpoint(fn, *(r[p] for r in rows), use_reentrant=False, preserve_rng_state=False)
+            for p in parts
+        ]
+    )

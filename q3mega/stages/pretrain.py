@@ -8,8 +8,6 @@ YaRN and dual-chunk attention against plain RoPE (Qwen3 report, section 3).
 from dataclasses import replace
 from typing import Any
 
-import torch.distributed as dist
-
 from q3mega import evaluate
 from q3mega.data import corpus
 from q3mega.data.tokenizer import train_tokenizer
@@ -42,7 +40,7 @@ def ensure_tokenizer(stage: Stage) -> None:
             drawn = corpus.documents(kind, seed=stage.recipe.seed)
             texts += [text for _, text in zip(range(TOKENIZER_DOCUMENTS), drawn, strict=False)]
         train_tokenizer(texts, spec.vocab_size, folder)
-    dist.barrier()
+    stage.barrier()
 
 
 def learn(stage: Stage, engine: Engine, settings: PretrainSettings, part: str = "") -> None:
@@ -55,7 +53,7 @@ def learn(stage: Stage, engine: Engine, settings: PretrainSettings, part: str = 
             seed = stage.seed("corpus", part)
             corpus.build(settings.mixture, tokens, settings.sequence, stage.tokenizer, seed, folder)
             (folder / "READY").touch()
-        dist.barrier()
+        stage.barrier()
     supervised.train(
         engine,
         corpus.Mixture(

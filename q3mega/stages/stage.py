@@ -104,6 +104,10 @@ class Stage:
     def leads(self) -> bool:
         return dist.get_rank() == 0
 
+    def barrier(self) -> None:
+        """Wait for every process of the stage."""
+        dist.barrier()
+
     def write(self, name: str, content: Any) -> None:
         """A JSON file in the stage's folder, from rank 0, whole or not at all."""
         if self.leads:

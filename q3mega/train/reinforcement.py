@@ -35,6 +35,7 @@ class PolicySettings:
     updates: int  # optimizer steps a rollout batch: off-policy after the first
     capacity: int  # tokens a micro-batch
     aggregate: str = "token"
+    constant: int = 1  # tokens, the divisor of aggregate "constant" (Dr. GRPO)
     scale_by_std: bool = True
     loss: dict[str, Any] | None = None  # settings of ops.grpo_loss
 
@@ -77,20 +78,30 @@ def train(
     folder: Path,
     log: Log,
     save_every: int,
+    count: Callable[[list[Sample], list[Sample]], None] | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> None:
-    """Steps 1..steps. `roll_out(step)` samples and scores this data-parallel rank's prompts."""
+    """Steps 1..steps. `roll_out(step)` samples and scores this data-parallel rank's prompts.
+
+    `count` is told what each step sampled and trained on; `watch` each step that is done, 0 before
+    the first.
+    """
     resumed = engine.load_latest(folder)
     first = resumed[0] if resumed else 0
     if resumed:
         entropy.coefficient, entropy.target = resumed[1]["coefficient"], resumed[1]["target"]
     log.resume(first)
+    if watch and first == 0:
+        watch(0)
     for step in range(first + 1, steps + 1):
         rollouts = parallel.gather_over_data(roll_out(step))
         samples = credit(rollouts, settings)
+        if count:
+            count([_sample(r, 0.0) for r in rollouts], samples)
         totals: dict[str, float] = {}
         for update, part in enumerate(_split(samples, settings.updates)):
             loss = policy_gradient(**(settings.loss or {}), entropy_coef=entropy.coefficient)
-            batches = shard(normalise(part, settings.aggregate), settings.capacity)
+            batches = shard(normalise(part, settings.aggregate, settings.constant), settings.capacity)
             metrics = engine.train_step(batches, loss)
             if update == 0:  # the policy that sampled: its entropy, and the sampler-trainer gap
                 totals |= {k: metrics[k] / metrics["active"] for k in ("entropy", "gap")}
@@ -105,6 +116,8 @@ def train(
         log.step(step, **_summary(rollouts, samples), **totals)
         shown = rollouts[step % len(rollouts)]
         log.sample(step, task=shown.task, reward=shown.reward, reason=shown.reason, tokens=shown.completion.tokens)
+        if watch:
+            watch(step)
         if step % save_every == 0 and step < steps:
             state = {"coefficient": entropy.coefficient, "target": entropy.target}
             engine.save(folder, step, state)

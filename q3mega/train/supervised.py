@@ -35,14 +35,18 @@ def train(
     save_every: int,
     loss_fn: LossFn = supervised,
     prepare: Callable[[list[Batch]], None] | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> None:
     """Steps 1..steps; `draw(step)` is the global batch of a step and depends on nothing else.
 
-    `prepare` may add columns to this rank's micro-batches (a teacher's hidden states).
+    `prepare` may add columns to this rank's micro-batches (a teacher's hidden states); `watch`
+    is told each step that is done, 0 before the first.
     """
     resumed = engine.load_latest(folder)
     first = resumed[0] if resumed else 0
     log.resume(first)
+    if watch and first == 0:
+        watch(0)
     for step in range(first + 1, steps + 1):
         samples = draw(step)
         batches = shard(normalise(samples), capacity)
@@ -50,5 +54,7 @@ def train(
             prepare(batches)
         metrics = engine.train_step(batches, loss_fn)
         log.step(step, tokens=sum(map(len, samples)), **metrics)
+        if watch:
+            watch(step)
         if step % save_every == 0 and step < steps:
             engine.save(folder, step, {})

@@ -9,23 +9,23 @@ Distinct problems by difficulty, both sides of the split:
 
 | family          | difficulty                   | range | problems, lowest difficulty first       |
 |-----------------|------------------------------|-------|-----------------------------------------|
-| chain_sum       | terms                        | 2..8  | 126, 1,899, 30,036, 487,674, then > 8e6 |
-| base_conversion | bits (decimal), pairs (base 4) | 2..7 | 10, 36, 136, 528, 2,080, 8,192         |
-| number_sorting  | digits to sort               | 3..8  | 9^difficulty, 729 and up                |
-| letter_counting | digits to look through       | 4..10 | 9^(difficulty + 1), 59,049 and up       |
+| chain_sum       | terms                        | 2..6  | 126, 1,899, 29,730, 4.7e5, 7e6          |
+| base_conversion | bits (decimal), pairs (base 4) | 2..6 | 10, 36, 136, 528, 2,048                |
+| number_sorting  | digits to sort               | 3..5  | 9^difficulty, 729 and up                |
+| letter_counting | digits to look through       | 4..8  | 9^(difficulty + 1), 59,049 and up       |
 """
 
 import random
 
 from q3mega.data.tasks.base import Problem, family, problem
 
-MAX_PARTIAL_SUM = 60
-MAX_BITS_TO_DECIMAL = 6
+MAX_PARTIAL_SUM = 30
+MAX_BITS_TO_DECIMAL = 5
 
 
-@family("chain_sum", capability="reasoning", difficulties=range(2, 9))
+@family("chain_sum", capability="reasoning", difficulties=range(2, 7))
 def chain_sum(rng: random.Random, terms: int) -> Problem:
-    """'What is 5-1-3+9?': digits 1..9, every partial sum in 0..60. meta: numbers, signs."""
+    """'What is 5-1-3+9?': digits 1..9, every partial sum in 0..30. meta: numbers, signs."""
     total = rng.randint(1, 9)
     numbers, signs = [total], ["+"]
     while len(numbers) < terms:
@@ -42,11 +42,11 @@ def chain_sum(rng: random.Random, terms: int) -> Problem:
     )
 
 
-@family("base_conversion", capability="reasoning", difficulties=range(2, 8))
+@family("base_conversion", capability="reasoning", difficulties=range(2, 7))
 def base_conversion(rng: random.Random, lines: int) -> Problem:
     """'What is binary 10110 in decimal?', or 'in base 4?' with two bits a line. meta: bits, base.
 
-    Numbers of up to six bits are too few (62) for a run, so half the draws ask for base 4.
+    Numbers of up to five bits are too few (30) for a run, so half the draws ask for base 4.
     """
     base = rng.choice((10, 4)) if lines <= MAX_BITS_TO_DECIMAL else 4
     length = lines if base == 10 else 2 * lines
@@ -58,7 +58,7 @@ def base_conversion(rng: random.Random, lines: int) -> Problem:
     return problem("base_conversion", "reasoning", question, answer, lines, meta=meta)
 
 
-@family("number_sorting", capability="reasoning", difficulties=range(3, 9))
+@family("number_sorting", capability="reasoning", difficulties=range(3, 6))
 def number_sorting(rng: random.Random, count: int) -> Problem:
     """'Sort 7 3 9 1.': digits 1..9, ascending, repeats allowed. meta: numbers."""
     numbers = rng.choices(range(1, 10), k=count)
@@ -69,7 +69,7 @@ def number_sorting(rng: random.Random, count: int) -> Problem:
     )
 
 
-@family("letter_counting", capability="reasoning", difficulties=range(4, 11))
+@family("letter_counting", capability="reasoning", difficulties=range(4, 9))
 def letter_counting(rng: random.Random, count: int) -> Problem:
     """'How many 7 in 3 7 7 1?', with digits for letters. meta: target, items."""
     target = rng.randint(1, 9)

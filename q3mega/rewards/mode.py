@@ -1,0 +1,28 @@
+"""Format following: think tags well formed, and the mode that the last flag asks for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from q3mega.data.chat import last_flag, parse
+from q3mega.rewards import Verdict, reward
+
+
+def mode_of(completion: str) -> str | None:
+    """ "think", "no_think" (an empty block), or None when the block is missing or malformed."""
+    message = parse(completion)
+    one_block = completion.count("<think>") == completion.count("</think>") == 1
+    if not (one_block and message.closed and completion.startswith("<think>")):
+        return None
+    return "think" if (message.thinking or "").strip() else "no_think"
+
+
+@reward("mode")
+def mode(completion: str, row: Mapping[str, Any]) -> Verdict:
+    """1 when the completion is in the wanted mode and says something after its thinking."""
+    wanted = row.get("meta", {}).get("mode") or last_flag(row["messages"]) or "think"
+    found = mode_of(completion)
+    if found is None:
+        return Verdict(0.0, "think block missing or malformed")
+    if not parse(completion).content.strip():
+        return Verdict(0.0, "nothing after the thinking")
+    return Verdict(float(found == wanted), f"{found} where {wanted} was asked")

@@ -1,0 +1,315 @@
+"""Stages 8 and 9, strong-to-weak distillation: off-policy SFT, then on-policy KL to the teacher.
+
+Off-policy, the student learns the teacher's answers in both modes; on-policy, it answers itself and
+is pulled to the teacher's full distribution on its own tokens (Qwen3 report, section 4.5). The
+on-policy stage makes the comparison of the report's Table 21: RL, and more off-policy data, from
+the same start, all against the FLOPs of sampling, teacher and training.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from q3mega import evaluate
+from q3mega.algorithms.losses import distillation
+from q3mega.data.batch import Batch, Sample
+from q3mega.data.chat import render
+from q3mega.data.corpus import REASONING
+from q3mega.data.sft import chat_sample, epochs, steps_of
+from q3mega.data.tasks import Problem, generate
+from q3mega.engine import Engine, parallel
+from q3mega.errors import UserError
+from q3mega.evaluate import Mode, flagged
+from q3mega.model import Qwen3Shape
+from q3mega.rollout import SamplingParams
+from q3mega.stages import pretrain, reasoning_rl
+from q3mega.stages.stage import Stage
+from q3mega.train import supervised
+
+NO_THINK = 0.25  # of the prompts ask for the non-thinking mode
+POINTS = 4  # evaluations along each curve of the comparison
+TRIES = 8  # answers a problem, for pass@8
+
+
+def distill_off_policy(stage: Stage) -> None:
+    config = stage.config
+    base = student_base(stage)
+    if not stage.prepared("samples.json"):
+        samples = teacher_samples(stage, config.queries, "queries")
+        stage.write("data/samples.json", [vars(s) for s in samples])
+        stage.barrier()
+    samples = [Sample(**row) for row in json.loads((stage.data / "samples.json").read_text())]
+    steps = steps_of(samples, config.batch_samples, config.epochs)
+    engine = stage.engine(base, steps=steps)
+    supervised.train(
+        engine,
+        epochs(samples, config.batch_samples, stage.seed("order")),
+        steps=steps,
+        capacity=config.micro_batch_tokens,
+        folder=stage.dir / "checkpoints" / "sft",
+        log=stage.log(steps),
+        save_every=config.save_every,
+    )
+    stage.finish(engine, pass_rates(stage, engine))
+
+
+def distill_on_policy(stage: Stage) -> None:
+    config = stage.config
+    source = stage.start()
+    teacher = stage.engine(teacher_folder(stage))
+    engine = stage.engine(source, steps=config.steps)
+    loss, add_teacher = from_teacher(teacher, config.divergence, config.temperature)
+    spent = Flops()
+    sampler = stage.sampler(engine)
+
+    def draw(step: int) -> list[Sample]:
+        samples = own_answers(stage, sampler, step)
+        spent.distilled(engine.shape, teacher.shape, samples)
+        return samples
+
+    curves = {"on-policy": Curve(stage, engine, spent, config.steps)}
+    supervised.train(
+        engine,
+        draw,
+        steps=config.steps,
+        capacity=config.micro_batch_tokens,
+        folder=stage.dir / "checkpoints" / "on_policy",
+        log=stage.log(config.steps),
+        save_every=config.save_every,
+        loss_fn=loss,
+        prepare=add_teacher,
+        watch=curves["on-policy"],
+    )
+    stage.save_hf(engine)
+    results: dict[str, Any] = pass_rates(stage, engine)
+    stage.write("curve_on_policy.json", curves["on-policy"].rows)
+    if config.compare_rl:
+        results |= compare_rl(stage, source, curves, spent.total)
+    if config.compare_sft_samples:
+        compare_sft(stage, source, teacher.shape, curves)
+    results["curves"] = {"distillation_flops": joined(curves)}
+    stage.finish(engine, results)
+
+
+# -- the student and its teacher -----------------------------------------------------------------
+
+
+def teacher_folder(stage: Stage) -> Path:
+    folder = Path(stage.config.teacher) if stage.config.teacher else stage.latest(model="model")
+    if folder is None or not (folder / "config.json").exists():
+        raise UserError(
+            f"stages.{stage.name}.teacher={folder}: no checkpoint there; run a stage of the model "
+            "before, or name a Hugging Face folder"
+        )
+    return folder
+
+
+def student_base(stage: Stage) -> Path:
+    """A student to start from: named, trained before, or pre-trained here on the recipe's mixture."""
+    config = stage.config
+    if config.init or stage.latest(model="student"):
+        return stage.start()
+    settings, folder = config.student_pretraining, stage.data / "student_base"
+    if settings is None or stage.recipe.student is None:
+        raise UserError(
+            f"stages.{stage.name}: the student starts from nothing; give init (a Hugging Face "
+            "folder) or student_pretraining"
+        )
+    if not stage.prepared("student_base/DONE"):
+        shape = stage.shape(stage.recipe.student)
+        optimizer = {
+            "kind": "muon", "lr": config.student_lr, "adam_lr": config.student_lr / 5,
+            "min_lr": config.student_lr / 10, "decay": "linear",
+        }  # fmt: skip
+        engine = stage.engine(None, shape=shape, steps=settings.steps, **optimizer)
+        pretrain.learn(stage, engine, settings, part="student")
+        stage.save_hf(engine, folder)
+        if stage.leads:
+            (folder / "DONE").touch()
+        stage.barrier()
+    return folder
+
+
+def problems(stage: Stage, n: int, purpose: str) -> list[tuple[Problem, Mode]]:
+    """n training-side problems of all families, each with the mode that its flag asks for."""
+    rng = random.Random(stage.seed(purpose))
+    share = -(-n // len(REASONING))
+    pool = [p for f in REASONING for p in generate(f, share, seed=stage.seed(purpose, f))]
+    rng.shuffle(pool)
+    return [(p, "no_think" if rng.random() < NO_THINK else "think") for p in pool[:n]]
+
+
+def teacher_samples(stage: Stage, n: int, purpose: str) -> list[Sample]:
+    """The teacher's answers to n problems in both modes, as it gave them."""
+    teacher = stage.engine(teacher_folder(stage))
+    sampler, out = stage.sampler(teacher), []
+    asked = problems(stage, n, purpose)
+    params = SamplingParams(stage.config.max_tokens, 0.6, seed=stage.seed(purpose, "sample"))
+    for mode in ("think", "no_think"):
+        queries = [p for p, m in asked if m == mode]
+        for (answer,) in evaluate.answers(sampler, stage.tokenizer, queries, params, mode):
+            if answer.completion.finish_reason == "stop":
+                out.append(chat_sample(stage.tokenizer, flagged(answer.problem, mode), answer.text))
+    return out
+
+
+def own_answers(stage: Stage, sampler: Any, step: int) -> list[Sample]:
+    """The student's answers to this step's prompts: every token it chose carries the loss."""
+    asked = problems(stage, stage.config.prompts, f"step {step}")
+    rank, size = parallel.data_rank(), parallel.data_size()
+    prompts = [
+        stage.tokenizer.encode(render(flagged(p, mode), add_generation_prompt=True))
+        for p, mode in asked[rank::size]
+    ]
+    params = SamplingParams(stage.config.max_tokens, seed=stage.seed("rollout", step, rank))
+    samples = []
+    for prompt, (c,) in zip(prompts, sampler.generate(prompts, params), strict=True):
+        weights = [0.0] * len(prompt) + [float(m) for m in c.mask]
+        samples.append(Sample(prompt + c.tokens, weights))
+    return parallel.gather_over_data(samples)
+
+
+def from_teacher(
+    teacher: Engine, divergence: str, temperature: float
+) -> tuple[Callable[..., Any], Callable[[list[Batch]], None]]:
+    """(loss, prepare): the teacher's hidden states join the batch, its lm_head joins the loss."""
+
+    def prepare(batches: list[Batch]) -> None:
+        hidden = teacher.evaluate(batches, lambda head, _: head.hidden)
+        for batch, states in zip(batches, hidden, strict=True):
+            batch.columns["teacher_hidden"] = states
+
+    return distillation(_head_weight(teacher), divergence, temperature), prepare
+
+
+def _head_weight(engine: Engine) -> Any:
+    model = engine.chunks[-1]
+    return model.shared_embedding_or_output_weight() if engine.shape.tied else model.output_layer.weight
+
+
+# -- the comparison of Table 21 ------------------------------------------------------------------
+
+
+class Flops:
+    """What a method has spent on sampling, teacher and training (Qwen3Shape.forward_flops)."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+    def _forward(self, shape: Qwen3Shape, samples: list[Sample], times: float) -> None:
+        tokens = sum(map(len, samples))
+        context = sum(len(s) ** 2 for s in samples) / (2 * tokens)
+        self.total += times * shape.forward_flops(tokens, context)
+
+    def distilled(self, student: Qwen3Shape, teacher: Qwen3Shape, samples: list[Sample]) -> None:
+        """Sampling is one forward of the student, training three, the teacher one of its own."""
+        self._forward(student, samples, 4)
+        self._forward(teacher, samples, 1)
+
+    def reinforced(self, student: Qwen3Shape, sampled: list[Sample], trained: list[Sample]) -> None:
+        self._forward(student, sampled, 1)
+        if trained:
+            self._forward(student, trained, 3)
+
+    def supervised(self, student: Qwen3Shape, teacher: Qwen3Shape, samples: list[Sample], passes: int) -> None:
+        """Every sample is written by the teacher once and trained on `passes` times."""
+        self._forward(teacher, samples, 1)
+        self._forward(student, samples, 3 * passes)
+
+
+class Curve:
+    """Thinking accuracy of an engine against the FLOPs spent, at a few steps of a run."""
+
+    def __init__(self, stage: Stage, engine: Engine, spent: Flops, steps: int) -> None:
+        self.stage, self.engine, self.spent = stage, engine, spent
+        self.at = {round(steps * (i + 1) / POINTS) for i in range(POINTS)}
+        self.rows: list[dict[str, float]] = []
+
+    def __call__(self, step: int) -> None:
+        if step in self.at or step == 0:
+            params = SamplingParams(evaluate.MAX_TOKENS, 0.6, seed=self.stage.seed("curve"))
+            found = evaluate.answers(
+                self.stage.sampler(self.engine), self.stage.tokenizer, evaluate.held_out(400), params, "think"
+            )
+            self.rows.append({"flops": self.spent.total} | evaluate.accuracy(found))
+
+
+def compare_rl(stage: Stage, source: Path, curves: dict[str, Curve], budget: float) -> dict[str, Any]:
+    """RL from the same start, with the same prompts' distribution; its last point is the result."""
+    config = stage.config.compare_rl
+    engine = stage.engine(source, steps=config.steps * config.updates, lr=stage.config.compare_rl_lr)
+    pool = [p for p, _ in problems(stage, 2000, "rl")]
+    spent = Flops()
+    curves["RL"] = Curve(stage, engine, spent, config.steps)
+
+    def count(sampled: list[Sample], trained: list[Sample]) -> None:
+        spent.reinforced(engine.shape, sampled, trained)
+
+    reasoning_rl.learn(stage, engine, pool, config, part="rl", count=count, watch=curves["RL"])
+    rates = pass_rates(stage, engine)
+    ratio = spent.total / budget if budget else 0.0
+    return {
+        "rl_pass1": rates["pass1"],
+        "rl_pass8": rates["pass8"],
+        "flops_ratio_rl_over_opd": {"value": ratio, "n": 1, "low": ratio, "high": ratio},
+    }
+
+
+def compare_sft(stage: Stage, source: Path, teacher: Qwen3Shape, curves: dict[str, Curve]) -> None:
+    """More off-policy data from the same start: the baseline that can undercut both."""
+    samples = teacher_samples(stage, stage.config.compare_sft_samples, "more")
+    steps = steps_of(samples, stage.config.prompts, 1)
+    engine = stage.engine(source, steps=steps)
+    spent = Flops()
+    curves["more off-policy data"] = Curve(stage, engine, spent, steps)
+    ordered = epochs(samples, stage.config.prompts, stage.seed("more order"))
+
+    def draw(step: int) -> list[Sample]:
+        batch = ordered(step)
+        spent.supervised(engine.shape, teacher, batch, passes=1)
+        return batch
+
+    supervised.train(
+        engine,
+        draw,
+        steps=steps,
+        capacity=stage.config.micro_batch_tokens,
+        folder=stage.dir / "checkpoints" / "more",
+        log=stage.log(steps, "more"),
+        save_every=stage.config.save_every,
+        watch=curves["more off-policy data"],
+    )
+
+
+def pass_rates(stage: Stage, engine: Engine) -> dict[str, dict[str, float]]:
+    """pass@1 and pass@8 in thinking mode at T=0.6, and accuracy without thinking."""
+    params = SamplingParams(evaluate.MAX_TOKENS, 0.6, n=TRIES, seed=stage.seed("eval"))
+    sampler, held = stage.sampler(engine), evaluate.held_out(400)
+    found = evaluate.answers(sampler, stage.tokenizer, held, params, "think")
+    correct = [[a.correct for a in tries] for tries in found]
+    return {
+        "pass1": evaluate.accuracy(found),
+        "pass8": evaluate.pass_at_k(correct, TRIES),
+        "no_think_accuracy": evaluate.accuracy(
+            evaluate.answers(sampler, stage.tokenizer, held, params, "no_think")
+        ),
+    }
+
+
+def joined(curves: dict[str, Curve]) -> dict[str, Any]:
+    """The curves of the comparison, for the report."""
+    return {
+        "xlabel": "FLOPs",
+        "ylabel": "thinking accuracy",
+        "series": {
+            name: {
+                "x": [row["flops"] for row in curve.rows],
+                "y": [row["value"] for row in curve.rows],
+                "low": [row["low"] for row in curve.rows],
+                "high": [row["high"] for row in curve.rows],
+            }
+            for name, curve in curves.items()
+        },
+    }

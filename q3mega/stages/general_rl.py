@@ -1,0 +1,209 @@
+"""Stage 7, general RL: five capabilities, three kinds of reward, tools with a real environment.
+
+Rule rewards check instructions, modes and final answers; a judge (the frozen start of this stage)
+compares with the reference; a preference model, trained here on pairs, scores open queries (Qwen3
+report, section 4.4). A share of reasoning prompts and a KL to the start keep what was learned before.
+"""
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from q3mega import evaluate
+from q3mega.algorithms.entropy import EntropyController
+from q3mega.algorithms.losses import preference as preference_loss
+from q3mega.algorithms.losses import scalar
+from q3mega.data.batch import Batch, Sample, collate
+from q3mega.data.chat import parse, render
+from q3mega.data.corpus import REASONING
+from q3mega.data.tasks import Problem, general, generate
+from q3mega.engine import Engine, Head, parallel
+from q3mega.evaluate import flagged
+from q3mega.rewards import TASK_REWARD, Verdict, score
+from q3mega.rewards.judge import judge, judge_examples
+from q3mega.rewards.mode import mode_of
+from q3mega.rewards.preference import preference
+from q3mega.rollout import SamplingParams
+from q3mega.rollout.episodes import run_episodes
+from q3mega.rollout.logprobs import each_sequence, token_logprobs
+from q3mega.rollout.tools import Environment
+from q3mega.stages.mode_fusion import both_modes
+from q3mega.stages.reasoning_rl import policy
+from q3mega.stages.stage import Stage
+from q3mega.train import reinforcement
+from q3mega.train.reinforcement import Rollout
+
+CALL_SHARE = 0.3  # of an agent task's reward is for the call, the rest for the final answer
+HELD_OUT_PAIRS = 400
+
+
+def run(stage: Stage) -> None:
+    config = stage.config
+    source = stage.start()
+    scorer = Scorer(stage, frozen=stage.engine(source))
+    engine = stage.engine(source, steps=config.steps * config.updates)
+    sampler = stage.sampler(engine)
+
+    def roll_out(step: int) -> list[Rollout]:
+        mine = [p for p in prompts(stage, step)][parallel.data_rank() :: parallel.data_size()]
+        groups = [parallel.data_rank() + i * parallel.data_size() for i in range(len(mine))]
+        problems = [p for p in mine for _ in range(config.rollouts)]
+        tokens = [stage.tokenizer.encode(_prompt(p)) for p in problems]
+        seed = stage.seed("rollout", step, parallel.data_rank())
+        params = SamplingParams(config.max_tokens, config.temperature, seed=seed)
+        environments = [Environment(p) if p.tools else None for p in problems]
+        episodes = run_episodes(sampler, stage.tokenizer, tokens, environments, params)
+        verdicts = scorer(problems, [turns for _, turns in episodes])
+        rollouts = [
+            Rollout(prompt, c, groups[i // config.rollouts], v.score, p.family, v.reason)
+            for i, (prompt, (c, _), v, p) in enumerate(zip(tokens, episodes, verdicts, problems, strict=True))
+        ]
+        if config.kl_coef:
+            sequences = [(r.prompt, r.completion.tokens) for r in rollouts]
+            for rollout, logprobs in zip(rollouts, token_logprobs(scorer.frozen, sequences), strict=True):
+                rollout.ref_logprobs = logprobs
+        return rollouts
+
+    reinforcement.train(
+        engine,
+        roll_out,
+        policy(stage, config),
+        EntropyController(config.entropy_hold, config.entropy_step, config.entropy_limit),
+        steps=config.steps,
+        folder=stage.dir / "checkpoints",
+        log=stage.log(config.steps),
+        save_every=max(1, config.save_every // config.updates),
+    )
+    stage.finish(engine, both_modes(stage, engine) | scorer.quality())
+
+
+def prompts(stage: Stage, step: int) -> list[Problem]:
+    """The problems of one rollout batch: reasoning ones in thinking mode, general ones mostly not."""
+    config, rng = stage.config, random.Random(stage.seed("prompts", step))
+    reasoning = int(config.prompts * config.reasoning_share)
+    out = []
+    for i in range(reasoning):
+        family = REASONING[i % len(REASONING)]
+        (problem,) = generate(family, 1, seed=rng.randrange(2**31))
+        mode = "think" if rng.random() < 0.6 else None
+        out.append(replace(problem, messages=tuple(flagged(problem, mode)), meta=problem.meta | {"mode": "think"}))
+    for i in range(config.prompts - reasoning):
+        family = general.GENERAL[(step * 7 + i) % len(general.GENERAL)]
+        problem = general.draw(rng, [family])
+        if family != "think_follow":
+            turns = tuple(flagged(problem, "no_think"))
+            problem = replace(problem, messages=turns, meta=problem.meta | {"mode": "no_think"})
+        out.append(problem)
+    return out
+
+
+def _prompt(problem: Problem) -> str:
+    return render(problem.messages, tools=problem.tools, add_generation_prompt=True)
+
+
+class Scorer:
+    """All rewards of the stage, with the two models that some of them need."""
+
+    def __init__(self, stage: Stage, frozen: Engine) -> None:
+        self.stage, self.frozen = stage, frozen
+        self.tokenizer = stage.tokenizer
+        self.judge_ids = [self.tokenizer.encode(word)[0] for word in ("yes", "no")]
+        folder = stage.data / "preference_model"
+        if not stage.prepared("preference_model/DONE"):
+            train_preference(stage)
+        self.model = stage.engine(folder)
+        pairs = general.preference_pairs(64, stage.seed("calibrate"))
+        typical = torch.tensor(self.scalars([(p, text) for p, *texts in pairs for text in texts]))
+        self.mean, self.std = float(typical.mean()), float(typical.std())
+
+    def __call__(self, problems: list[Problem], episodes: list[list[str]]) -> list[Verdict]:
+        """One verdict an episode. Whatever is in the wrong mode, or malformed, earns nothing."""
+        verdicts = [self._rule(p, turns) for p, turns in zip(problems, episodes, strict=True)]
+        for kind, fn in (("judge", self._judge), ("preference", self._prefer)):
+            rows = [i for i, p in enumerate(problems) if TASK_REWARD.get(p.family, ("", ""))[0] == kind]
+            scored = fn([problems[i] for i in rows], [episodes[i][-1] for i in rows]) if rows else []
+            for i, verdict in zip(rows, scored, strict=True):
+                verdicts[i] = verdict
+        for i, (problem, turns) in enumerate(zip(problems, episodes, strict=True)):
+            if mode_of(turns[0]) != problem.meta["mode"]:
+                verdicts[i] = Verdict(0.0, "wrong mode or malformed think block")
+        return verdicts
+
+    def _rule(self, problem: Problem, turns: list[str]) -> Verdict:
+        row = vars(problem)
+        if problem.capability == "reasoning":
+            return score("answer", turns[-1], row)
+        kind, name = TASK_REWARD[problem.family]
+        if kind != "rule":
+            return Verdict(0.0, "not a rule")
+        verdict = score(name, turns[-1], row)
+        if not problem.tools:
+            return verdict
+        call = score("tool_call", turns[0], row)
+        final = verdict.score if len(turns) > 1 else 0.0
+        return Verdict(CALL_SHARE * call.score + (1 - CALL_SHARE) * final, f"{call.reason}, {verdict.reason}")
+
+    def _judge(self, problems: list[Problem], texts: list[str]) -> list[Verdict]:
+        return judge(texts, [vars(p) for p in problems], self.probability)
+
+    def _prefer(self, problems: list[Problem], texts: list[str]) -> list[Verdict]:
+        replies = [parse(t).content for t in texts]
+        return preference(self.scalars(list(zip(problems, replies, strict=True))), self.mean, self.std)
+
+    def probability(self, judge_prompts: list[str]) -> list[float]:
+        """The frozen model's P(yes) against P(no) for each question, asked without thinking."""
+        turns = [[{"role": "user", "content": text}] for text in judge_prompts]
+        texts = [render(t, add_generation_prompt=True, enable_thinking=False) for t in turns]
+
+        def yes(head: Head, batch: Batch) -> list[float]:
+            last = head.hidden[batch.cu_seqlens[1:].long() - 1]
+            return (last @ head.weight[self.judge_ids].T).softmax(-1)[:, 0].tolist()
+
+        return each_sequence(self.frozen, self.tokenizer.encode_batch(texts), yes)
+
+    def scalars(self, replies: list[tuple[Problem, str]]) -> list[float]:
+        """The preference model's scalar of each (problem, reply)."""
+        texts = [preference_text(p, reply) for p, reply in replies]
+
+        def value(head: Head, batch: Batch) -> list[float]:
+            return scalar(head, batch, self.tokenizer.eod).tolist()
+
+        return each_sequence(self.model, self.tokenizer.encode_batch(texts), value)
+
+    def quality(self) -> dict[str, Any]:
+        """How good the two models are, on examples they have not seen."""
+        pairs = general.preference_pairs(HELD_OUT_PAIRS, self.stage.seed("held out"), heldout=True)
+        chosen = self.scalars([(p, better) for p, better, _ in pairs])
+        rejected = self.scalars([(p, worse) for p, _, worse in pairs])
+        right = [float(a > b) for a, b in zip(chosen, rejected, strict=True)]
+        examples = judge_examples(HELD_OUT_PAIRS, self.stage.seed("judge held out"))
+        said = self.probability([prompt for prompt, _ in examples])
+        agree = [float((p > 0.5) == (truth == "yes")) for p, (_, truth) in zip(said, examples, strict=True)]
+        return {
+            "preference_pairwise_accuracy": evaluate.proportion(right),
+            "judge_accuracy": evaluate.proportion(agree),
+        }
+
+
+def preference_text(problem: Problem, reply: str) -> str:
+    turn = {"role": "assistant", "content": reply}
+    return render([problem.messages[-1] | {"content": problem.question.removesuffix(" /no_think")}, turn])
+
+
+def train_preference(stage: Stage) -> None:
+    """Bradley-Terry on pairs, from the fused model; leaves data/preference_model."""
+    config = stage.config.preference
+    model = stage.engine(stage.start(), steps=config.steps, lr=config.lr, kind="adamw", decay="linear")
+    loss = preference_loss(stage.tokenizer.eod, 1.0 / config.pairs)
+    for step in range(config.steps):
+        pairs = general.preference_pairs(config.pairs, stage.seed("pairs", step))
+        mine = pairs[parallel.data_rank() :: parallel.data_size()]
+        texts = [preference_text(p, reply) for p, *both in mine for reply in both]
+        samples = [Sample(t, [0.0] * len(t)) for t in stage.tokenizer.encode_batch(texts)]
+        model.train_step([collate(samples)], loss)
+    stage.save_hf(model, stage.data / "preference_model")
+    if stage.leads:
+        (stage.data / "preference_model" / "DONE").touch()
+    stage.barrier()

@@ -1,0 +1,137 @@
+"""Stage 5, reasoning RL: GRPO on verifiable problems.
+
+Problems obey the report's four rules (section 4.2): not used in the cold start, learnable for the
+model at hand, as hard as possible, and of every family. Then: many rollouts a prompt, several
+off-policy updates a rollout batch, groups without a signal dropped, entropy held by a controller.
+"""
+
+import json
+import random
+from collections import Counter
+from typing import Any
+
+from q3mega import evaluate
+from q3mega.algorithms.entropy import EntropyController
+from q3mega.data.chat import render
+from q3mega.data.corpus import REASONING
+from q3mega.data.tasks import Problem, generate
+from q3mega.engine import Engine, parallel
+from q3mega.recipe import RLSettings
+from q3mega.rewards import score
+from q3mega.rollout import SamplingParams
+from q3mega.rollout.in_process import InProcessSampler
+from q3mega.stages.stage import Stage
+from q3mega.train import reinforcement
+from q3mega.train.reinforcement import PolicySettings, Rollout
+
+
+def run(stage: Stage) -> None:
+    config = stage.config
+    engine = stage.engine(stage.start(), steps=config.steps * config.updates)
+    if not stage.prepared("problems.json"):
+        select(stage, stage.sampler(engine))
+    problems = [Problem(**row) for row in json.loads((stage.data / "problems.json").read_text())]
+    learn(stage, engine, problems, config)
+    results = evaluate.thinking(stage.sampler(engine), stage.tokenizer, stage.seed("eval"))
+    stage.finish(engine, results | evaluate.entropy_ratio(stage.dir / "metrics.jsonl"))
+
+
+def learn(
+    stage: Stage,
+    engine: Engine,
+    problems: list[Problem],
+    config: RLSettings,
+    part: str = "",
+    **observers: Any,
+) -> None:
+    """The loop, on prompts that walk through `problems` in order; `part` names a comparison run."""
+    sampler = stage.sampler(engine)
+
+    def roll_out(step: int) -> list[Rollout]:
+        first = (step - 1) * config.prompts
+        batch = [problems[(first + i) % len(problems)] for i in range(config.prompts)]
+        return answered(stage, sampler, batch, config, step)
+
+    reinforcement.train(
+        engine,
+        roll_out,
+        policy(stage, config),
+        EntropyController(config.entropy_hold, config.entropy_step, config.entropy_limit),
+        steps=config.steps,
+        folder=stage.dir / "checkpoints" / part,
+        log=stage.log(config.steps, part),
+        save_every=max(1, stage.config.save_every // config.updates),
+        **observers,
+    )
+
+
+def policy(stage: Stage, config: RLSettings) -> PolicySettings:
+    loss = {
+        "variant": config.variant,
+        "clip_low": config.clip_low,
+        "clip_high": config.clip_high,
+        "kl_coef": config.kl_coef,
+    }
+    aggregate = "sequence" if config.variant in ("grpo", "gspo", "gspo_token", "sapo") else "token"
+    aggregate = "constant" if config.variant == "dr_grpo" else aggregate
+    return PolicySettings(
+        updates=config.updates,
+        capacity=stage.config.micro_batch_tokens,
+        aggregate=aggregate,
+        constant=config.max_tokens,
+        scale_by_std=config.variant != "dr_grpo",
+        loss=loss,
+    )
+
+
+def answered(
+    stage: Stage, sampler: InProcessSampler, batch: list[Problem], config: RLSettings, step: int
+) -> list[Rollout]:
+    """This rank's share of a batch of problems: sampled in thinking mode, scored by the rules."""
+    mine = list(enumerate(batch))[parallel.data_rank() :: parallel.data_size()]
+    prompts = [
+        stage.tokenizer.encode(render(p.messages, add_generation_prompt=True)) for _, p in mine
+    ]
+    seed = stage.seed("rollout", step, parallel.data_rank())
+    params = SamplingParams(config.max_tokens, config.temperature, n=config.rollouts, seed=seed)
+    rollouts = []
+    for (group, p), prompt, tries in zip(mine, prompts, sampler.generate(prompts, params), strict=True):
+        for c in tries:
+            verdict = score("answer", evaluate.text_of(c, stage.tokenizer), vars(p))
+            rollouts.append(Rollout(prompt, c, group, verdict.score, p.family, verdict.reason))
+    return rollouts
+
+
+def select(stage: Stage, sampler: InProcessSampler) -> None:
+    """The four rules; leaves problems.json and drops.json in data/."""
+    rules = stage.config.selection
+    used = used_before(stage)
+    pool, drops = [], Counter[str]()
+    for f in REASONING:
+        for p in generate(f, rules.pool // len(REASONING), seed=stage.seed("pool", f)):
+            drops["used in the cold start"] += p.id in used
+            pool += [] if p.id in used else [p]
+    params = SamplingParams(stage.config.max_tokens, n=rules.tries, seed=stage.seed("select"))
+    found = evaluate.answers(sampler, stage.tokenizer, pool, params)
+    rates = {p.id: sum(a.correct for a in tries) / rules.tries for p, tries in zip(pool, found, strict=True)}
+    drops["not learnable: never right"] = sum(r == 0 for r in rates.values())
+    drops["too easy: always right"] = sum(r == 1 for r in rates.values())
+    learnable = [p for p in pool if 0 < rates[p.id] < 1]
+    chosen = []
+    for f in REASONING:  # the hardest of every family
+        members = sorted((p for p in learnable if p.family == f), key=lambda p: (rates[p.id], -p.difficulty, p.id))
+        chosen += members[: rules.keep // len(REASONING)]
+    drops["easier than the rest of its family"] = len(learnable) - len(chosen)
+    random.Random(stage.seed("order")).shuffle(chosen)
+    stage.write("data/drops.json", dict(drops))
+    stage.write("data/problems.json", [vars(p) for p in chosen])
+    stage.barrier()
+
+
+def used_before(stage: Stage) -> set[str]:
+    """Ids of the cold start's queries, when this run had one."""
+    if "cold_start" not in stage.recipe.stages:
+        return set()
+    path = stage.recipe.stage_dir(stage.run_dir, "cold_start") / "data" / "queries.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return {row["id"] for row in rows}

@@ -1,0 +1,76 @@
+"""The package as users get it: light to import, and whole as a wheel."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code: str, *arguments: object, cwd: Path = ROOT) -> str:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light():
+    loaded = python("import sys, q3mega, q3mega.cli; print(*sys.modules)").split()
+    assert {"torch", "numpy", "pydantic"}.isdisjoint(loaded)
+
+
+def test_public_names_come_when_asked_for():
+    import q3mega
+    from q3mega import ops
+    from q3mega.driver import run
+    from q3mega.recipe import Recipe
+
+    assert (q3mega.run, q3mega.Recipe, q3mega.ops) == (run, Recipe, ops)
+    assert not hasattr(q3mega, "anything_else")
+
+
+def test_a_plain_checkout_finds_its_kernels():
+    # -S and a bare path: as if nothing were installed.
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import q3mega.kernels as k; print(k.__file__)"
+    )
+    command = [sys.executable, "-I", "-S", "-c", code, str(ROOT)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert Path(found.strip()) == ROOT / "kernels" / "__init__.py"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_everything_and_runs(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("q3mega", "kernels", "csrc"):
+        unbuilt = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, source / name, ignore=unbuilt)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    offline = ["--no-deps", "--no-index"]
+    wheels = ["wheel", "--no-build-isolation", *offline, "--wheel-dir", tmp_path, source]
+    subprocess.run([*pip, *wheels], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", *offline, "--target", target, wheel], check=True)
+
+    ours = {p.relative_to(source).as_posix() for p in (source / "q3mega").rglob("*.*")}
+    ours |= {f"q3mega/{p.relative_to(source)}" for p in (source / "kernels").rglob("*.py")}
+    files = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in ours if name.endswith((".py", ".jinja"))} <= files
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in files)
+
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy, q3mega._data, q3mega.kernels
+print(q3mega._data.__file__, q3mega.kernels.__file__, sep="\\n")
+assert [b.tolist() for b in q3mega._data.best_fit_pack(numpy.array([3, 5]), 8)] == [[1, 0]]
+"""
+    found = python(code, target, cwd=tmp_path).split()
+    assert all(Path(path).is_relative_to(target) for path in found)
