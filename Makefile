@@ -23,11 +23,12 @@ clean:
 	rm -f q3mega/_data.*.so
 
 # torch first: nothing after it may pick another build. megatron-core and emerging-optimizers
-# declare Python 3.12 but run on 3.11, so they come by themselves, without their requirements.
+# declare Python 3.12 but run on 3.11, so they come by themselves, without their requirements,
+# which are among ours.
 .venv/.ready: pyproject.toml setup.py Makefile $(NATIVE)
 	$(PYTHON) -m venv .venv
 	$(PIP) 'torch==2.13.0; python_version < "3.12"' 'torch>=2.11; python_version >= "3.12"'
-	$(PIP) --no-deps --ignore-requires-python megatron-core==0.19.2 emerging-optimizers==0.3.0
 	$(PIP) 'setuptools>=77' wheel 'pybind11>=3'
 	$(PIP) --no-build-isolation -e '.[dev]'
+	$(PIP) --no-deps --ignore-requires-python megatron-core==0.19.2 emerging-optimizers==0.3.0
 	touch $@

@@ -28,7 +28,9 @@ from q3mega.errors import UserError
 from q3mega.model.sizes import QWEN3, Qwen3Shape
 from q3mega.sections import Section, explain, field_names, override, parse_yaml, short
 
-Kind = Literal["prose", "code", "science", "facts", "worked", "direct", "chat", "retrieval", "retrieval_long"]
+Kind = Literal[
+    "prose", "code", "science", "facts", "worked", "direct", "chat", "copies", "retrieval", "retrieval_long"
+]  # fmt: skip
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -368,9 +370,9 @@ class Recipe(Section):
             if (stage := field.split(".")[0]) in STAGES:
                 stages = raw.get("stages")
                 if not isinstance(stages, dict) or stage not in stages:
-                    raise UserError(f"override {item}: the recipe has no stage {stage}")
+                    raise UserError(f"override {short(item)}: the recipe has no stage {stage}")
                 field = f"stages.{field}"
-            override(raw, field, parse_yaml(value, f"override {item}"))
+            override(raw, field, parse_yaml(value, f"override {short(item)}"))
         try:
             return cls.model_validate(raw)
         except ValidationError as error:

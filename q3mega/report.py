@@ -89,7 +89,10 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _print(results: Evals) -> None:
-    table = Table("stage", "metric", "value", "95 % interval", "n")
+    table = Table("stage")
+    table.add_column("metric", overflow="fold")  # narrow terminals must not cut names
+    for title in ("value", "95 % interval", "n"):
+        table.add_column(title, no_wrap=True)
     for stage, metrics in results.items():
         for name, metric in metrics.items():
             table.add_row(stage, name, *_cells(metric))
@@ -99,8 +102,12 @@ def _print(results: Evals) -> None:
 def _cells(metric: Mapping[str, Any]) -> tuple[str, str, str]:
     """Value, interval and n of a metric, as text."""
     low, high = metric.get("low"), metric.get("high")
-    interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
-    return f"{metric['value']:.4g}", interval, str(metric.get("n", ""))
+    interval = "" if low is None or high is None else f"{_text(low)} to {_text(high)}"
+    return _text(metric["value"]), interval, str(metric.get("n", ""))
+
+
+def _text(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def render(run_dir: Path, evals: Evals) -> str:

@@ -59,7 +59,7 @@ def override(raw: dict[str, Any], path: str, value: Any) -> None:
             section[key] = {}
         section = section[key]
         if not isinstance(section, dict):
-            raise UserError(f"override {path}: {key}={short(section)} has no fields")
+            raise UserError(f"override {short(path)}: {short(key)}={short(section)} has no fields")
     section[name] = value
 
 
@@ -69,7 +69,7 @@ def explain(error: Mapping[str, Any], names: Callable[[list[Any]], Sequence[str]
     `names(path)` lists the fields that exist at a path.
     """
     *parents, name = error["loc"] or ("recipe",)
-    path = ".".join(map(str, (*parents, name)))
+    path = one_line(".".join(map(str, (*parents, name))))
     match error["type"]:
         case "missing":
             return f"{path} is missing and has no default"

@@ -140,7 +140,7 @@ def test_a_run_leaves_the_folder_of_the_design(
     assert results["cold_start"]["accuracy"] == {"value": 0.5, "n": 100, "low": 0.4, "high": 0.6}
     printed = capsys.readouterr().out
     assert "cold_start:  done  10/10  loss 0.1000  1,200 tokens/s" in printed
-    assert str(report) in printed and "0.4 to 0.6" in printed
+    assert str(report) in printed and "0.400 to 0.600" in printed
 
 
 def test_finished_stages_are_skipped(recipe: Recipe, tmp_path: Path) -> None:

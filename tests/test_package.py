@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def python(code: str, *arguments: object, cwd: Path = ROOT) -> str:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+def python(code: str, *arguments: object, flags: str = "-q", cwd: Path = ROOT) -> str:
+    command = [sys.executable, flags, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -34,12 +34,8 @@ def test_public_names_come_when_asked_for():
 
 
 def test_a_plain_checkout_finds_its_kernels():
-    # -S and a bare path: as if nothing were installed.
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import q3mega.kernels as k; print(k.__file__)"
-    )
-    command = [sys.executable, "-I", "-S", "-c", code, str(ROOT)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = "import sys; sys.path.append(sys.argv[1]); import q3mega.kernels as k; print(k.__file__)"
+    found = python(code, ROOT, flags="-IS")  # without site-packages: as if nothing were installed
     assert Path(found.strip()) == ROOT / "kernels" / "__init__.py"
 
 

@@ -120,10 +120,14 @@ def test_model_by_size_and_derived_from_it() -> None:
         ("name=../up", ["name='../up'"]),
         ("stages={}", ["at least one of", "cold_start"]),
         ("mode_fusion.lr=1", ["no stage mode_fusion"]),
-        ("model.hidden.x=1", ["hidden=64", "no fields"]),
+        ("model.hidden.x=1", ["hidden'=64", "no fields"]),
         ("model.hidden", ["stage.field=value"]),
         ("model..hidden=1", ["stage.field=value"]),
         ("model.hidden=[1", ["not valid YAML"]),
+        ("model={a: 1,\n a: 2}", ["'a' is given twice"]),
+        ("model.hid\nden=1", ["model.hid den=1", "nearest is model.hidden"]),
+        ("mode_fusion.x\n.y=1", ["no stage mode_fusion"]),
+        ("model.hidden.x\n.y=1", ["hidden'=64", "no fields"]),
     ],
 )
 def test_bad_values_are_named(tiny: Path, override: str, words: list[str]) -> None:

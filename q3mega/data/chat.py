@@ -21,7 +21,6 @@ from q3mega.errors import UserError
 TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 ROLES = ("system", "user", "assistant", "tool")
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _FLAG = re.compile(r"(?<!\S)/(think|no_think)(?!\S)")
 
 
@@ -29,8 +28,9 @@ _FLAG = re.compile(r"(?<!\S)/(think|no_think)(?!\S)")
 class Message:
     """An assistant's text in parts.
 
-    thinking: None without a think block, "" for an empty one. closed: False when a think block was
-    opened and never closed. tool_calls: well-formed calls only; a malformed one stays in content.
+    thinking: None without a think block, "" for an empty one. content: what follows the last
+    </think>, without its well-formed tool calls; a malformed call stays in it. closed: False when
+    a think block was opened and never closed.
     """
 
     thinking: str | None
@@ -59,53 +59,62 @@ def render(
     """
     if not messages:
         raise UserError("messages is empty: a chat needs at least one turn")
-    for i, message in enumerate(messages):
-        if message.get("role") not in ROLES:
-            raise UserError(f"messages[{i}].role={message.get('role')!r}: use one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise UserError(f"messages[{i}].content={message.get('content')!r} must be a string")
+    _check(messages)
     flag = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     return _template().render(
         messages=messages, tools=tools or None, add_generation_prompt=add_generation_prompt, **flag
     )
 
 
+def _check(messages: Sequence[Mapping[str, Any]]) -> None:
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise UserError(f"messages[{i}]={message!r} must be a mapping of role and content")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise UserError(f"messages[{i}].role={role!r}: use one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise UserError(f"messages[{i}].content={content!r} must be a string")
+
+
 def parse(text: str) -> Message:
     """An assistant's raw text (without <|im_end|>) in parts; any text at all has an answer."""
-    thinking: str | None = None
-    closed = True
-    if "</think>" in text:
-        before, _, content = text.rpartition("</think>")
-        thinking = before.split("<think>", 1)[-1].strip("\n")
-    elif "<think>" in text:
-        before, _, rest = text.partition("<think>")
-        thinking, content, closed = rest.strip("\n"), before, False
-    else:
-        content = text
+    before, closing, after = text.rpartition("</think>")
+    content, opening, rest = after.partition("<think>")  # a block that stays open is no answer
+    thinking = None
+    if closing or opening:
+        thinking = (before.split("<think>", 1)[-1] + rest).strip("\n")
     calls = []
-
-    def take(match: re.Match[str]) -> str:
-        call = _call(match[1])
+    kept = ""
+    *parts, tail = content.split("</tool_call>")
+    for part in parts:
+        head, _, body = part.partition("<tool_call>")
+        call = _call(body)
         if call is None:
-            return match[0]
-        calls.append(call)
-        return ""
-
-    content = _CALL.sub(take, content)
-    return Message(thinking, content.strip("\n"), calls, closed)
+            kept += part + "</tool_call>"
+        else:
+            kept += head
+            calls.append(call)
+    return Message(thinking, (kept + tail).strip("\n"), calls, closed=not opening)
 
 
 def _call(text: str) -> dict[str, Any] | None:
+    """A call that can be written back as JSON in UTF-8, or None."""
     try:
         call = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+        json.dumps(call, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no lone surrogate
+    except (ValueError, RecursionError):  # ValueError is also what an integer too long raises
         return None
     good = isinstance(call, dict) and isinstance(call.get("name"), str)
     return call if good and isinstance(call.get("arguments"), dict) else None
 
 
 def last_flag(messages: Sequence[Mapping[str, Any]]) -> Literal["think", "no_think"] | None:
-    """The last /think or /no_think, as a word of its own, in a user or system turn."""
+    """The last /think or /no_think, as a word of its own, in a user or system turn.
+
+    Raises UserError for an unknown role or content that is not a string.
+    """
+    _check(messages)
     for message in reversed(messages):
         if message["role"] in ("user", "system") and (found := _FLAG.findall(message["content"])):
             return found[-1]

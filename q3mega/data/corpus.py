@@ -4,6 +4,7 @@ A mixture names kinds of documents and their share of the tokens; `Mixture` turn
 batch of any step, a pure function of the step, so that a resumed run reads on where it stopped.
 """
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -24,15 +25,23 @@ from q3mega.data.tasks.solutions import response_text, solve, text_documents, th
 from q3mega.data.tokenizer import Tokenizer
 
 REASONING = ("chain_sum", "base_conversion", "number_sorting", "letter_counting")
+MOST_TEXTS = 600  # real documents of a kind: at laptop scale a mixture reads no more
 SLIP = 0.05  # of the worked steps are wrong: a base model that knows the way and stumbles on it
+
+
+@functools.cache
+def _real_text(kind: str) -> tuple[str, ...]:
+    """Every document of a kind, near-duplicates dropped; read once a process."""
+    texts = [d for s in text.sources().values() if s.kind == kind for d in text.documents(s.name)]
+    random.Random(kind).shuffle(texts)
+    kept, _ = text.deduplicate(texts[:MOST_TEXTS])
+    return tuple(kept)
 
 
 def _text(kind: str) -> Callable[[random.Random], Iterator[str]]:
     def documents(rng: random.Random) -> Iterator[str]:
-        found = [d for s in text.sources().values() if s.kind == kind for d in text.documents(s.name)]
-        rng.shuffle(found)
-        kept, _ = text.deduplicate(found[:1500])
-        yield from kept
+        while True:
+            yield from rng.sample(_real_text(kind), len(_real_text(kind)))
 
     return documents
 
@@ -80,15 +89,23 @@ def _chat(rng: random.Random) -> Iterator[str]:
 
 def haystack(rng: random.Random) -> Iterator[str]:
     """Lines of real text without end, to hide things in."""
-    lines = [line for d in text.documents("stdlib_docs") for line in d.split("\n") if len(line) > 20]
+    lines = [line for d in _real_text("prose") for line in d.split("\n") if 20 < len(line) < 120]
     while True:
         yield rng.choice(lines)
 
 
 def needles(rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """n statements (beginning, value) about different names: 'The code of Ann is ' and '47'."""
-    names = rng.sample(general.NAMES, n)
-    return [(f"The code of {name} is ", str(rng.randint(10, 99))) for name in names]
+    """n statements (beginning, value) under different letters: 'key K' and '47'."""
+    letters = rng.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", n)
+    return [(f"key {letter}", str(rng.randint(10, 99))) for letter in letters]
+
+
+def _copies(rng: random.Random) -> Iterator[str]:
+    """Random words, names and numbers, then the same once more: what copying is learned from."""
+    while True:
+        pool = rng.choice((general.WORDS, general.NAMES, [str(n) for n in range(10, 100)]))
+        line = " ".join(rng.choices(pool, k=rng.randint(6, 24)))
+        yield f"{line}\n{line}"
 
 
 def _retrieval(longest: int) -> Callable[[random.Random], Iterator[str]]:
@@ -118,13 +135,14 @@ KINDS: dict[str, Callable[[random.Random], Iterator[str]]] = {
     "worked": _worked,
     "direct": _direct,
     "chat": _chat,
+    "copies": _copies,
     "retrieval": _retrieval(200),
     "retrieval_long": _retrieval(800),
 }
 
 
 def documents(kind: str, seed: int) -> Iterator[str]:
-    """Documents of one kind, the same ones for the same seed; generated kinds have no end."""
+    """Documents of one kind, without end, the same ones for the same seed."""
     return KINDS[kind](random.Random(f"{kind}/{seed}"))
 
 
@@ -140,8 +158,8 @@ def build(
         builder = IndexedDatasetBuilder(str(folder / f"{kind}.bin"), dtype=np.int32)
         wanted, have = int(tokens * weight / total) + sequence, 0
         source = documents(kind, seed)
-        while have < wanted and (texts := list(itertools.islice(source, 512))):
-            for ids in tokenizer.encode_batch(texts):
+        while have < wanted:
+            for ids in tokenizer.encode_batch(list(itertools.islice(source, 64))):
                 ids.append(tokenizer.eod)
                 for i in range(0, len(ids), sequence):
                     piece = ids[i : i + sequence]

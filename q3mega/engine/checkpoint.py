@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
 from q3mega.errors import UserError
 
@@ -95,7 +96,7 @@ def load_latest(engine: Any, folder: Path) -> tuple[int, dict[str, Any]] | None:
         rng = path / f"rng_{dist.get_rank()}.pt"
         torch.set_rng_state(torch.load(rng, weights_only=True)["torch"])
         state = json.loads((path / "state.json").read_text())
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} is damaged ({reason}): delete that folder to resume from the one before") from error
     return state.pop("step"), state

@@ -50,6 +50,7 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=distributed and not muon,
         muon_nesterov=True,
+        muon_scale_mode="shape_scaling",  # lr is then Muon's own, not one borrowed from AdamW
         muon_tp_mode="duplicated",
         muon_fp32_matmul_prec="highest",  # "medium" is bf16, which a CPU emulates at a tenth of fp32
     )

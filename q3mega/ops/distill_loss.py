@@ -6,15 +6,15 @@ its square (Hinton et al., 1503.02531). The teacher gets no gradient.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from q3mega.errors import UserError
 from q3mega.ops import vocab
 from q3mega.ops.dispatch import register, resolve
-from q3mega.ops.linear_logprob import check
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
@@ -42,17 +42,31 @@ def distill_loss(
     tp_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> DistillOutput:
-    """student_hidden (N, H), student_weight (V, H) or the rank's shard; the teacher either as
+    """Divergences at `temperature` times its square, summed with loss_weights (N,), default ones.
+
+    student_hidden (N, H), student_weight (V, H) or the rank's shard; the teacher either as
     hidden (N, H_t) with its own weight (V, H_t), cut like the student's, or as teacher_topk =
-    (ids (N, K) int64, log-probabilities (N, K) at this temperature). tail: one bucket holds the
-    rest of the vocabulary; without it both sides are renormalised on the K ids. loss_weights (N,).
-    Raises ValueError for a missing or double teacher or an unknown divergence.
+    (ids (N, K) int64, distinct in a row, and log-probabilities (N, K) at this temperature). tail:
+    one bucket holds the rest of the vocabulary; without it both sides are renormalised on the K
+    ids. beta in (0, 1), for jsd. Raises UserError for a missing or double teacher, an unknown
+    divergence or shapes that do not fit.
     """
-    check(student_hidden, student_weight, student_hidden, temperature)
-    if divergence not in ("forward_kl", "reverse_kl", "jsd"):
-        raise ValueError(f"divergence={divergence!r}: choose forward_kl, reverse_kl or jsd")
+    ids, logprobs = teacher_topk or (None, None)
+    vocab.check(
+        student_hidden, student_weight, temperature, teacher_hidden=teacher_hidden,
+        teacher_ids=ids, teacher_logprobs=logprobs, loss_weights=loss_weights,
+    )  # fmt: skip
+    if divergence not in get_args(Divergence):
+        raise UserError(f"divergence={divergence!r}: choose forward_kl, reverse_kl or jsd")
+    if divergence == "jsd" and not 0 < beta < 1:
+        raise UserError(f"beta={beta}: must lie between 0 and 1; at its ends take one of the KLs")
     if (teacher_topk is None) == (teacher_hidden is None or teacher_weight is None):
-        raise ValueError("give the teacher either as teacher_hidden and teacher_weight or as teacher_topk")
+        raise UserError("teacher: give teacher_hidden and teacher_weight, or else teacher_topk")
+    if teacher_weight is not None and len(teacher_weight) != len(student_weight):
+        raise UserError(
+            f"teacher_weight has {len(teacher_weight)} rows, student_weight {len(student_weight)}: "
+            "cut both to their common vocabulary"
+        )
     if loss_weights is None:
         loss_weights = student_hidden.new_ones(len(student_hidden), dtype=torch.float32)
     return resolve("distill_loss", backend)(
@@ -68,7 +82,7 @@ def _reference(
     teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None,
     topk: tuple[Tensor, Tensor] | None,
-    divergence: str,
+    divergence: Divergence,
     beta: float,
     temperature: float,
     w: Tensor,
@@ -76,37 +90,49 @@ def _reference(
     valid_vocab: int | None,
     group: dist.ProcessGroup | None,
 ) -> DistillOutput:
-    def full(h: Tensor, t: Tensor) -> tuple[Tensor]:
+    def full(h: Tensor, t: Tensor) -> Tensor:
         assert teacher_weight is not None
         student = vocab.log_probs(h, weight, temperature, valid_vocab, group)
         with torch.no_grad():
             teacher = vocab.log_probs(t, teacher_weight, temperature, valid_vocab, group)
-        return (vocab.total(_divergence(student, teacher, divergence, beta).sum(-1), group),)
+        return vocab.total(_divergence(student, teacher, divergence, beta).sum(-1), group)
 
-    def top(h: Tensor, ids: Tensor, teacher: Tensor) -> tuple[Tensor]:
+    def top(h: Tensor, ids: Tensor, teacher: Tensor) -> Tensor:
         logp = vocab.log_probs(h, weight, temperature, valid_vocab, group)
-        student = vocab.pick(logp, ids, weight, group)
-        student, teacher = _with_rest(student, tail), _with_rest(teacher.float(), tail)
-        return (_divergence(student, teacher, divergence, beta).sum(-1),)
+        column, here = vocab.shard_index(ids, weight, group)
+        student = vocab.total(logp.gather(1, column) * here, group)
+        teacher = teacher.to(student.dtype)
+        if tail:
+            student = torch.cat([student, _rest(logp, column, here, group)], 1)
+            rest = -teacher.exp().sum(1, keepdim=True).clamp(max=1 - 1e-7)
+            teacher = torch.cat([teacher, rest.log1p()], 1)
+        else:
+            student, teacher = student.log_softmax(1), teacher.log_softmax(1)
+        return _divergence(student, teacher, divergence, beta).sum(-1)
 
     if topk is None:
         assert teacher_hidden is not None
-        (per_token,) = vocab.by_rows(full, (hidden, teacher_hidden.detach()), len(weight))
+        per_token = vocab.by_rows(full, (hidden, teacher_hidden.detach()), weight)
     else:
-        (per_token,) = vocab.by_rows(top, (hidden, topk[0], topk[1].detach()), len(weight))
+        per_token = vocab.by_rows(top, (hidden, topk[0], topk[1].detach()), weight)
     per_token = per_token * temperature**2
     return DistillOutput((per_token * w).sum(), per_token.detach())
 
 
-def _with_rest(logp: Tensor, tail: bool) -> Tensor:
-    """(N, K) -> (N, K + 1) with the log of the remaining mass, or renormalised (N, K)."""
-    if not tail:
-        return logp.log_softmax(-1)
-    rest = torch.log1p(-logp.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
-    return torch.cat([logp, rest], -1)
+def _rest(logp: Tensor, column: Tensor, here: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """(n, 1) log of the student's mass outside the K ids.
+
+    Summed over those ids, not taken as one minus the K: a confident student has less there than
+    fp32 resolves next to 1, and a rounded or clamped tail would lose its gradient.
+    """
+    inside = torch.zeros_like(logp, dtype=torch.bool)
+    rows, picks = here.nonzero(as_tuple=True)
+    inside[rows, column[rows, picks]] = True
+    mass = vocab.total(logp.exp().masked_fill(inside, 0.0).sum(1, keepdim=True), group)
+    return mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
 
 
-def _divergence(student: Tensor, teacher: Tensor, kind: str, beta: float) -> Tensor:
+def _divergence(student: Tensor, teacher: Tensor, kind: Divergence, beta: float) -> Tensor:
     """Per-entry terms of the divergence between log-probabilities."""
     if kind == "forward_kl":
         return teacher.exp() * (teacher - student)

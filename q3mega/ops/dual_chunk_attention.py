@@ -10,9 +10,13 @@ min(2c - 1, clamp) (older). Sequences up to min(clamp + 1, 2c) tokens get ordina
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from q3mega.errors import UserError
 from q3mega.ops import rotary
 from q3mega.ops.dispatch import register, resolve
+
+SCORES = 1 << 22  # attention scores held at once by the chunked path: 16 MiB in fp32
 
 
 def dual_chunk_attention(
@@ -38,31 +42,40 @@ def dual_chunk_attention(
     document borders (None: one sequence). inv_freq (D / 2,) overrides rope_theta. q_scale, k_scale
     (T,) fp32 factors on rotated queries and keys. clamp_at: largest distance, default chunk_size.
     q_offset: queries are tokens q_offset, q_offset + 1, ... of the one sequence that k holds whole.
-    Returns (T, Hq, D). Raises ValueError on shapes that do not fit, RuntimeError on a backend that
-    is not there.
+    Returns (T, Hq, D) in q's dtype. Raises UserError on arguments that do not fit, RuntimeError on
+    a backend that is not there.
     """
-    if not 0 < local_size <= chunk_size - 1:
-        raise ValueError(f"local_size={local_size} must lie in 1..chunk_size-1={chunk_size - 1}")
-    if q.shape[1] % k.shape[1] or k.shape != v.shape:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
-    if q_offset and cu_seqlens is not None:
-        raise ValueError("q_offset continues one sequence: give no cu_seqlens with it")
+    if not 0 <= local_size < chunk_size:
+        raise UserError(f"local_size={local_size}: must lie in 0..chunk_size-1={chunk_size - 1}")
+    if k.shape != v.shape or q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2] or q.shape[2] % 2:
+        raise UserError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be (T, Hq, D) and "
+            "twice (T, Hkv, D), Hq a multiple of Hkv and D even"
+        )
+    if cu_seqlens is None:
+        if not 0 <= q_offset <= len(k) - len(q):
+            raise UserError(
+                f"q_offset={q_offset}: {len(q)} queries must lie within the {len(k)} keys"
+            )
+        cu_seqlens = torch.tensor([0, len(k)], dtype=torch.int32, device=q.device)
+    elif q_offset or len(q) != len(k):
+        raise UserError(
+            f"q_offset={q_offset}, {len(q)} queries, {len(k)} keys: cu_seqlens takes whole "
+            "sequences, leave it out to continue one"
+        )
     if inv_freq is None:
         inv_freq = rotary.inv_freq(q.shape[-1], rope_theta).to(q.device)
-    if cu_seqlens is None:
-        cu_seqlens = torch.tensor([0, len(k)], dtype=torch.int32, device=q.device)
     return resolve("dual_chunk_attention", backend)(
         q,
         k,
         v,
-        chunk_size=chunk_size,
-        local_size=local_size,
+        chunk=chunk_size - local_size,
+        clamp=chunk_size if clamp_at is None else clamp_at,
         inv_freq=inv_freq,
         cu_seqlens=cu_seqlens,
         scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
         q_scale=q_scale,
         k_scale=k_scale,
-        clamp=chunk_size if clamp_at is None else clamp_at,
         q_offset=q_offset,
     )
 
@@ -73,116 +86,121 @@ def _reference(
     k: Tensor,
     v: Tensor,
     *,
-    chunk_size: int,
-    local_size: int,
+    chunk: int,
+    clamp: int,
     inv_freq: Tensor,
     cu_seqlens: Tensor,
     scale: float,
     q_scale: Tensor | None,
     k_scale: Tensor | None,
-    clamp: int,
     q_offset: int,
 ) -> Tensor:
-    chunk = chunk_size - local_size
-    lengths = cu_seqlens.diff().long()
-    index = torch.arange(len(k), device=k.device)
-    document = torch.repeat_interleave(torch.arange(len(lengths), device=k.device), lengths)
-    position = index - cu_seqlens.long()[document]
-    longest = int(lengths.max())
-    if longest > min(clamp + 1, 2 * chunk):
-        key = _scaled(rotary.rotate(k, position % chunk, inv_freq), k_scale)
-        spans = zip(cu_seqlens[:-1].tolist(), lengths.tolist(), strict=True)
-        outs = []
-        for start, length in spans:
-            rows = slice(start, start + length) if q_offset == 0 else slice(0, len(q))
-            part = None if q_scale is None else q_scale[rows]
-            keys, values = key[start : start + length], v[start : start + length]
-            outs.append(_chunked(q[rows], keys, values, inv_freq, chunk, clamp, scale, part, q_offset))
-        return torch.cat(outs)
-    key = _scaled(rotary.rotate(k, position, inv_freq), k_scale)
+    borders, lengths = cu_seqlens.tolist(), cu_seqlens.diff().long()
+    if borders[0] != 0 or borders[-1] != len(k) or borders != sorted(borders):
+        raise UserError(f"cu_seqlens: must rise from 0 to {len(k)}, the number of tokens")
+    # Scales commute with rotations, so they are applied once, first.
+    if q_scale is not None:
+        q = q * q_scale[:, None, None].to(q.dtype)
+    if k_scale is not None:
+        k = k * k_scale[:, None, None].to(k.dtype)
     if len(q) != len(k):  # decode, or prefill in pieces, of one sequence
-        now = torch.arange(q_offset, q_offset + len(q), device=q.device)
-        query = _scaled(rotary.rotate(q, now, inv_freq), q_scale)
-        return _masked(query, key, v, now[:, None] >= index, scale)
-    query = _scaled(rotary.rotate(q, position, inv_freq), q_scale)
-    return _padded(query, key, v, document, position, lengths, scale)
+        return _chunked(q, k, v, inv_freq, chunk, clamp, scale, q_offset)
+    plain = lengths <= min(clamp + 1, 2 * chunk)  # dual-chunk attention is RoPE attention there
+    index, starts = torch.arange(len(q), device=q.device), cu_seqlens[:-1].long()
+    tokens, outs = [index[:0]], [q[:0]]
+    for documents in _buckets(lengths, plain):
+        reach = torch.arange(int(lengths[documents].max()), device=q.device)
+        token = starts[documents, None] + reach  # right-padded with whatever follows
+        real = reach < lengths[documents, None]
+        padded = token.clamp(max=len(q) - 1)
+        out = _causal(q[padded], k[padded], v[padded], reach, inv_freq, scale)
+        tokens.append(token[real])
+        outs.append(out[real])
+    for i in (~plain).nonzero()[:, 0].tolist():
+        one = slice(borders[i], borders[i + 1])
+        tokens.append(index[one])
+        outs.append(_chunked(q[one], k[one], v[one], inv_freq, chunk, clamp, scale, 0))
+    return torch.empty_like(q).index_copy_(0, torch.cat(tokens), torch.cat(outs))
 
 
-def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor[:, None, None].to(x.dtype)
+def _buckets(lengths: Tensor, chosen: Tensor) -> list[Tensor]:
+    """The chosen documents in groups of such like length that padding at most doubles the work."""
+    left, groups = (chosen & (lengths > 0)).nonzero()[:, 0], []
+    while len(left):
+        size = lengths[left]
+        longest = size.max()
+        even = len(left) * longest**2 <= 1.5 * size.square().sum()
+        near = torch.ones_like(size, dtype=torch.bool) if even else size > longest // 2
+        groups.append(left[near])
+        left = left[~near]
+    return groups
 
 
-def _padded(
-    q: Tensor, k: Tensor, v: Tensor, document: Tensor, position: Tensor, lengths: Tensor, scale: float
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, position: Tensor, inv_freq: Tensor, scale: float
 ) -> Tensor:
-    """Rotated documents through SDPA on a right-padded batch: causal, so padding needs no mask."""
-    longest = int(lengths.max())
-    if len(lengths) > 1 and longest * len(lengths) > 2 * len(q):  # mostly padding: halve by length
-        short = lengths[document] <= longest // 2
-        out = torch.empty_like(q)
-        for rows in (short, ~short):
-            kept = lengths[lengths <= longest // 2] if rows is short else lengths[lengths > longest // 2]
-            if len(kept):
-                renumbered = torch.repeat_interleave(torch.arange(len(kept), device=q.device), kept)
-                out[rows] = _padded(
-                    q[rows], k[rows], v[rows], renumbered, position[rows], kept, scale
-                )
-        return out
-    slot = document * longest + position
-
-    def pad(x: Tensor) -> Tensor:
-        empty = x.new_zeros(len(lengths) * longest, *x.shape[1:])
-        return empty.index_copy(0, slot, x).unflatten(0, (-1, longest)).transpose(1, 2)
-
+    """RoPE attention of a batch (B, S, H, D). Nothing looks right, so padding needs no mask."""
+    query, key = (rotary.rotate(x, position, inv_freq).transpose(1, 2) for x in (q, k))
+    gqa = q.shape[2] != k.shape[2]
     out = F.scaled_dot_product_attention(
-        pad(q), pad(k), pad(v), is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        query, key, v.transpose(1, 2), is_causal=True, scale=scale, enable_gqa=gqa
     )
-    return out.transpose(1, 2).flatten(0, 1)[slot]
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    out = F.scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)),
-        attn_mask=mask,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out[0].transpose(0, 1)
+    return out.transpose(1, 2)
 
 
 def _chunked(
     q: Tensor,
-    key: Tensor,
-    value: Tensor,
+    k: Tensor,
+    v: Tensor,
     inv_freq: Tensor,
     chunk: int,
     clamp: int,
     scale: float,
-    q_scale: Tensor | None,
     q_offset: int,
 ) -> Tensor:
-    """One sequence, one query chunk at a time: three rotations of the query, one softmax."""
-    group = q.shape[1] // key.shape[1]
-    key = key.repeat_interleave(group, 1)
-    value = value.repeat_interleave(group, 1)
-    now = torch.arange(q_offset, q_offset + len(q), device=q.device)
-    outs = []
-    for n in range(q_offset // chunk, (q_offset + len(q) - 1) // chunk + 1):
-        rows = slice(max(0, n * chunk - q_offset), max(0, (n + 1) * chunk - q_offset))
-        offset = now[rows] % chunk
-        part = None if q_scale is None else q_scale[rows]
-        end = int(now[rows][-1]) + 1
-        pieces = []
-        for low, high, rotation in (
-            (0, (n - 1) * chunk, torch.full_like(offset, min(2 * chunk - 1, clamp))),
-            (max(0, n - 1) * chunk, n * chunk, (offset + chunk).clamp(max=clamp)),
-            (n * chunk, end, offset),
-        ):
-            if high > low:
-                query = _scaled(rotary.rotate(q[rows], rotation, inv_freq), part)
-                pieces.append(torch.einsum("qhd,khd->hqk", query, key[low:high]))
-        scores = torch.cat(pieces, -1).float() * scale
-        future = torch.arange(end, device=q.device) > now[rows][:, None]
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1).to(value.dtype)
-        outs.append(torch.einsum("hqk,khd->qhd", weights, value[:end]))
-    return torch.cat(outs)
+    """One sequence in blocks of queries, none across chunks; each is recomputed in the backward."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    position = torch.arange(len(k), device=k.device) % chunk
+    key, value = rotary.rotate(k.to(work), position, inv_freq), v.to(work)
+    step = max(1, SCORES // (q.shape[1] * len(k)))
+    outs, start, end = [], q_offset, q_offset + len(q)
+    while start < end:
+        stop = min(start + step, (start // chunk + 1) * chunk, end)
+        query = q[start - q_offset : stop - q_offset].to(work)
+        outs.append(
+            checkpoint(
+                _block,
+                query,
+                key[:stop],
+                value[:stop],
+                inv_freq,
+                chunk,
+                clamp,
+                scale,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        )
+        start = stop
+    return torch.cat(outs).to(q.dtype)
+
+
+def _block(
+    q: Tensor, key: Tensor, value: Tensor, inv_freq: Tensor, chunk: int, clamp: int, scale: float
+) -> Tensor:
+    """The last len(q) tokens of `key`, all in its last chunk: three rotations, one softmax."""
+    now = torch.arange(len(key) - len(q), len(key), device=q.device)
+    own = (len(key) - 1) // chunk * chunk  # first token of the queries' chunk
+    previous = max(0, own - chunk)
+    offset = now - own
+    scores = []
+    for low, high, angle in (
+        (0, previous, torch.full_like(offset, min(2 * chunk - 1, clamp))),
+        (previous, own, (chunk + offset).clamp(max=clamp)),
+        (own, len(key), offset),
+    ):
+        query = rotary.rotate(q, angle, inv_freq).unflatten(1, (key.shape[1], -1))
+        scores.append(torch.einsum("qhgd,khd->hgqk", query * scale, key[low:high]))
+    future = torch.arange(len(key), device=q.device) > now[:, None]
+    weights = torch.cat(scores, -1).masked_fill(future, -torch.inf).softmax(-1)
+    return torch.einsum("hgqk,khd->qhgd", weights, value).flatten(1, 2)

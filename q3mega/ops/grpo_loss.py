@@ -5,22 +5,24 @@ With ratio r = exp(logp - old), advantage A and weight w a token, the loss is th
   gspo                        the same with the sequence's ratio exp(mean log r)      (2507.18071)
   gspo_token                  the same value, gradient through each token's own log p
   cispo                       -sg(min(r, high)) A log p                            (2506.13585)
-  sapo                        -(4 / tau) sigmoid(tau (r - 1)) A, tau = 1 or 1.05 for A < 0 (2511.20347)
+  sapo                        -(4 / tau) sigmoid(tau (r - 1)) A, tau 1, for A < 0 1.05 (2511.20347)
 plus kl_coef times a KL estimate to a reference, minus entropy_coef times the entropy. The first
-four differ in the weights alone, which are the caller's.
+four differ in the weights alone, which are the caller's. Log ratios are held within +-20.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from q3mega.errors import UserError
+from q3mega.ops import vocab
 from q3mega.ops.dispatch import register, resolve
-from q3mega.ops.linear_logprob import check, linear_logprob
+from q3mega.ops.linear_logprob import linear_logprob
 
 Variant = Literal["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo"]
-VARIANTS = ("grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo")
+Estimator = Literal["k1", "k2", "k3"]
 MAX_LOG_RATIO = 20.0
 SAPO_TAU = (1.0, 1.05)
 
@@ -51,7 +53,7 @@ def grpo_loss(
     clip_high: float = 0.2,
     clip_ratio_c: float | None = None,
     kl_coef: float = 0.0,
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3",
+    kl_estimator: Estimator = "k3",
     entropy_coef: float = 0.0,
     tis_cap: float | None = None,
     temperature: float = 1.0,
@@ -63,22 +65,27 @@ def grpo_loss(
     """Sum of per-token policy losses times loss_weights, see the module's text.
 
     hidden (N, H), weight (V, H) or the rank's shard, targets (N,) int64; advantages, old_logprobs,
-    loss_weights, ref_logprobs, rollout_logprobs (N,) fp32. clip_ratio_c: for A < 0 the ratio is
-    capped there (dual clip). tis_cap: truncated importance weight exp(old - rollout) on the policy
-    term. seq_ids (N,) int64, needed by gspo and gspo_token. Raises ValueError for an unknown
-    variant or a missing argument.
+    loss_weights, ref_logprobs, rollout_logprobs (N,) fp32. clip_high is cispo's cap itself.
+    clip_ratio_c: for A < 0 the ratio is capped there (dual clip). tis_cap: truncated importance
+    weight min(exp(old - rollout), tis_cap) on the policy term. seq_ids (N,) int64 from 0, needed by
+    gspo and gspo_token, whose means run over the tokens of non-zero weight. Raises UserError for
+    an unknown choice, a missing argument or shapes that do not fit.
     """
-    check(hidden, weight, targets, temperature)
-    if variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r}: choose one of {', '.join(VARIANTS)}")
-    if kl_estimator not in ("k1", "k2", "k3"):
-        raise ValueError(f"kl_estimator={kl_estimator!r}: choose one of k1, k2, k3")
+    vocab.check(
+        hidden, weight, temperature, targets=targets, advantages=advantages,
+        old_logprobs=old_logprobs, loss_weights=loss_weights, ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs, seq_ids=seq_ids,
+    )  # fmt: skip
+    if variant not in get_args(Variant):
+        raise UserError(f"variant={variant!r}: choose one of {', '.join(get_args(Variant))}")
+    if kl_estimator not in get_args(Estimator):
+        raise UserError(f"kl_estimator={kl_estimator!r}: choose one of k1, k2, k3")
     if variant.startswith("gspo") and seq_ids is None:
-        raise ValueError(f"variant={variant!r} averages over sequences: give seq_ids")
+        raise UserError(f"variant={variant!r} averages over sequences: give seq_ids")
     if tis_cap is not None and rollout_logprobs is None:
-        raise ValueError("tis_cap corrects for the sampler: give rollout_logprobs")
+        raise UserError(f"tis_cap={tis_cap} corrects for the sampler: give rollout_logprobs")
     if kl_coef and ref_logprobs is None:
-        raise ValueError("kl_coef needs ref_logprobs")
+        raise UserError(f"kl_coef={kl_coef} pulls to a reference policy: give ref_logprobs")
     return resolve("grpo_loss", backend)(
         hidden, weight, targets, advantages, old_logprobs, loss_weights, ref_logprobs,
         rollout_logprobs, variant, (clip_low, clip_high), clip_ratio_c, kl_coef, kl_estimator,
@@ -96,11 +103,11 @@ def _reference(
     w: Tensor,
     ref: Tensor | None,
     rollout: Tensor | None,
-    variant: str,
+    variant: Variant,
     clip: tuple[float, float],
     dual_clip: float | None,
     kl_coef: float,
-    kl_estimator: str,
+    kl_estimator: Estimator,
     entropy_coef: float,
     tis_cap: float | None,
     temperature: float,
@@ -112,39 +119,41 @@ def _reference(
         hidden, weight, targets, temperature=temperature, valid_vocab=valid_vocab,
         tp_group=group, backend="reference",
     )  # fmt: skip
-    log_ratio = logp - old
-    if variant.startswith("gspo"):
-        assert seq_ids is not None
-        mean = _sequence_mean(log_ratio, seq_ids, w != 0)
+    active = w != 0
+    # What stands at a token without weight is arbitrary and must not turn 0 * it into NaN.
+    log_ratio = torch.where(active, logp - old, 0.0)
+    if seq_ids is not None and variant.startswith("gspo"):
+        mean = _sequence_mean(log_ratio, seq_ids, active)
         log_ratio = mean if variant == "gspo" else mean.detach() + logp - logp.detach()
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    policy, clipped = _policy(variant, ratio, logp, advantages, clip, dual_clip)
-    if tis_cap is not None:
-        assert rollout is not None
-        policy = policy * (old - rollout).clamp(max=MAX_LOG_RATIO).exp().clamp(max=tis_cap)
+    loss, clipped = _policy(variant, ratio, logp, advantages, clip, dual_clip)
+    if tis_cap is not None and rollout is not None:
+        loss = loss * (old - rollout).exp().clamp(max=tis_cap)
     kl = torch.zeros_like(logp) if ref is None else _kl(logp, ref, kl_estimator)
-    active = w != 0
-    loss = ((policy + kl_coef * kl - entropy_coef * entropy) * w)[active].sum()
+    if kl_coef:
+        loss = loss + kl_coef * kl
+    if entropy_coef:
+        loss = loss - entropy_coef * entropy
     share = (clipped & active).sum() / active.sum().clamp(min=1)
-    return GrpoOutput(loss, logp.detach(), entropy.detach(), share, kl.detach())
+    total = torch.where(active, loss * w, 0.0).sum()
+    return GrpoOutput(total, logp.detach(), entropy.detach(), share, kl.detach())
 
 
 def _policy(
-    variant: str,
+    variant: Variant,
     ratio: Tensor,
     logp: Tensor,
     a: Tensor,
     clip: tuple[float, float],
     dual_clip: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Per-token policy loss and where its gradient was clipped away."""
+    """Per-token policy loss, and where a clip took gradient away (all of it, but for cispo)."""
     low, high = clip
     if variant == "cispo":
-        return -ratio.detach().clamp(max=high) * a * logp, torch.zeros_like(a, dtype=torch.bool)
+        return -ratio.detach().clamp(max=high) * a * logp, (ratio > high) & (a != 0)
     if variant == "sapo":
-        tau = torch.where(a < 0, SAPO_TAU[1], SAPO_TAU[0])
-        soft = 4 / tau * torch.sigmoid(tau * (ratio - 1))
-        return -soft * a, torch.zeros_like(a, dtype=torch.bool)
+        tau = torch.where(a < 0, a.new_tensor(SAPO_TAU[1]), SAPO_TAU[0])
+        return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * a, torch.zeros_like(a).bool()
     loss = -torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
     clipped = ((a > 0) & (ratio > 1 + high)) | ((a < 0) & (ratio < 1 - low))
     if dual_clip is not None:
@@ -154,8 +163,9 @@ def _policy(
     return loss, clipped
 
 
-def _kl(logp: Tensor, ref: Tensor, estimator: str) -> Tensor:
-    d = ref - logp  # http://joschu.net/blog/kl-approx.html
+def _kl(logp: Tensor, ref: Tensor, estimator: Estimator) -> Tensor:
+    """Estimates of KL(policy || reference) by Schulman, http://joschu.net/blog/kl-approx.html."""
+    d = ref - logp
     if estimator == "k1":
         return -d
     if estimator == "k2":
@@ -165,8 +175,8 @@ def _kl(logp: Tensor, ref: Tensor, estimator: str) -> Tensor:
 
 
 def _sequence_mean(x: Tensor, seq_ids: Tensor, mask: Tensor) -> Tensor:
-    """Every token gets the mean of x over the masked tokens of its sequence."""
+    """Every token gets the mean of x, zero outside the mask, over its sequence's masked tokens."""
     n = int(seq_ids.max()) + 1 if len(seq_ids) else 0
-    total = x.new_zeros(n).index_add(0, seq_ids, x * mask)
+    total = x.new_zeros(n).index_add(0, seq_ids, x)
     count = x.new_zeros(n).index_add(0, seq_ids, mask.to(x.dtype)).clamp(min=1)
     return (total / count)[seq_ids]

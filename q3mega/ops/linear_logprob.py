@@ -56,26 +56,60 @@ class _LinearLogprob(torch.autograd.Function):
         valid_vocab: int | None,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
-        head = (weight, temperature, valid_vocab, group)
-        column = targets - vocab.offset(weight, group)
-        here = (column >= 0) & (column < len(weight))  # this rank holds the target's logit
+        column, here = vocab.shard_index(targets, weight, group)
         stats = hidden.new_empty(len(hidden), 4, dtype=vocab.stat_dtype(hidden))
         for rows in vocab.slices(len(hidden), weight):
-            z = vocab.logits(hidden[rows], *head)
-            picked = z.gather(1, (column * here)[rows, None])[:, 0] * here[rows]
+            z = vocab.logits(hidden[rows], weight, temperature, valid_vocab, group)
+            target = z.gather(1, column[rows, None])[:, 0] * here[rows]
             top = z.amax(1)
             e = z.sub_(top[:, None]).exp()
-            stats[rows] = torch.stack([top, e.sum(1), e.mul_(z).sum(1), picked], 1)
+            stats[rows] = torch.stack([top, e.sum(1), z.mul_(e).sum(1), target], 1)
         m, s, t, z_y = _merge(stats, group)
         entropy = s.log() - t / s
-        ctx.head, ctx.set_materialize_grads = head, ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, column, here, m + s.log(), entropy)
+        ctx.save_for_backward(hidden, weight, column, here, m + s.log(), entropy)
+        ctx.settings = temperature, valid_vocab, group
+        ctx.set_materialize_grads(False)  # an unused entropy costs nothing in the backward
         return z_y - m - s.log(), entropy
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        hidden, column, here, lse, entropy = ctx.saved_tensors
-        return hidden, column, here, lse, entropy
+    def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> Any:
+        hidden, weight, column, here, lse, entropy = ctx.saved_tensors
+        temperature, _, group = ctx.settings
+        g_logp = torch.zeros_like(lse) if g_logp is None else g_logp
+        active = g_logp != 0 if g_entropy is None else (g_logp != 0) | (g_entropy != 0)
+        index = active.nonzero()[
+            :, 0
+        ]  # prompt and clipped tokens have no gradient: skip their rows
+        d_hidden = torch.zeros_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=lse.dtype)
+        for part in vocab.slices(len(index), weight):
+            rows = index[part]
+            h, g = hidden[rows], g_logp[rows, None]
+            z = vocab.logits(h, weight, *ctx.settings).sub_(lse[rows, None])  # ln p
+            dz = z.exp()
+            if g_entropy is None:
+                dz.mul_(-g)
+            else:
+                dz.mul_(z.add_(entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g))
+            dz.scatter_add_(1, column[rows, None], g * here[rows, None])
+            dz.div_(temperature)
+            if ctx.needs_input_grad[0]:
+                d_hidden[rows] = (dz @ weight.to(dz.dtype)).to(hidden.dtype)
+            if ctx.needs_input_grad[1]:
+                d_weight.addmm_(dz.T, h.to(dz.dtype))
+        if group is not None and len(hidden):
+            dist.all_reduce(d_hidden, group=group)
+        return d_hidden, d_weight.to(weight.dtype), None, None, None, None
+
+
+def _merge(stats: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+    """(m, s, t, z_y) of the whole vocabulary, each (N,), from the ranks' (N, 4): one all-gather."""
+    if group is None or not len(stats):
+        return stats.unbind(1)
+    shards = stats.new_empty(dist.get_world_size(group), *stats.shape)
+    dist.all_gather_into_tensor(shards, stats, group=group)
+    m, s, t, z_y = shards.unbind(2)
+    top = m.amax(0)
+    down, scale = m - top, (m - top).exp()
+    return top, (s * scale).sum(0), (scale * (t + s * down)).sum(0), z_y.sum(0)

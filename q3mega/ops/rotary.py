@@ -1,4 +1,4 @@
-"""Rotary position angles: RoPE (arXiv 2104.09864), and YaRN's interpolation of them (2309.00071)."""
+"""Rotary position angles: RoPE (arXiv 2104.09864) and YaRN's interpolation (2309.00071)."""
 
 import math
 
@@ -37,7 +37,7 @@ def yarn_attention_factor(factor: float) -> float:
 
 
 def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:
-    """Rotate x (T, H, D) by position (T,), rotate-half layout (pairs d, d + D/2), in x's dtype.
+    """Rotate x (..., T, H, D) by position (T,), rotate-half layout (pairs d, d + D/2).
 
     Angles are fp64 products of inv_freq (D / 2,): in fp32 they are off by 0.01 rad at position
     262,144. Half-precision x is rotated in fp32 and rounded once.

@@ -64,7 +64,9 @@ def check(hidden: Tensor, weight: Tensor, temperature: float, **rows: Tensor | N
         )
     for name, row in rows.items():
         if row is not None and len(row) != len(hidden):
-            raise UserError(f"{name} {tuple(row.shape)}: must have the {len(hidden)} rows of hidden")
+            raise UserError(
+                f"{name} {tuple(row.shape)}: must have the {len(hidden)} rows of hidden"
+            )
 
 
 def stat_dtype(x: Tensor) -> torch.dtype:
@@ -121,9 +123,7 @@ def log_probs(
     return z - spread(top + mass.log(), group)
 
 
-def by_rows(
-    fn: Callable[..., Tensor], rows: Sequence[Tensor], weight: Tensor
-) -> Tensor:
+def by_rows(fn: Callable[..., Tensor], rows: Sequence[Tensor], weight: Tensor) -> Tensor:
     """fn over slices of `rows` (all of length N); more than one slice is recomputed in backward."""
     parts = list(slices(len(rows[0]), weight))
     if len(parts) <= 1:
@@ -134,3 +134,12 @@ def by_rows(
             for p in parts
         ]
     )
+
+
+def shard_index(
+    ids: Tensor, weight: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """(columns of this rank's shard, whether it holds them) of global ids; absent ones are 0."""
+    column = ids - offset(weight, group)
+    here = (column >= 0) & (column < len(weight))
+    return column * here, here

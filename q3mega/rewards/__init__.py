@@ -8,7 +8,7 @@
 preference) need a model and are called with one from the stage that holds it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,14 @@ from q3mega.errors import UserError
 
 @dataclass(frozen=True)
 class Verdict:
-    """score in [0, 1], and the reason in a few words."""
+    """score in [0, 1], and the reason in a few words. Any other score, NaN too, is an error."""
 
     score: float
     reason: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.score <= 1:
+            raise ValueError(f"score={self.score} ({self.reason}): a reward must give 0..1")
 
 
 Reward = Callable[[str, Mapping[str, Any]], Verdict]
@@ -40,21 +44,39 @@ def reward(name: str) -> Callable[[Reward], Reward]:
     return register
 
 
-def score(name: str, completion: str, row: Mapping[str, Any]) -> Verdict:
-    """The verdict of one registered reward."""
-    if name not in _REWARDS:
-        raise UserError(f"reward={name!r} is unknown: use one of {', '.join(sorted(_REWARDS))}")
-    return _REWARDS[name](completion, row)
+def score(names: str | Sequence[str], completion: str, row: Mapping[str, Any]) -> Verdict:
+    """The verdict of one registered reward; of several, the product, with the lowest one's reason.
+
+    Raises UserError for an unknown name.
+    """
+    names = [names] if isinstance(names, str) else names
+    for name in names:
+        if name not in _REWARDS:
+            raise UserError(f"reward={name!r} is unknown: use one of {', '.join(sorted(_REWARDS))}")
+    verdicts = [_REWARDS[name](completion, row) for name in names]
+    lowest, product = verdicts[0], 1.0
+    for verdict in verdicts:
+        product *= verdict.score
+        lowest = min(lowest, verdict, key=lambda v: v.score)
+    return Verdict(product, lowest.reason)
 
 
-from q3mega.rewards import answer, exact, mode, tool_call  # noqa: E402, F401  (they register)
+from q3mega.rewards import (  # noqa: E402  (they register)
+    answer,  # noqa: F401
+    exact,  # noqa: F401
+    language,  # noqa: F401
+    length,  # noqa: F401
+    mode,  # noqa: F401
+    repetition,  # noqa: F401
+    tool_call,  # noqa: F401
+)
 
-# family -> (kind of reward, its name); the reasoning families are the answer reward's
-TASK_REWARD = {
+# family -> (kind of reward, its name or names); the reasoning families are the answer reward's
+TASK_REWARD: dict[str, tuple[str, str | tuple[str, ...]]] = {
     "repeat_word": ("rule", "exact"),
     "json_word": ("rule", "json"),
     "end_with": ("rule", "exact"),
-    "think_follow": ("rule", "mode"),
+    "think_follow": ("rule", ("mode", "answered")),
     "boxed_word": ("rule", "exact"),
     "describe": ("preference", "preference"),
     "advise": ("preference", "preference"),

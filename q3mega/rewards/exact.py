@@ -4,27 +4,25 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from q3mega.data.chat import parse
 from q3mega.rewards import Verdict, reward
+from q3mega.rewards.mode import reply
 
 
 @reward("exact")
 def exact(completion: str, row: Mapping[str, Any]) -> Verdict:
     """1 when the reply after the thinking is exactly the reference."""
-    message = parse(completion)
-    right = message.closed and message.content.strip() == row["answer"]
+    right = reply(completion) == row["answer"]
     return Verdict(float(right), "as asked" if right else "not as asked")
 
 
 @reward("json")
 def json_object(completion: str, row: Mapping[str, Any]) -> Verdict:
-    """1 when the reply is JSON of the reference's value; half when it is JSON at all."""
-    message = parse(completion)
+    """1 when the reply after the thinking is JSON of the reference's value, in any layout."""
+    text = reply(completion)
     try:
-        given = json.loads(message.content)
-    except (json.JSONDecodeError, RecursionError):
+        # Pairs, not a dict: of a key given twice a dict would forget the first value.
+        given = json.loads(text or "", object_pairs_hook=list)
+    except (ValueError, RecursionError):  # ValueError is also what an integer too long raises
         return Verdict(0.0, "not JSON")
-    if not message.closed or not isinstance(given, dict):
-        return Verdict(0.0, "no JSON object")
-    right = given == json.loads(row["answer"])
-    return Verdict(1.0 if right else 0.2, "as asked" if right else "JSON of something else")
+    right = given == json.loads(row["answer"], object_pairs_hook=list)
+    return Verdict(float(right), "as asked" if right else "JSON of something else")

@@ -5,20 +5,24 @@ judge that fails raises; it never turns into a silent zero.
 """
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from q3mega.data.chat import parse
 from q3mega.data.tasks.general import NAMES, NOT_FOUND
 from q3mega.rewards import Verdict
+from q3mega.rewards.mode import reply
 
-MAX_CHARACTERS = 60  # of an answer: what is longer is cut before the judge sees it
+MAX_CHARACTERS = 60  # of an answer: a longer one says too much to be the short reference
+PHRASED = 0.25  # of the examples hold the answer in a sentence
+STUFFED = 0.1  # list several answers, the right one among them
 
 
 def judge_prompt(reference: str, answer: str) -> str:
-    """The question put to the judge; tags in the answer are taken out, so it cannot speak for it."""
-    plain = answer.replace("<", " ").replace(">", " ").replace("\n", " ").strip()
-    return f"Reference: {reference} Answer: {plain[:MAX_CHARACTERS]} Same?"
+    """The question put to the judge; tags and line ends are taken out of the answer, and the
+    question's own words, so that it cannot speak for the judge."""
+    plain = re.sub(r"[<>\s]+|Reference:|Answer:|Same\?", " ", answer)
+    return f"Reference: {reference} Answer: {' '.join(plain.split())} Same?"
 
 
 def judge(
@@ -26,35 +30,57 @@ def judge(
     rows: Sequence[Mapping[str, Any]],
     probability: Callable[[list[str]], list[float]],
 ) -> list[Verdict]:
-    """P(the reply after the thinking agrees with row["answer"]); empty or unclosed replies get 0."""
-    messages = [parse(c) for c in completions]
-    asked = [i for i, m in enumerate(messages) if m.closed and m.content.strip()]
-    prompts = [judge_prompt(rows[i]["answer"], messages[i].content) for i in asked]
+    """P(the reply after the thinking agrees with row["answer"]); no or a long reply gets 0.
+
+    Raises RuntimeError when the judge answers too few questions, or with no probability.
+    """
+    replies = [reply(c) or "" for c in completions]
+    asked = [i for i, text in enumerate(replies) if 0 < len(text) <= MAX_CHARACTERS]
+    prompts = [judge_prompt(rows[i]["answer"], replies[i]) for i in asked]
     scores = probability(prompts) if prompts else []
-    if len(scores) != len(prompts):
-        raise RuntimeError(f"the judge gave {len(scores)} scores for {len(prompts)} answers")
-    verdicts = [Verdict(0.0, "no answer")] * len(completions)
+    if len(scores) != len(prompts) or not all(0 <= p <= 1 for p in scores):
+        raise RuntimeError(f"the judge gave {scores} for {len(prompts)} answers: no probabilities")
+    verdicts = [Verdict(0.0, "no answer, or a long one")] * len(completions)
     for i, p in zip(asked, scores, strict=True):
         verdicts[i] = Verdict(p, f"judge says yes with {p:.2f}")
     return verdicts
 
 
 def judge_examples(n: int, seed: int) -> list[tuple[str, str]]:
-    """n (prompt, "yes" | "no") to teach the judge: the same short answer, or another one."""
+    """n (prompt, "yes" | "no") to teach the judge: the same short answer or another one, bare or
+    in a sentence, and lists that name the right answer among wrong ones ("no")."""
     rng = random.Random(f"judge/{seed}")
 
-    def answer() -> str:
+    def draw() -> str:
         kind = rng.random()
         if kind < 0.2:
             return NOT_FOUND
         return str(rng.randint(10, 99)) if kind < 0.6 else rng.choice(NAMES)
 
+    def other(than: str) -> str:
+        """A wrong answer: of any kind, or the same digits turned round."""
+        while (wrong := rng.choice([draw(), than[::-1] if than.isdecimal() else draw()])) == than:
+            pass
+        return wrong
+
     out = []
     for _ in range(n):
-        reference = answer()
+        reference = draw()
+        if rng.random() < STUFFED:
+            answers = [reference, other(reference)]
+            out.append((judge_prompt(reference, " ".join(rng.sample(answers, 2))), "no"))
+            continue
         same = rng.random() < 0.5
-        other = reference
-        while not same and other == reference:
-            other = answer()
-        out.append((judge_prompt(reference, other), "yes" if same else "no"))
+        answer = reference if same else other(reference)
+        if rng.random() < PHRASED:
+            answer = _phrase(answer, rng)
+        out.append((judge_prompt(reference, answer), "yes" if same else "no"))
     return out
+
+
+def _phrase(answer: str, rng: random.Random) -> str:
+    if answer == NOT_FOUND:
+        return f"It is {answer}."
+    if answer.isdecimal():
+        return rng.choice((f"{rng.choice(NAMES)} has {answer}.", f"The answer is {answer}."))
+    return rng.choice((f"It is {answer}.", f"The answer is {answer}."))

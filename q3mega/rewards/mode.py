@@ -1,4 +1,7 @@
-"""Format following: think tags well formed, and the mode that the last flag asks for."""
+"""Format following: think tags well formed, and the mode that the last flag asks for.
+
+Every reward of a reply goes through `reply`, so that none pays for malformed tags.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +19,23 @@ def mode_of(completion: str) -> str | None:
     return "think" if (message.thinking or "").strip() else "no_think"
 
 
+def reply(completion: str) -> str | None:
+    """What follows the thinking, if there is any; None where the think tags are malformed."""
+    if "<think>" in completion or "</think>" in completion:
+        return parse(completion).content.strip() if mode_of(completion) else None
+    return parse(completion).content.strip()
+
+
 @reward("mode")
 def mode(completion: str, row: Mapping[str, Any]) -> Verdict:
-    """1 when the completion is in the wanted mode and says something after its thinking."""
+    """1 when the completion is in the wanted mode and says something after its thinking.
+
+    The wanted mode is row["meta"]["mode"], else the last flag of the conversation, else thinking.
+    """
     wanted = row.get("meta", {}).get("mode") or last_flag(row["messages"]) or "think"
     found = mode_of(completion)
     if found is None:
         return Verdict(0.0, "think block missing or malformed")
-    if not parse(completion).content.strip():
+    if not reply(completion):
         return Verdict(0.0, "nothing after the thinking")
     return Verdict(float(found == wanted), f"{found} where {wanted} was asked")

@@ -5,9 +5,18 @@ from collections.abc import Sequence
 
 from q3mega.rewards import Verdict
 
+WIDEST = 30.0  # standard deviations; beyond them the logistic is 0 or 1 and exp would overflow
+
 
 def preference(scalars: Sequence[float], mean: float, std: float) -> list[Verdict]:
-    """Logistic of the scalar, centred on typical replies: mean and std are measured on them."""
-    width = std or 1.0
-    scores = [1 / (1 + math.exp(-max(-30.0, min(30.0, (s - mean) / width)))) for s in scalars]
-    return [Verdict(p, f"preference {s:.2f}") for p, s in zip(scores, scalars, strict=True)]
+    """Logistic of the scalar, centred on typical replies: mean and std are measured on them.
+
+    Raises RuntimeError for scalars that are not finite, or a model that tells no replies apart.
+    """
+    if not (math.isfinite(mean) and 0 < std < math.inf and all(map(math.isfinite, scalars))):
+        raise RuntimeError(f"the preference model gave mean={mean}, std={std}, scores {scalars}")
+    widths = [max(-WIDEST, min(WIDEST, (s - mean) / std)) for s in scalars]
+    return [
+        Verdict(1 / (1 + math.exp(-w)), f"preference {s:.2f}")
+        for w, s in zip(widths, scalars, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""Tool calls: syntax and meaning of the first call of an episode."""
+"""Tool calls: syntax and meaning of an assistant turn that should call the row's tool."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +9,16 @@ from q3mega.rewards import Verdict, reward
 
 @reward("tool_call")
 def tool_call(completion: str, row: Mapping[str, Any]) -> Verdict:
-    """1 for one call of the row's tool with the wanted argument; 0.5 for a well-formed other one."""
-    calls = parse(completion).tool_calls
-    if len(calls) != 1:
-        return Verdict(0.0, "no call" if not calls else "several calls")
-    (tool,), (call,) = row["tools"], calls
+    """1 for one call of the row's tool with the wanted argument; 0.5 for some other argument."""
+    message = parse(completion)
+    if len(message.tool_calls) != 1 or "tool_call>" in message.content:
+        return Verdict(0.0, "malformed or several calls" if message.tool_calls else "no call")
+    (tool,), (call,) = row["tools"], message.tool_calls
     (argument,) = tool["parameters"]
     if call["name"] != tool["name"] or set(call["arguments"]) != {argument}:
         return Verdict(0.0, "no such tool or argument")
-    right = str(call["arguments"][argument]).replace(" ", "") == row["meta"]["argument"]
+    value = call["arguments"][argument]
+    if not isinstance(value, str) or not value.strip():
+        return Verdict(0.0, "an argument that is no text")
+    right = value.replace(" ", "") == row["meta"]["argument"]
     return Verdict(1.0 if right else 0.5, "the right call" if right else "another argument")

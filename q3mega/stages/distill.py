@@ -27,6 +27,7 @@ from q3mega.rollout import SamplingParams
 from q3mega.stages import pretrain, reasoning_rl
 from q3mega.stages.stage import Stage
 from q3mega.train import supervised
+from q3mega.train.log import Log, read
 
 NO_THINK = 0.25  # of the prompts ask for the non-thinking mode
 POINTS = 4  # evaluations along each curve of the comparison
@@ -61,35 +62,37 @@ def distill_on_policy(stage: Stage) -> None:
     teacher = stage.engine(teacher_folder(stage))
     engine = stage.engine(source, steps=config.steps)
     loss, add_teacher = from_teacher(teacher, config.divergence, config.temperature)
-    spent = Flops()
-    sampler = stage.sampler(engine)
-
-    def draw(step: int) -> list[Sample]:
-        samples = own_answers(stage, sampler, step)
-        spent.distilled(engine.shape, teacher.shape, samples)
-        return samples
-
-    curves = {"on-policy": Curve(stage, engine, spent, config.steps)}
+    sampler, log = stage.sampler(engine), stage.log(config.steps)
     supervised.train(
         engine,
-        draw,
+        lambda step: own_answers(stage, sampler, step),
         steps=config.steps,
         capacity=config.micro_batch_tokens,
         folder=stage.dir / "checkpoints" / "on_policy",
-        log=stage.log(config.steps),
+        log=log,
         save_every=config.save_every,
         loss_fn=loss,
         prepare=add_teacher,
-        watch=curves["on-policy"],
+        watch=watcher(stage, engine, log, config.steps),
     )
-    stage.save_hf(engine)
     results: dict[str, Any] = pass_rates(stage, engine)
-    stage.write("curve_on_policy.json", curves["on-policy"].rows)
+    student, strong = engine.shape, teacher.shape
+    curves = {"on-policy distillation": curve(stage.dir, lambda row: distilled(student, strong, row))}
     if config.compare_rl:
-        results |= compare_rl(stage, source, curves, spent.total)
+        rates = compare_rl(stage, source)
+        curves["RL"] = curve(stage.dir / "rl", lambda row: reinforced(student, row))
+        ratio = curves["RL"]["x"][-1] / curves["on-policy distillation"]["x"][-1]
+        results |= {
+            "rl_pass1": rates["pass1"],
+            "rl_pass8": rates["pass8"],
+            "flops_ratio_rl_over_opd": {"value": ratio, "n": 1, "low": ratio, "high": ratio},
+        }
     if config.compare_sft_samples:
-        compare_sft(stage, source, teacher.shape, curves)
-    results["curves"] = {"distillation_flops": joined(curves)}
+        compare_sft(stage, source)
+        curves["more off-policy data"] = curve(stage.dir / "more", lambda row: copied(student, strong, row))
+    results["curves"] = {
+        "distillation_flops": {"xlabel": "FLOPs", "ylabel": "thinking accuracy", "series": curves}
+    }
     stage.finish(engine, results)
 
 
@@ -192,94 +195,76 @@ def _head_weight(engine: Engine) -> Any:
 # -- the comparison of Table 21 ------------------------------------------------------------------
 
 
-class Flops:
-    """What a method has spent on sampling, teacher and training (Qwen3Shape.forward_flops)."""
-
-    def __init__(self) -> None:
-        self.total = 0.0
-
-    def _forward(self, shape: Qwen3Shape, samples: list[Sample], times: float) -> None:
-        tokens = sum(map(len, samples))
-        context = sum(len(s) ** 2 for s in samples) / (2 * tokens)
-        self.total += times * shape.forward_flops(tokens, context)
-
-    def distilled(self, student: Qwen3Shape, teacher: Qwen3Shape, samples: list[Sample]) -> None:
-        """Sampling is one forward of the student, training three, the teacher one of its own."""
-        self._forward(student, samples, 4)
-        self._forward(teacher, samples, 1)
-
-    def reinforced(self, student: Qwen3Shape, sampled: list[Sample], trained: list[Sample]) -> None:
-        self._forward(student, sampled, 1)
-        if trained:
-            self._forward(student, trained, 3)
-
-    def supervised(self, student: Qwen3Shape, teacher: Qwen3Shape, samples: list[Sample], passes: int) -> None:
-        """Every sample is written by the teacher once and trained on `passes` times."""
-        self._forward(teacher, samples, 1)
-        self._forward(student, samples, 3 * passes)
+def forward(shape: Qwen3Shape, row: dict[str, float], prefix: str = "") -> float:
+    """FLOPs of one forward pass over what a step's log line counts."""
+    tokens = row[f"{prefix}tokens"]
+    return shape.forward_flops(tokens, row[f"{prefix}pairs"] / tokens) if tokens else 0.0
 
 
-class Curve:
-    """Thinking accuracy of an engine against the FLOPs spent, at a few steps of a run."""
-
-    def __init__(self, stage: Stage, engine: Engine, spent: Flops, steps: int) -> None:
-        self.stage, self.engine, self.spent = stage, engine, spent
-        self.at = {round(steps * (i + 1) / POINTS) for i in range(POINTS)}
-        self.rows: list[dict[str, float]] = []
-
-    def __call__(self, step: int) -> None:
-        if step in self.at or step == 0:
-            params = SamplingParams(evaluate.MAX_TOKENS, 0.6, seed=self.stage.seed("curve"))
-            found = evaluate.answers(
-                self.stage.sampler(self.engine), self.stage.tokenizer, evaluate.held_out(400), params, "think"
-            )
-            self.rows.append({"flops": self.spent.total} | evaluate.accuracy(found))
+def distilled(student: Qwen3Shape, teacher: Qwen3Shape, row: dict[str, float]) -> float:
+    """Sampling is one forward of the student, training three, the teacher one of its own."""
+    return 4 * forward(student, row) + forward(teacher, row)
 
 
-def compare_rl(stage: Stage, source: Path, curves: dict[str, Curve], budget: float) -> dict[str, Any]:
-    """RL from the same start, with the same prompts' distribution; its last point is the result."""
+def reinforced(student: Qwen3Shape, row: dict[str, float]) -> float:
+    """Everything is sampled, what carries a signal is trained on."""
+    return forward(student, row) + 3 * forward(student, row, "trained_")
+
+
+def copied(student: Qwen3Shape, teacher: Qwen3Shape, row: dict[str, float]) -> float:
+    """The teacher writes a sample once, the student trains on it."""
+    return forward(teacher, row) + 3 * forward(student, row)
+
+
+def watcher(stage: Stage, engine: Engine, log: Log, steps: int) -> Callable[[int], None]:
+    """Thinking accuracy at the start and at a few steps of a run, into points.jsonl."""
+    at = {round(steps * i / POINTS) for i in range(POINTS + 1)}
+    held = evaluate.held_out(400)
+
+    def watch(step: int) -> None:
+        if step in at:
+            params = SamplingParams(evaluate.MAX_TOKENS, 0.6, seed=stage.seed("curve"))
+            found = evaluate.answers(stage.sampler(engine), stage.tokenizer, held, params, "think")
+            log.point(step, **evaluate.accuracy(found))
+
+    return watch
+
+
+def curve(folder: Path, cost: Callable[[dict[str, float]], float]) -> dict[str, list[float]]:
+    """A run's points against what it had spent by then, from its own record."""
+    spent = {0: 0.0}
+    for row in read(folder / "metrics.jsonl"):
+        spent[row["step"]] = spent[row["step"] - 1] + cost(row)
+    points = read(folder / "points.jsonl")
+    columns = {name: [p[key] for p in points] for name, key in (("y", "value"), ("low", "low"), ("high", "high"))}
+    return {"x": [spent[p["step"]] for p in points], **columns}
+
+
+def compare_rl(stage: Stage, source: Path) -> dict[str, Any]:
+    """RL from the same start, on problems drawn like the prompts of distillation."""
     config = stage.config.compare_rl
     engine = stage.engine(source, steps=config.steps * config.updates, lr=stage.config.compare_rl_lr)
     pool = [p for p, _ in problems(stage, 2000, "rl")]
-    spent = Flops()
-    curves["RL"] = Curve(stage, engine, spent, config.steps)
-
-    def count(sampled: list[Sample], trained: list[Sample]) -> None:
-        spent.reinforced(engine.shape, sampled, trained)
-
-    reasoning_rl.learn(stage, engine, pool, config, part="rl", count=count, watch=curves["RL"])
-    rates = pass_rates(stage, engine)
-    ratio = spent.total / budget if budget else 0.0
-    return {
-        "rl_pass1": rates["pass1"],
-        "rl_pass8": rates["pass8"],
-        "flops_ratio_rl_over_opd": {"value": ratio, "n": 1, "low": ratio, "high": ratio},
-    }
+    watch = watcher(stage, engine, stage.log(config.steps, "rl"), config.steps)
+    reasoning_rl.learn(stage, engine, pool, config, part="rl", watch=watch)
+    return pass_rates(stage, engine)
 
 
-def compare_sft(stage: Stage, source: Path, teacher: Qwen3Shape, curves: dict[str, Curve]) -> None:
+def compare_sft(stage: Stage, source: Path) -> None:
     """More off-policy data from the same start: the baseline that can undercut both."""
-    samples = teacher_samples(stage, stage.config.compare_sft_samples, "more")
-    steps = steps_of(samples, stage.config.prompts, 1)
-    engine = stage.engine(source, steps=steps)
-    spent = Flops()
-    curves["more off-policy data"] = Curve(stage, engine, spent, steps)
-    ordered = epochs(samples, stage.config.prompts, stage.seed("more order"))
-
-    def draw(step: int) -> list[Sample]:
-        batch = ordered(step)
-        spent.supervised(engine.shape, teacher, batch, passes=1)
-        return batch
-
+    config = stage.config
+    samples = teacher_samples(stage, config.compare_sft_samples, "more")
+    steps = steps_of(samples, config.prompts, 1)
+    engine, log = stage.engine(source, steps=steps), stage.log(steps, "more")
     supervised.train(
         engine,
-        draw,
+        epochs(samples, config.prompts, stage.seed("more order")),
         steps=steps,
-        capacity=stage.config.micro_batch_tokens,
+        capacity=config.micro_batch_tokens,
         folder=stage.dir / "checkpoints" / "more",
-        log=stage.log(steps, "more"),
-        save_every=stage.config.save_every,
-        watch=curves["more off-policy data"],
+        log=log,
+        save_every=config.save_every,
+        watch=watcher(stage, engine, log, steps),
     )
 
 
@@ -295,21 +280,4 @@ def pass_rates(stage: Stage, engine: Engine) -> dict[str, dict[str, float]]:
         "no_think_accuracy": evaluate.accuracy(
             evaluate.answers(sampler, stage.tokenizer, held, params, "no_think")
         ),
-    }
-
-
-def joined(curves: dict[str, Curve]) -> dict[str, Any]:
-    """The curves of the comparison, for the report."""
-    return {
-        "xlabel": "FLOPs",
-        "ylabel": "thinking accuracy",
-        "series": {
-            name: {
-                "x": [row["flops"] for row in curve.rows],
-                "y": [row["value"] for row in curve.rows],
-                "low": [row["low"] for row in curve.rows],
-                "high": [row["high"] for row in curve.rows],
-            }
-            for name, curve in curves.items()
-        },
     }

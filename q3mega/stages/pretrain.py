@@ -35,8 +35,10 @@ def ensure_tokenizer(stage: Stage) -> None:
     spec = stage.recipe.tokenizer
     folder = stage.run_dir / "tokenizer"
     if spec.vocab_size and stage.leads and not (folder / "tokenizer_config.json").exists():
+        stages = stage.recipe.stages.values()
+        kinds = dict.fromkeys(k for s in stages for k in getattr(s, "mixture", {}))
         texts = []
-        for kind in corpus.KINDS:
+        for kind in kinds:
             drawn = corpus.documents(kind, seed=stage.recipe.seed)
             texts += [text for _, text in zip(range(TOKENIZER_DOCUMENTS), drawn, strict=False)]
         train_tokenizer(texts, spec.vocab_size, folder)

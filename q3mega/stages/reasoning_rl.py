@@ -8,6 +8,7 @@ off-policy updates a rollout batch, groups without a signal dropped, entropy hel
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from q3mega import evaluate
@@ -16,6 +17,7 @@ from q3mega.data.chat import render
 from q3mega.data.corpus import REASONING
 from q3mega.data.tasks import Problem, generate
 from q3mega.engine import Engine, parallel
+from q3mega.errors import UserError
 from q3mega.recipe import RLSettings
 from q3mega.rewards import score
 from q3mega.rollout import SamplingParams
@@ -42,7 +44,7 @@ def learn(
     problems: list[Problem],
     config: RLSettings,
     part: str = "",
-    **observers: Any,
+    watch: Callable[[int], None] | None = None,
 ) -> None:
     """The loop, on prompts that walk through `problems` in order; `part` names a comparison run."""
     sampler = stage.sampler(engine)
@@ -61,7 +63,7 @@ def learn(
         folder=stage.dir / "checkpoints" / part,
         log=stage.log(config.steps, part),
         save_every=max(1, stage.config.save_every // config.updates),
-        **observers,
+        watch=watch,
     )
 
 
@@ -122,6 +124,11 @@ def select(stage: Stage, sampler: InProcessSampler) -> None:
         members = sorted((p for p in learnable if p.family == f), key=lambda p: (rates[p.id], -p.difficulty, p.id))
         chosen += members[: rules.keep // len(REASONING)]
     drops["easier than the rest of its family"] = len(learnable) - len(chosen)
+    if not chosen:
+        raise UserError(
+            f"stages.{stage.name}.selection.pool={rules.pool}: the model gets every problem always "
+            "right or never; strengthen the cold start, widen the pool, or raise tries"
+        )
     random.Random(stage.seed("order")).shuffle(chosen)
     stage.write("data/drops.json", dict(drops))
     stage.write("data/problems.json", [vars(p) for p in chosen])

@@ -1,15 +1,22 @@
-"""A stage's record: one JSON line a step, samples to read, both cut back to where a resume begins."""
+"""A stage's record: one JSON line a step, samples to read, points of curves.
+
+A resume cuts all three back to the step that it goes on from, so a run that was killed leaves the
+record of one that was not.
+"""
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from q3mega.data.batch import Sample
+
 
 class Log:
-    """metrics.jsonl and samples.jsonl of one stage; only rank 0 writes."""
+    """metrics.jsonl, samples.jsonl and points.jsonl of one stage; only rank 0 writes."""
 
     def __init__(self, folder: Path, total: int) -> None:
         self.folder, self.total = folder, total
@@ -19,7 +26,7 @@ class Log:
     def resume(self, step: int) -> None:
         """Drop lines after `step`: the steps behind them will run again."""
         if self.writes:
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in ("metrics.jsonl", "samples.jsonl", "points.jsonl"):
                 path = self.folder / name
                 lines = path.read_text().splitlines() if path.exists() else []
                 kept = [line for line in lines if _step(line) <= step]
@@ -33,10 +40,26 @@ class Log:
     def sample(self, step: int, **fields: Any) -> None:
         self._write("samples.jsonl", {"step": step, **fields})
 
+    def point(self, step: int, **fields: Any) -> None:
+        self._write("points.jsonl", {"step": step, **fields})
+
     def _write(self, name: str, row: dict[str, Any]) -> None:
         if self.writes:
             with (self.folder / name).open("a") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a finished record."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def size(samples: Sequence[Sample], prefix: str = "") -> dict[str, float]:
+    """tokens, and pairs of a query and a key it sees: what a forward pass costs is linear in both."""
+    return {
+        f"{prefix}tokens": float(sum(map(len, samples))),
+        f"{prefix}pairs": sum(len(s) ** 2 for s in samples) / 2,
+    }
 
 
 def _step(line: str) -> float:

@@ -11,7 +11,7 @@ from q3mega.algorithms.losses import normalise, policy_gradient
 from q3mega.data.batch import Sample
 from q3mega.engine import Engine, parallel
 from q3mega.rollout import Completion
-from q3mega.train.log import Log
+from q3mega.train.log import Log, size
 from q3mega.train.supervised import shard
 
 
@@ -78,13 +78,11 @@ def train(
     folder: Path,
     log: Log,
     save_every: int,
-    count: Callable[[list[Sample], list[Sample]], None] | None = None,
     watch: Callable[[int], None] | None = None,
 ) -> None:
     """Steps 1..steps. `roll_out(step)` samples and scores this data-parallel rank's prompts.
 
-    `count` is told what each step sampled and trained on; `watch` each step that is done, 0 before
-    the first.
+    `watch` is told each step that is done, 0 before the first.
     """
     resumed = engine.load_latest(folder)
     first = resumed[0] if resumed else 0
@@ -96,8 +94,6 @@ def train(
     for step in range(first + 1, steps + 1):
         rollouts = parallel.gather_over_data(roll_out(step))
         samples = credit(rollouts, settings)
-        if count:
-            count([_sample(r, 0.0) for r in rollouts], samples)
         totals: dict[str, float] = {}
         for update, part in enumerate(_split(samples, settings.updates)):
             loss = policy_gradient(**(settings.loss or {}), entropy_coef=entropy.coefficient)
@@ -118,7 +114,7 @@ def train(
         log.sample(step, task=shown.task, reward=shown.reward, reason=shown.reason, tokens=shown.completion.tokens)
         if watch:
             watch(step)
-        if step % save_every == 0 and step < steps:
+        if step % save_every == 0 or step == steps:
             state = {"coefficient": entropy.coefficient, "target": entropy.target}
             engine.save(folder, step, state)
 
@@ -138,6 +134,7 @@ def _summary(rollouts: list[Rollout], samples: list[Sample]) -> dict[str, float]
         "length": sum(lengths) / len(lengths),
         "truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
         "kept": len(samples) / len(rollouts),
-        "tokens": float(sum(lengths)),
+        **size([_sample(r, 0.0) for r in rollouts]),
+        **size(samples, "trained_"),
         **{f"reward/{task}": sum(v) / len(v) for task, v in sorted(by_task.items())},
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 from q3mega.algorithms.losses import normalise, supervised
 from q3mega.data.batch import Batch, Sample, pack
 from q3mega.engine import Engine, LossFn, parallel
-from q3mega.train.log import Log
+from q3mega.train.log import Log, size
 
 
 def shard(samples: Sequence[Sample], capacity: int) -> list[Batch]:
@@ -53,8 +53,8 @@ def train(
         if prepare:
             prepare(batches)
         metrics = engine.train_step(batches, loss_fn)
-        log.step(step, tokens=sum(map(len, samples)), **metrics)
+        log.step(step, **size(samples), **metrics)
         if watch:
             watch(step)
-        if step % save_every == 0 and step < steps:
+        if step % save_every == 0 or step == steps:
             engine.save(folder, step, {})

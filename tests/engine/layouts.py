@@ -1,0 +1,46 @@
+"""Three optimizer steps and an evaluation under one layout; rank 0 prints losses and weights' norm.
+
+Run by test_layouts.py: `torchrun layouts.py '{"tensor": 2}' dense`.
+"""
+
+import json
+import sys
+
+from q3mega import device  # noqa: F401  isort: split
+
+import torch
+import torch.distributed as dist
+from tiny import LAYOUT, SHAPES, documents
+
+from q3mega.algorithms.losses import normalise, policy_gradient, supervised
+from q3mega.engine import Engine, OptimizerSpec
+from q3mega.model import huggingface
+from q3mega.train.supervised import shard
+
+
+def main() -> None:
+    layout, kind, loss_name = LAYOUT(**json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
+    wrong = len(sys.argv) > 4  # a deliberately wrong normaliser: each rank's own token count
+    torch.set_num_threads(1)
+    spec = OptimizerSpec(lr=1e-2, steps=10, weight_decay=0.1)
+    engine = Engine(SHAPES[kind], layout, seed=3, optimizer=spec)
+    engine.config.moe_aux_loss_coeff = 0.0  # its running estimate depends on the order of micro-batches
+    loss = supervised if loss_name == "supervised" else policy_gradient(variant="dapo", clip_high=0.28, entropy_coef=0.01)
+    steps = []
+    for step in range(3):
+        batches = shard(normalise(documents(step)), 96)
+        if wrong:
+            for batch in batches:
+                batch.loss_weights /= batch.loss_weights.sum()
+        metrics = engine.train_step(batches, loss)
+        steps.append((metrics["loss"], metrics["grad_norm"]))
+    weights = huggingface.gather(engine.chunks, engine.shape)
+    if dist.get_rank() == 0:
+        sums = {n: float(w.double().square().sum()) for n, w in sorted(weights.items())}
+        print(json.dumps({"steps": steps, "weights": sums}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The engine against transformers, and against itself after a resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from q3mega import device  # noqa: F401  isort: split
+
+from tiny import LAYOUT, SHAPES, documents
+from transformers import AutoModelForCausalLM
+
+from q3mega.algorithms.losses import normalise, supervised
+from q3mega.data.batch import pack
+from q3mega.engine import Engine, OptimizerSpec
+from q3mega.errors import UserError
+
+SPEC = OptimizerSpec(lr=1e-2, steps=10, warmup_steps=2, decay="linear")
+
+
+def logits_of(engine, documents):
+    [batch] = pack(documents, 1000)
+    [logits] = engine.evaluate([batch], lambda head, _: head.hidden @ head.weight.T)
+    return batch, logits
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_transformers_computes_the_same_logits(kind, tmp_path):
+    engine = Engine(SHAPES[kind], LAYOUT(), seed=1)
+    for parameter in engine.chunks[0].parameters():  # initial norms are ones: make them matter
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    engine.save_hf(tmp_path, {})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    batch, ours = logits_of(engine, documents(0))
+    lengths = batch.cu_seqlens.diff().tolist()
+    for tokens, expected in zip(batch.tokens.split(lengths), ours.split(lengths), strict=True):
+        assert torch.allclose(theirs(tokens[None]).logits[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_folder_read_back_is_the_same_model(kind, tmp_path):
+    engine = Engine(SHAPES[kind], LAYOUT(), seed=1)
+    engine.save_hf(tmp_path, {})
+    other = Engine(SHAPES[kind], LAYOUT(), seed=2)
+    other.load_hf(tmp_path)
+    assert torch.equal(logits_of(engine, documents(0))[1], logits_of(other, documents(0))[1])
+
+
+def test_gradients_are_those_of_transformers(tmp_path):
+    engine = Engine(SHAPES["dense"], LAYOUT(), seed=1, optimizer=OptimizerSpec(lr=1.0, steps=9, clip_grad=0.0))
+    engine.save_hf(tmp_path, {})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    samples = normalise(documents(0, n=3))
+    metrics = engine.train_step(pack(samples, 1000), supervised)
+    loss = 0.0
+    for s in samples:
+        logp = theirs(torch.tensor([s.tokens])).logits[0, :-1].log_softmax(-1)
+        picked = logp.gather(1, torch.tensor(s.tokens[1:])[:, None])[:, 0]
+        loss = loss - (picked * torch.tensor(s.weights[1:])).sum()
+    loss.backward()
+    norm = sum(p.grad.square().sum() for p in theirs.parameters()).sqrt()
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_is_exact_to_the_bit(optimizer, tmp_path):
+    from dataclasses import replace
+
+    spec = replace(SPEC, kind=optimizer, adam_lr=1e-3)
+
+    def run(engine, steps):
+        return [engine.train_step(pack(normalise(documents(s)), 200), supervised) for s in steps]
+
+    engine = Engine(SHAPES["tied"], LAYOUT(), seed=1, optimizer=spec)
+    run(engine, [0, 1])
+    engine.save(tmp_path, 2, {"coefficient": 0.5})
+    uncut = run(engine, [2, 3])
+    other = Engine(SHAPES["tied"], LAYOUT(), seed=9, optimizer=spec)
+    assert other.load_latest(tmp_path) == (2, {"coefficient": 0.5})
+    assert run(other, [2, 3]) == uncut
+    for a, b in zip(engine.chunks[0].parameters(), other.chunks[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_cut_save_does_not_shadow_the_last_good_one(tmp_path):
+    engine = Engine(SHAPES["tied"], LAYOUT(), seed=1, optimizer=SPEC)
+    engine.train_step(pack(normalise(documents(0)), 200), supervised)
+    engine.save(tmp_path, 1, {})
+    (tmp_path / "step_000002.partial").mkdir()
+    assert engine.load_latest(tmp_path) == (1, {})
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    engine = Engine(SHAPES["tied"], LAYOUT(), seed=1, optimizer=SPEC)
+    engine.train_step(pack(normalise(documents(0)), 200), supervised)
+    engine.save(tmp_path, 1, {})
+    for shard in tmp_path.glob("step_000001/*.distcp"):
+        shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(UserError, match="step_000001 is damaged"):
+        engine.load_latest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 64), "damaged"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: _widen(f), "hidden=64"),
+    ],
+)
+def test_a_wrong_folder_is_named(damage, message, tmp_path):
+    engine = Engine(SHAPES["tied"], LAYOUT(), seed=1)
+    engine.save_hf(tmp_path, {})
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message):
+        engine.load_hf(tmp_path)
+
+
+def _widen(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+
+
+def test_experts_are_balanced_by_the_global_loss():
+    engine = Engine(SHAPES["moe"], LAYOUT(), seed=1, optimizer=SPEC)
+    metrics = engine.train_step(pack(normalise(documents(0)), 200), supervised)
+    assert metrics["grad_norm"] > 0
+    router = engine.chunks[0].decoder.layers[0].mlp.router
+    assert router.config.moe_router_load_balancing_type == "global_aux_loss"

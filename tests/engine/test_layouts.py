@@ -1,0 +1,56 @@
+"""Every layout is the same model: losses, gradient norms and weights against one process."""
+
+import json
+
+import pytest
+
+CASES = [
+    ("dense", {"tensor": 2}, 2),
+    ("dense", {"tensor": 2, "sequence_parallel": True}, 2),
+    ("tied", {"pipeline": 2}, 2),
+    ("dense", {"distributed_optimizer": False}, 2),
+    ("tied", {}, 2),
+    ("moe", {"expert": 2}, 2),
+    ("moe", {}, 2),
+    ("dense", {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 4),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(torchrun):
+    cache: dict[tuple[str, str], dict] = {}
+
+    def result(kind: str, loss: str) -> dict:
+        if (kind, loss) not in cache:
+            cache[kind, loss] = torchrun("layouts.py", 1, json.dumps({}), kind, loss)
+        return cache[kind, loss]
+
+    return result
+
+
+def close(got: dict, want: dict, tolerance: float) -> bool:
+    steps = [x for step in got["steps"] for x in step], [x for step in want["steps"] for x in step]
+    weights = list(got["weights"].values()), list(want["weights"].values())
+    assert list(got["weights"]) == list(want["weights"])
+    return steps[0] == pytest.approx(steps[1], rel=tolerance) and weights[0] == pytest.approx(weights[1], rel=tolerance)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("kind", "layout", "processes"), CASES)
+def test_a_layout_is_the_same_model(torchrun, alone, kind, layout, processes):
+    layout = {"processes": processes, **layout}
+    got = torchrun("layouts.py", processes, json.dumps(layout), kind, "supervised")
+    assert close(got, alone(kind, "supervised"), 1e-4 if kind == "moe" else 1e-5)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {}])
+def test_the_policy_loss_is_the_same_too(torchrun, alone, layout):
+    got = torchrun("layouts.py", 2, json.dumps({"processes": 2, **layout}), "dense", "policy")
+    assert close(got, alone("dense", "policy"), 1e-5)
+
+
+@pytest.mark.dist
+def test_a_wrong_normaliser_is_seen(torchrun, alone):
+    got = torchrun("layouts.py", 2, json.dumps({"processes": 2}), "dense", "supervised", "wrong")
+    assert not close(got, alone("dense", "supervised"), 1e-2)

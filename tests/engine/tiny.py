@@ -1,0 +1,34 @@
+"""Small shapes and random documents for the engine's tests."""
+
+import random
+from functools import partial
+
+from q3mega.data.batch import Sample
+from q3mega.model import Qwen3Shape
+from q3mega.recipe import Layout
+
+SHAPE = partial(
+    Qwen3Shape, layers=2, hidden=32, heads=4, kv_heads=2, ffn=64, head_dim=16, vocab=64, rope_base=1e4
+)
+SHAPES = {
+    "dense": SHAPE(tied=False),
+    "tied": SHAPE(tied=True),
+    "moe": SHAPE(tied=False, experts=4, topk=2, moe_ffn=32),
+}
+LAYOUT = partial(Layout, processes=1)
+
+
+def documents(seed: int, n: int = 10) -> list[Sample]:
+    """Uneven documents with RL columns; the first tokens of each carry no loss."""
+    rng = random.Random(seed)
+    out = []
+    for _ in range(n):
+        length = rng.randint(5, 40)
+        tokens = [rng.randrange(64) for _ in range(length)]
+        prompt = rng.randint(1, 4)
+        columns = {
+            "advantages": [rng.choice((-1.0, 1.0))] * length,
+            "old_logprobs": [-4.0 - rng.random() for _ in range(length)],
+        }
+        out.append(Sample(tokens, [0.0] * prompt + [1.0] * (length - prompt), columns))
+    return out

@@ -1,0 +1,103 @@
+import threading
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from q3mega.rewards import score
+from q3mega.rewards.answer import boxes, equal, number
+
+THOUGHT = "<think>\n2+6=8\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("reply", "value", "reason"),
+    [
+        (r"The answer is \boxed{8}.", 1.0, "exact"),
+        (r"\boxed{8} is \boxed{ 8 }", 1.0, "exact"),
+        (r"\boxed{8.0}", 1.0, "equal"),
+        (r"\boxed{16/2}", 1.0, "equal"),
+        (r"\boxed{7} or \boxed{8}", 0.0, "several different boxed answers"),
+        (r"\boxed{2+6}", 0.0, "wrong answer"),
+        (r"\boxed{2^3}", 0.0, "wrong answer"),
+        (r"\boxed{8", 0.0, "no boxed answer"),
+        ("8", 0.0, "no boxed answer"),
+        (r"<think>\boxed{8}", 0.0, "think block malformed or never closed"),
+    ],
+)
+def test_answer(reply, value, reason):
+    verdict = score("answer", THOUGHT + reply, {"answer": "8"})
+    assert (verdict.score, verdict.reason) == (value, reason)
+
+
+def test_without_thinking_the_whole_text_is_the_reply():
+    assert score("answer", r"\boxed{8}", {"answer": "8"}).score == 1.0
+
+
+def test_answered_asks_for_a_number_right_or_wrong():
+    assert score("answered", rf"{THOUGHT}\boxed{{9}}", {"answer": "8"}).score == 1.0
+    assert score("answered", rf"{THOUGHT}\boxed{{2+6}}", {"answer": "8"}).score == 0.0
+    assert score("answered", f"{THOUGHT}8", {"answer": "8"}).score == 0.0
+
+
+def test_boxes_match_braces():
+    assert boxes(r"a \boxed{\frac{1}{\sqrt{2}}} {b} \boxed{}") == [r"\frac{1}{\sqrt{2}}", ""]
+    assert boxes(r"}} \boxed{a \boxed{b}}") == ["b", r"a \boxed{b}"]
+    assert boxes(r"\boxed{" * 20_000) == []
+
+
+@given(st.text(alphabet="{}\\boxed 1", max_size=60))
+def test_boxes_are_pieces_of_the_text_with_balanced_braces(text):
+    for box in boxes(text):
+        assert rf"\boxed{{{box}}}" in text
+        assert box.count("{") == box.count("}")
+
+
+@given(st.fractions())
+def test_number_reads_fractions(value):
+    sign, top, bottom = "-" * (value < 0), abs(value.numerator), value.denominator
+    assert number(str(value)) == value
+    assert number(rf"{sign}\frac{{{top}}}{{{bottom}}}") == value
+
+
+@given(st.integers())
+def test_number_reads_thousands(value):
+    assert number(f"{value:,}") == number(f"{value:,}.50") - Fraction(1 if value >= 0 else -1, 2)
+    assert number(f"{value:,}") == value
+
+
+@given(st.text(max_size=30))
+def test_number_never_raises(text):
+    assert number(text) is None or any(c.isdigit() for c in text)
+
+
+@pytest.mark.parametrize("text", ["", "1/0", "1/2/3", "1,00", "x", "1e3", "9" * 5000, "٣", "--1"])
+def test_what_is_no_number(text):
+    assert number(text) is None
+
+
+def test_lists_compare_item_by_item():
+    assert equal("1 3 7", "1, 3,7") and equal("1 3 7", "[1, 3, 7]")
+    assert not equal("1 3 7", "1 3 8") and not equal("1 3 7", "137")
+
+
+def test_symbols_are_compared_by_math_verify():
+    assert equal(r"\frac{\pi}{2}", r"\pi/2") and equal("2x+2", "2(x+1)")
+    assert not equal(r"\frac{\pi}{2}", r"\pi/3") and not equal("2x+2", "}{")
+
+
+def test_symbols_in_a_thread_are_an_error_and_not_a_silent_zero():
+    found = []
+
+    def work():
+        assert equal("8", "8.0")
+        try:
+            equal("2x+2", "2(x+1)")
+        except RuntimeError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == ["math-verify needs the main thread: score symbolic answers there"]

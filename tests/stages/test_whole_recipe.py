@@ -1,0 +1,113 @@
+"""All nine stages at toy size: what they leave, and that a run killed ten times ends as one that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from q3mega import device  # noqa: F401  isort: split
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from q3mega.recipe import STAGES, Recipe
+
+RECIPE = Path(__file__).with_name("tiny.yaml")
+pytestmark = [pytest.mark.slow, pytest.mark.dist]
+
+
+def start(run_dir: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "q3mega.cli", "run", str(RECIPE), "--run-dir", str(run_dir)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(run_dir: Path) -> str:
+    process = start(run_dir)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("uncut")
+    finish(run_dir)
+    return run_dir
+
+
+def folders(run_dir: Path) -> dict[str, Path]:
+    recipe = Recipe.load(RECIPE)
+    return {name: recipe.stage_dir(run_dir, name) for name in recipe.stages}
+
+
+def test_every_stage_leaves_its_record(uncut):
+    assert list(folders(uncut)) == list(STAGES)
+    for name, folder in folders(uncut).items():
+        assert (folder / "DONE").exists()
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in rows] == list(range(1, rows[0]["total"] + 1)), name
+        for metric, found in json.loads((folder / "eval.json").read_text()).items():
+            if metric != "curves":
+                assert found["low"] <= found["value"] <= found["high"], (name, metric)
+    assert (uncut / "report.html").stat().st_size > 10_000
+    results = json.loads((uncut / "results.json").read_text())
+    assert set(results) == set(STAGES)
+
+
+def test_curation_says_what_it_dropped(uncut):
+    for name in ("cold_start", "reasoning_rl", "mode_fusion"):
+        drops = json.loads((folders(uncut)[name] / "data" / "drops.json").read_text())
+        assert sum(drops.values()) > 0, name
+    queries = json.loads((folders(uncut)["cold_start"] / "data" / "queries.json").read_text())
+    problems = json.loads((folders(uncut)["reasoning_rl"] / "data" / "problems.json").read_text())
+    assert not {q["id"] for q in queries} & {p["id"] for p in problems}  # rule 1 of the selection
+
+
+@pytest.mark.parametrize("stage", ["pretrain_long", "general_rl", "distill_on_policy"])
+def test_transformers_loads_what_a_stage_leaves(uncut, stage):
+    folder = folders(uncut)[stage] / "hf"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 1+2?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    ids = prompt["input_ids"] if hasattr(prompt, "keys") else prompt
+    out = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert out.shape[1] > ids.shape[1]
+    assert torch.isfinite(model(ids).logits).all()
+
+
+def test_ten_kills_change_nothing(uncut, tmp_path):
+    rng = random.Random(0)
+    kills = 0
+    while kills < 10:
+        process = start(tmp_path)
+        try:
+            process.communicate(timeout=rng.uniform(4, 22))
+            break  # finished before the axe fell
+        except subprocess.TimeoutExpired:
+            tree = [process.pid, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]
+            for pid in tree:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+            process.communicate()
+            kills += 1
+            time.sleep(0.2)
+    finish(tmp_path)
+    assert kills >= 5, "the run was too short to be killed"
+    for name, folder in folders(tmp_path).items():
+        expected = (folders(uncut)[name] / "hf" / "model.safetensors").read_bytes()
+        assert (folder / "hf" / "model.safetensors").read_bytes() == expected, name
+        metrics = [
+            [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (f / "metrics.jsonl").read_text().splitlines()]
+            for f in (folder, folders(uncut)[name])
+        ]
+        assert metrics[0] == metrics[1], name
