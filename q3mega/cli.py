@@ -9,8 +9,12 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from q3mega.errors import UserError
+
+if TYPE_CHECKING:
+    from q3mega.rollout.base import SamplingParams
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "triton", "transformer-engine", "vllm")
 
@@ -52,6 +56,28 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     report.add_argument("run_dir", metavar="RUN")
 
+    for name, command, purpose in (
+        ("generate", _generate, "one answer of a checkpoint"),
+        ("chat", _chat, "talk to a checkpoint; an empty line ends it"),
+        ("eval", _eval, "accuracy of a checkpoint on held-out problems"),
+    ):
+        sub = commands.add_parser(name, help=purpose)
+        sub.set_defaults(command=command)
+        sub.add_argument("checkpoint", help="a Hugging Face folder, such as a stage's hf/")
+        sub.add_argument("--budget", type=int, help="thinking budget, tokens")
+        sub.add_argument("--max-tokens", type=int, default=256)
+        sub.add_argument("--temperature", type=float, default=0.6)
+        sub.add_argument("--seed", type=int, default=0)
+        if name == "eval":
+            sub.add_argument("--tasks", nargs="+", required=True, help="families, or capabilities")
+            sub.add_argument("--mode", choices=("think", "no_think"), default="think")
+            sub.add_argument("--tries", type=int, default=1, help="answers a problem, for pass@k")
+            sub.add_argument("--problems", type=int, default=100, help="of each family")
+        else:
+            sub.add_argument("--no-think", action="store_true", help="pre-fill an empty think block")
+        if name == "generate":
+            sub.add_argument("--prompt", required=True)
+
     doctor = commands.add_parser("doctor", help="what is installed, and which backend serves what")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -79,6 +105,44 @@ def _report(arguments: argparse.Namespace) -> int:
     from q3mega.report import publish
 
     publish(arguments.run_dir)
+    return 0
+
+
+def _params(arguments: argparse.Namespace, n: int = 1) -> "SamplingParams":
+    from q3mega.rollout.base import SamplingParams
+
+    a = arguments
+    return SamplingParams(a.max_tokens, a.temperature, thinking_budget=a.budget, n=n, seed=a.seed)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from q3mega.try_out import Checkpoint
+
+    messages = [{"role": "user", "content": arguments.prompt}]
+    model = Checkpoint(arguments.checkpoint)
+    print(model.answer(messages, _params(arguments), think=not arguments.no_think))
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from q3mega.try_out import Checkpoint
+
+    model, messages = Checkpoint(arguments.checkpoint), list[dict[str, str]]()
+    while line := input("you> ").strip():
+        messages.append({"role": "user", "content": line})
+        text = model.answer(messages, _params(arguments), think=not arguments.no_think)
+        print(text)
+        messages.append({"role": "assistant", "content": text})
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from q3mega.try_out import Checkpoint
+
+    params = _params(arguments, arguments.tries)
+    model = Checkpoint(arguments.checkpoint)
+    for name, found in model.score(arguments.tasks, arguments.mode, params, arguments.problems):
+        print(f"{name:<32} {found['value']:.3f}  [{found['low']:.3f}, {found['high']:.3f}]  n={found['n']}")
     return 0
 
 

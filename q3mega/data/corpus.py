@@ -10,8 +10,9 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from q3mega import device  # noqa: F401  isort: split
+from q3mega import device  # noqa: F401
 
+# isort: split
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
@@ -95,9 +96,9 @@ def haystack(rng: random.Random) -> Iterator[str]:
 
 
 def needles(rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """n statements (beginning, value) under different letters: 'key K' and '47'."""
-    letters = rng.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", n)
-    return [(f"key {letter}", str(rng.randint(10, 99))) for letter in letters]
+    """n pass keys (beginning, value), each under a sign of its own: 'code @' and 'K'."""
+    signs = rng.sample("@#$%&^~!", n)
+    return [(f"code {sign}", rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ")) for sign in signs]
 
 
 def _copies(rng: random.Random) -> Iterator[str]:
@@ -114,7 +115,7 @@ def _retrieval(longest: int) -> Callable[[random.Random], Iterator[str]]:
     def documents(rng: random.Random) -> Iterator[str]:
         hay = haystack(rng)
         while True:
-            facts, length = needles(rng, rng.randint(3, 8)), rng.randint(0, longest)
+            facts, length = needles(rng, rng.randint(2, 6)), rng.randint(0, longest)
             lines: list[str] = []
             while sum(map(len, lines)) < length:
                 lines.append(next(hay))

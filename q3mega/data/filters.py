@@ -12,6 +12,7 @@ from q3mega.data.tasks.base import Problem
 from q3mega.data.tasks.solutions import boxed, check
 
 _NUMBER = re.compile(r"\d+")
+_PROSE = re.compile(r"[A-Za-z]+ [A-Za-z]+")  # says something instead of doing a step
 _ASCII_WORDS = re.compile(r"[A-Za-z]+")
 # function words of the languages that a small English-German-Chinese teacher slips into
 _FOREIGN = frozenset("der die das und ist nicht wir auch noch jetzt weiter fertig gut ein eine mit".split())
@@ -43,7 +44,7 @@ def response_filter(
         return "validation_copy"
     if any(_foreign(line) for line in lines):
         return "language_mixing"
-    if len(_NUMBER.findall(thinking)) < 2 or len(lines) < query.difficulty // 2:
+    if sum(not _PROSE.search(line) for line in lines) < max(1, query.difficulty - 1):
         return "guess"
     if not _agree(lines, answer):
         return "disagreement"
@@ -67,7 +68,7 @@ def _repeats(lines: list[str]) -> bool:
     for size in range(1, len(lines) // 3 + 1):
         for start in range(len(lines) - 3 * size + 1):
             block = lines[start : start + size]
-            if lines[start : start + 3 * size] == block * 3 and (size > 1 or len(block[0]) > 3):
+            if lines[start : start + 3 * size] == block * 3:
                 return True
     return False
 

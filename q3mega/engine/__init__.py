@@ -1,7 +1,8 @@
 """megatron-core behind a keyhole: parallel layout, training and evaluation steps, optimizer, checkpoints."""
 
-from q3mega import device  # noqa: F401  isort: split
+from q3mega import device  # noqa: F401
 
+# isort: split
 from q3mega.engine.engine import Engine, Head, LossFn, OptimizerSpec
 
 __all__ = ["Engine", "Head", "LossFn", "OptimizerSpec"]

@@ -12,8 +12,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from q3mega import device  # noqa: F401  isort: split
+from q3mega import device  # noqa: F401
 
+# isort: split
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from q3mega import device  # isort: split
+from q3mega import device
 
+# isort: split
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps

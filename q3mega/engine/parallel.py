@@ -3,8 +3,9 @@
 import os
 from typing import Any
 
-from q3mega import device  # isort: split
+from q3mega import device
 
+# isort: split
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps

@@ -5,8 +5,9 @@ queries and keys arrive here un-rotated. RoPE, a changed base (ABF), YaRN and du
 are thus properties of this module alone, and no weight depends on them.
 """
 
-from q3mega import device  # noqa: F401  isort: split
+from q3mega import device  # noqa: F401
 
+# isort: split
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -4,8 +4,9 @@ One pair of functions, `_merge` and `_split`, is the whole weight map; shards ar
 gathered into, the full tensor that they describe. Reading touches only what a rank needs.
 """
 
-from q3mega import device  # noqa: F401  isort: split
+from q3mega import device  # noqa: F401
 
+# isort: split
 import json
 import os
 import re

@@ -3,8 +3,9 @@
 The readable twin is transformers' Qwen3; `tests/model` holds the two equal.
 """
 
-from q3mega import device  # noqa: F401  isort: split
+from q3mega import device  # noqa: F401
 
+# isort: split
 from typing import Any
 
 import megatron.core.models.gpt.gpt_layer_specs as gpt_specs

@@ -100,9 +100,9 @@ def _reference(
         raise UserError(f"cu_seqlens: must rise from 0 to {len(k)}, the number of tokens")
     # Scales commute with rotations, so they are applied once, first.
     if q_scale is not None:
-        q = q * q_scale[:, None, None].to(q.dtype)
+        q = (q * q_scale[:, None, None]).to(q.dtype)
     if k_scale is not None:
-        k = k * k_scale[:, None, None].to(k.dtype)
+        k = (k * k_scale[:, None, None]).to(k.dtype)
     if len(q) != len(k):  # decode, or prefill in pieces, of one sequence
         return _chunked(q, k, v, inv_freq, chunk, clamp, scale, q_offset)
     plain = lengths <= min(clamp + 1, 2 * chunk)  # dual-chunk attention is RoPE attention there
@@ -124,7 +124,7 @@ def _reference(
 
 
 def _buckets(lengths: Tensor, chosen: Tensor) -> list[Tensor]:
-    """The chosen documents in groups of such like length that padding at most doubles the work."""
+    """The chosen documents in groups of like length: padding adds at most half to their work."""
     left, groups = (chosen & (lengths > 0)).nonzero()[:, 0], []
     while len(left):
         size = lengths[left]

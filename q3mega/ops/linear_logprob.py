@@ -107,9 +107,9 @@ def _merge(stats: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]
     """(m, s, t, z_y) of the whole vocabulary, each (N,), from the ranks' (N, 4): one all-gather."""
     if group is None or not len(stats):
         return stats.unbind(1)
-    shards = stats.new_empty(dist.get_world_size(group), *stats.shape)
+    shards = stats.new_empty(dist.get_world_size(group) * len(stats), 4)
     dist.all_gather_into_tensor(shards, stats, group=group)
-    m, s, t, z_y = shards.unbind(2)
+    m, s, t, z_y = shards.view(-1, *stats.shape).unbind(2)
     top = m.amax(0)
     down, scale = m - top, (m - top).exp()
     return top, (s * scale).sum(0), (scale * (t + s * down)).sum(0), z_y.sum(0)

@@ -20,7 +20,7 @@ from q3mega.data.chat import parse, render
 from q3mega.data.corpus import REASONING
 from q3mega.data.tasks import Problem, general, generate
 from q3mega.engine import Engine, Head, parallel
-from q3mega.evaluate import flagged
+from q3mega.evaluate import Mode, flagged
 from q3mega.rewards import TASK_REWARD, Verdict, score
 from q3mega.rewards.judge import judge, judge_examples
 from q3mega.rewards.mode import mode_of
@@ -87,7 +87,7 @@ def prompts(stage: Stage, step: int) -> list[Problem]:
     for i in range(reasoning):
         family = REASONING[i % len(REASONING)]
         (problem,) = generate(family, 1, seed=rng.randrange(2**31))
-        mode = "think" if rng.random() < 0.6 else None
+        mode: Mode | None = "think" if rng.random() < 0.6 else None
         out.append(replace(problem, messages=tuple(flagged(problem, mode)), meta=problem.meta | {"mode": "think"}))
     for i in range(config.prompts - reasoning):
         family = general.GENERAL[(step * 7 + i) % len(general.GENERAL)]

@@ -6,8 +6,9 @@ Run by test_layouts.py: `torchrun layouts.py '{"tensor": 2}' dense`.
 import json
 import sys
 
-from q3mega import device  # noqa: F401  isort: split
+from q3mega import device  # noqa: F401
 
+# isort: split
 import torch
 import torch.distributed as dist
 from tiny import LAYOUT, SHAPES, documents

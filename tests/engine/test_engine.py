@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from q3mega import device  # noqa: F401  isort: split
+from q3mega import device  # noqa: F401
 
+# isort: split
 from tiny import LAYOUT, SHAPES, documents
 from transformers import AutoModelForCausalLM
 

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from q3mega import device  # noqa: F401  isort: split
+from q3mega import device  # noqa: F401
 
+# isort: split
 from dataclasses import replace
 
 from tiny import LAYOUT, SHAPES

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from q3mega import device  # noqa: F401  isort: split
+from q3mega import device  # noqa: F401
 
+# isort: split
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -35,18 +35,18 @@ def _near(value: int) -> list[str]:
 
 
 def _chain_sum(problem: Problem, result: Result) -> Work:
-    numbers, signs = problem.meta["numbers"], problem.meta["signs"]
-    total = numbers[0]
-    for number, sign in zip(numbers[1:], signs[1:], strict=True):
-        right = total + number if sign == "+" else total - number
-        outcome = result(str(right), _near(right))
-        yield {"work": f"{total}{sign}{number}", "result": outcome, "answer": outcome}
-        total = int(outcome)
+    terms = [f"{s}{n}" for s, n in zip(problem.meta["signs"], problem.meta["numbers"], strict=True)]
+    total = int(terms[0])
+    for i, term in enumerate(terms[1:], 1):
+        right = total + int(term)
+        total = int(result(str(right), _near(right)))
+        rest = "".join(terms[i + 1 :])
+        yield {"work": "", "result": f"{total}{rest}", "answer": str(total)}
 
 
 def _to_decimal(problem: Problem, result: Result) -> Work:
     value, *bits = map(int, problem.meta["bits"])
-    yield {"work": "", "result": str(value), "answer": str(value)}
+    yield {"work": str(value), "result": str(value), "answer": str(value)}
     for bit in bits:
         right = value + value + bit
         outcome = result(str(right), _near(right))
@@ -74,19 +74,19 @@ def _number_sorting(problem: Problem, result: Result) -> Work:
 
 
 def _letter_counting(problem: Problem, result: Result) -> Work:
-    count = 0
-    for item in problem.meta["items"]:
+    items, count = problem.meta["items"], 0
+    for i, item in enumerate(items, 1):
         right = count + (item == problem.meta["target"])
         # The human slip is to miss one or to count one too many, not to jump.
-        outcome = result(str(right), [str(count + (right == count))])
-        yield {"work": str(item), "result": outcome, "answer": outcome}
-        count = int(outcome)
+        count = int(result(str(right), [str(count + (right == count))]))
+        rest = " ".join(map(str, items[i:]))
+        yield {"work": rest, "result": str(count), "answer": str(count)}
 
 
 TAKE = "take {work} get {result}"
 # What does the work, and its lines in three surface styles.
 METHODS: dict[str, tuple[Callable[[Problem, Result], Work], tuple[str, str, str]]] = {
-    "chain_sum": (_chain_sum, ("{work}={result}", "{work} is {result}", TAKE)),
+    "chain_sum": (_chain_sum, ("{result}", "so {result}", "then {result}")),
     "base_conversion/10": (_to_decimal, ("{work}={result}", "{work} is {result}", TAKE)),
     "base_conversion/4": (_to_base_4, ("{work}:{result}", "{work} makes {result}", TAKE)),
     "number_sorting": (
@@ -95,7 +95,7 @@ METHODS: dict[str, tuple[Callable[[Problem, Result], Work], tuple[str, str, str]
     ),
     "letter_counting": (
         _letter_counting,
-        ("{work} {result}", "{work} makes {result}", TAKE),
+        ("{work}:{result}", "{work} makes {result}", "left {work} count {result}"),
     ),
 }
 
@@ -125,9 +125,7 @@ def solve(
 
     lines, answer = [], ""
     for fields in work(problem, result):
-        # The first line of a doubling only copies a digit: there is no work to show.
-        line = styles[style].format(**fields) if fields["work"] else fields["result"]
-        lines.append(line.strip())
+        lines.append(styles[style].format(**fields).strip())
         answer = fields["answer"]
     return Solution(lines, answer, check(problem, answer))
 

@@ -1,0 +1,53 @@
+"""Trying a checkpoint by hand: generate, chat, evaluate, on one process, from a Hugging Face folder."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from q3mega import evaluate
+from q3mega.data.chat import render
+from q3mega.data.corpus import REASONING
+from q3mega.data.tokenizer import Tokenizer
+from q3mega.engine import Engine
+from q3mega.errors import UserError
+from q3mega.model.huggingface import shape_of
+from q3mega.recipe import Layout
+from q3mega.rollout import SamplingParams
+from q3mega.rollout.in_process import InProcessSampler
+
+TASKS = (*REASONING, "capabilities")
+
+
+class Checkpoint:
+    """A model that answers."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.tokenizer = Tokenizer(folder)
+        engine = Engine(shape_of(folder), Layout(processes=1), seed=0)
+        engine.load_hf(folder)
+        self.sampler = InProcessSampler(engine, self.tokenizer)
+
+    def answer(
+        self, messages: Sequence[dict[str, Any]], params: SamplingParams, *, think: bool = True
+    ) -> str:
+        """The assistant's raw text for a chat; think=False pre-fills the empty think block."""
+        prompt = render(messages, add_generation_prompt=True, enable_thinking=None if think else False)
+        [[completion]] = self.sampler.generate([self.tokenizer.encode(prompt)], params)
+        return evaluate.text_of(completion, self.tokenizer)
+
+    def score(
+        self, tasks: Sequence[str], mode: evaluate.Mode, params: SamplingParams, n: int
+    ) -> Iterator[tuple[str, dict[str, float]]]:
+        """(metric, {value, n, low, high}) for each task: accuracy, and pass@k up to params.n."""
+        for task in tasks:
+            if task not in TASKS:
+                raise UserError(f"--tasks {task} is unknown: use some of {', '.join(TASKS)}")
+            if task == "capabilities":
+                yield from evaluate.capabilities(self.sampler, self.tokenizer, params.seed).items()
+                continue
+            problems = [p for p in evaluate.held_out(n * len(REASONING)) if p.family == task]
+            found = evaluate.answers(self.sampler, self.tokenizer, problems, params, mode)
+            yield f"{task} pass@1", evaluate.accuracy(found)
+            if params.n > 1:
+                correct = [[a.correct for a in tries] for tries in found]
+                yield f"{task} pass@{params.n}", evaluate.pass_at_k(correct, params.n)

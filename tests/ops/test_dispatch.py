@@ -1,0 +1,28 @@
+"""Forced backends that are not there say why."""
+
+import pytest
+import torch
+
+from q3mega import ops
+from q3mega.ops import dispatch
+
+
+@pytest.mark.parametrize("op", dispatch.OPERATORS)
+def test_every_operator_has_a_reference_and_a_reason_for_the_rest(op: str) -> None:
+    served = dispatch.backends(op)
+    assert set(served) == set(dispatch.NAMES)
+    assert served["reference"] == "ok"
+    for name, reason in served.items():
+        if reason != "ok":
+            with pytest.raises(RuntimeError, match=f"{name}.*{op}.*{reason}"):
+                dispatch.resolve(op, name)
+    with pytest.raises(RuntimeError, match="choose one of"):
+        dispatch.resolve(op, "abacus")
+
+
+def test_a_forced_reference_is_the_definition() -> None:
+    hidden, weight = torch.randn(5, 4), torch.randn(9, 4)
+    targets = torch.randint(9, (5,))
+    logprob, _ = ops.linear_logprob(hidden, weight, targets, backend="reference")
+    expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(5), targets]
+    torch.testing.assert_close(logprob, expected)

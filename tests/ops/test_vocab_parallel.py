@@ -1,0 +1,101 @@
+"""Two processes that each hold half of the lm_head equal one process, in values and gradients."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from q3mega import ops
+
+N, V, H = 12, 10, 6
+
+
+@pytest.mark.dist
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    root = str(Path(ops.__file__).resolve().parents[2])
+    env = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(tmp_path / "store")],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        logs = [w.communicate(timeout=50)[0] for w in workers]
+    finally:
+        for w in workers:
+            w.kill()
+    assert [w.returncode for w in workers] == [0, 0], "\n".join(logs)
+
+
+def worker(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    group = dist.group.WORLD
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=g)
+
+    hidden, weight, t_hidden, t_weight = randn(N, H), 2 * randn(V, H), randn(N, H), randn(V, H)
+    half = slice(rank * V // 2, (rank + 1) * V // 2)
+    columns = {k: 0.3 * randn(N) for k in ("advantages", "old_logprobs", "ref_logprobs")}
+    columns["loss_weights"] = torch.rand(N, generator=g).double() * (torch.arange(N) % 4 > 0)
+    top = randn(N, V).log_softmax(-1).topk(3)
+
+    def compare(op, valid: int | None) -> None:
+        results = []
+        for w, t, tp in ((weight, t_weight, None), (weight[half], t_weight[half], group)):
+            h, w = hidden.clone().requires_grad_(), w.clone().requires_grad_()
+            outs = op(h, w, t, valid_vocab=valid, tp_group=tp)
+            loss = sum((o * torch.arange(1, o.numel() + 1)).sum() for o in outs if o.requires_grad)
+            loss.backward()
+            cut = half if tp is None else slice(None)
+            results.append([*(o.detach() for o in outs), h.grad, w.grad[cut]])
+        torch.testing.assert_close(*results, atol=1e-11, rtol=1e-11)
+
+    for valid in (None, 8, 4):  # 4: the second rank holds padding alone
+        targets = torch.randint(valid or V, (N,), generator=g)
+
+        def logprob(h, w, t, targets=targets, **kw):
+            return ops.linear_logprob(h, w, targets, temperature=0.8, **kw)
+
+        compare(logprob, valid)
+        for variant in ("grpo", "gspo", "cispo"):
+
+            def grpo(h, w, t, targets=targets, variant=variant, **kw):
+                return ops.grpo_loss(
+                    h, w, targets, **columns, seq_ids=torch.arange(N) // 5, variant=variant,
+                    kl_coef=0.1, entropy_coef=0.1, **kw,
+                )  # fmt: skip
+
+            compare(grpo, valid)
+        for kind in ("forward_kl", "reverse_kl", "jsd"):
+
+            def full(h, w, t, kind=kind, **kw):
+                return ops.distill_loss(
+                    h, w, teacher_hidden=t_hidden, teacher_weight=t, divergence=kind,
+                    temperature=1.5, **kw,
+                )  # fmt: skip
+
+            compare(full, valid)
+            for tail in (True, False):
+
+                def topk(h, w, t, kind=kind, tail=tail, **kw):
+                    ids = top.indices % (kw["valid_vocab"] or V)
+                    ids = (ids[:, :1] + torch.arange(3)) % (kw["valid_vocab"] or V)  # distinct
+                    return ops.distill_loss(
+                        h, w, teacher_topk=(ids, top.values), divergence=kind, tail=tail, **kw
+                    )
+
+                compare(topk, valid)
+    ops.linear_logprob(hidden[:0], weight[half], targets[:0], tp_group=group)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), sys.argv[2])
