@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from q3mega.algorithms.losses import supervised
 from q3mega.data import corpus
@@ -232,6 +233,24 @@ def loss_by_kind(
 
 def _nats(head: Head, batch: Batch) -> tuple[float, float]:
     return float(supervised(head, batch)[0]), float(batch.loss_weights.sum())
+
+
+def expert_load(engine: Engine, tokenizer: Tokenizer, kinds: Iterable[str], seed: int) -> dict[str, Any]:
+    """Of every layer, the busiest expert's tokens over the mean (1 = perfect balance), on fresh documents."""
+    routers = [layer.mlp.router for chunk in engine.chunks for layer in chunk.decoder.layers]
+    counts = [torch.zeros(engine.shape.experts) for _ in routers]
+    hooks = [
+        router.register_forward_hook(lambda _, __, out, total=total: total.add_(out[1].sum(0).cpu()))
+        for router, total in zip(routers, counts, strict=True)
+    ]
+    for kind in kinds:
+        texts = itertools.islice(corpus.documents(kind, seed), 32)
+        samples = [Sample(t[:256], [0.0] * len(t[:256])) for t in tokenizer.encode_batch(list(texts))]
+        engine.evaluate(pack(samples, 4096), lambda head, batch: None)
+    for hook in hooks:
+        hook.remove()
+    loads = [float(total.max() / total.mean()) for total in counts]
+    return {"expert_load": {"value": max(loads), "n": len(loads), "low": min(loads), "high": max(loads)}}
 
 
 def retrieval(

@@ -102,11 +102,18 @@ def needles(rng: random.Random, n: int) -> list[tuple[str, str]]:
 
 
 def _copies(rng: random.Random) -> Iterator[str]:
-    """Random words, names and numbers, then the same once more: what copying is learned from."""
+    """A few random characters, words or numbers over and over: what copying is learned from.
+
+    The period differs from document to document, so only looking at what came before helps.
+    """
+    letters = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789@#$%&^~!")
     while True:
-        pool = rng.choice((general.WORDS, general.NAMES, [str(n) for n in range(10, 100)]))
-        line = " ".join(rng.choices(pool, k=rng.randint(6, 24)))
-        yield f"{line}\n{line}"
+        if rng.random() < 0.6:
+            period, join = rng.choices(letters, k=rng.randint(3, 16)), ""
+        else:
+            pool = rng.choice((general.WORDS, general.NAMES, [str(n) for n in range(10, 100)]))
+            period, join = rng.choices(pool, k=rng.randint(2, 6)), " "
+        yield join.join(period * (64 // len(period)))[: rng.randint(80, 160)]
 
 
 def _retrieval(longest: int) -> Callable[[random.Random], Iterator[str]]:

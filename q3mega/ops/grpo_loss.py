@@ -28,8 +28,9 @@ SAPO_TAU = (1.0, 1.05)
 
 
 class GrpoOutput(NamedTuple):
-    """loss: differentiable sum. The rest is detached: logprobs, entropy, kl (N,), and the share of
-    weighted tokens whose policy gradient was clipped away."""
+    """loss: differentiable sum. The rest is detached: logprobs, entropy, kl (N,), the last 0 at
+    tokens without weight, and the share of weighted tokens whose policy gradient was clipped away.
+    """
 
     loss: Tensor
     logprobs: Tensor
@@ -120,22 +121,26 @@ def _reference(
         tp_group=group, backend="reference",
     )  # fmt: skip
     active = w != 0
-    # What stands at a token without weight is arbitrary and must not turn 0 * it into NaN.
-    log_ratio = torch.where(active, logp - old, 0.0)
+
+    def known(x: Tensor) -> Tensor:
+        """0 at tokens without weight: what stands there is arbitrary, and 0 * NaN is NaN."""
+        return torch.where(active, x, 0.0)
+
+    advantages, log_ratio = known(advantages), known(logp - old)
     if seq_ids is not None and variant.startswith("gspo"):
         mean = _sequence_mean(log_ratio, seq_ids, active)
         log_ratio = mean if variant == "gspo" else mean.detach() + logp - logp.detach()
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     loss, clipped = _policy(variant, ratio, logp, advantages, clip, dual_clip)
     if tis_cap is not None and rollout is not None:
-        loss = loss * (old - rollout).exp().clamp(max=tis_cap)
-    kl = torch.zeros_like(logp) if ref is None else _kl(logp, ref, kl_estimator)
+        loss = loss * known(old - rollout).exp().clamp(max=tis_cap)
+    kl = torch.zeros_like(logp) if ref is None else _kl(known(ref - logp), kl_estimator)
     if kl_coef:
         loss = loss + kl_coef * kl
     if entropy_coef:
         loss = loss - entropy_coef * entropy
     share = (clipped & active).sum() / active.sum().clamp(min=1)
-    total = torch.where(active, loss * w, 0.0).sum()
+    total = (loss * w).sum()
     return GrpoOutput(total, logp.detach(), entropy.detach(), share, kl.detach())
 
 
@@ -163,9 +168,11 @@ def _policy(
     return loss, clipped
 
 
-def _kl(logp: Tensor, ref: Tensor, estimator: Estimator) -> Tensor:
-    """Estimates of KL(policy || reference) by Schulman, http://joschu.net/blog/kl-approx.html."""
-    d = ref - logp
+def _kl(d: Tensor, estimator: Estimator) -> Tensor:
+    """Schulman's estimates of KL(policy || reference) from d = log reference - log policy.
+
+    http://joschu.net/blog/kl-approx.html
+    """
     if estimator == "k1":
         return -d
     if estimator == "k2":

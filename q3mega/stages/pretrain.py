@@ -75,6 +75,8 @@ def evaluation(stage: Stage, engine: Engine) -> dict[str, Any]:
     results: dict[str, Any] = evaluate.loss_by_kind(
         engine, stage.tokenizer, config.mixture, config.sequence, stage.seed("held out")
     )
+    if engine.shape.experts:
+        results |= evaluate.expert_load(engine, stage.tokenizer, config.mixture, stage.seed("load"))
     if config.extension:
         x, trained = config.extension, engine.positions
         far = extended(trained, config.sequence, x.factor, x.chunk_size, x.local_size)

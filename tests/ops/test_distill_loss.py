@@ -73,7 +73,8 @@ def test_the_teachers_best(kind, tail, n, k, temperature):
     if tail:
         outside = torch.ones_like(student).scatter(1, ids, 0.0)
         known = torch.cat([known, (student.exp() * outside).sum(1, keepdim=True).log()], 1)
-        logp = torch.cat([logp, torch.log1p(-logp.exp().sum(1, keepdim=True))], 1)
+        rest = (1 - logp.exp().sum(1, keepdim=True)).clamp(min=1e-7)  # what fp32 can tell from 0
+        logp = torch.cat([logp, rest.log()], 1)
     check(got, divergence(known, logp, kind, 0.5) * temperature**2, torch.ones(n), inputs, atol=1e-7)
 
 
@@ -120,7 +121,7 @@ def test_slices_of_rows_change_nothing(monkeypatch, best):
     whole = ops.distill_loss(*inputs, **teacher)
     monkeypatch.setattr(vocab, "CPU_BYTES", 21 * 8 * 4)  # four rows
     sliced = ops.distill_loss(*inputs, **teacher)
-    check(sliced, whole.per_token, torch.ones(17), ())  # values
+    torch.testing.assert_close(sliced.per_token, whole.per_token)
     ours, theirs = (torch.autograd.grad(x.loss, inputs) for x in (sliced, whole))
     torch.testing.assert_close(ours, theirs)
 

@@ -73,16 +73,30 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype) -> None:
     for o, p, e in zip(ours, plain, exact, strict=True):
         assert o.dtype == torch.float32
         assert (o - e).norm() <= 2 * (p - e).norm()
-    o, p, e = (
-        torch.autograd.grad(sum(x.sum() for x in r), (hidden, weight)) for r in (ours, plain, exact)
+    leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    exact = torch.autograd.grad(sum(x.sum() for x in naive(*leaves, y)), leaves)
+    plain = torch.autograd.grad(sum(x.sum() for x in plain), (hidden, weight))
+    ours = torch.autograd.grad(sum(x.sum() for x in ours), (hidden, weight))
+    for o, p, e in zip(ours, plain, exact, strict=True):
+        assert o.dtype == dtype
+        assert (o - e).norm() <= 2 * (p - e).norm()
+
+
+def test_gradcheck() -> None:
+    hidden, weight, y = make(3, 5)
+    torch.autograd.gradcheck(
+        lambda h, w: ops.linear_logprob(h, w, y, temperature=0.7, valid_vocab=5), (hidden, weight)
     )
-    e = torch.autograd.grad(
-        sum(x.sum() for x in naive(h := hidden.detach().double().requires_grad_(),
-                                   w := weight.detach().double().requires_grad_(), y)),
-        (h, w),
-    )  # fmt: skip
-    for ours_, plain_, exact_ in zip(o, p, e, strict=True):
-        assert (ours_ - exact_).norm() <= 2 * (plain_ - exact_).norm()
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_operand_gets_no_gradient(frozen: int) -> None:
+    *pair, y = make(6, 8)
+    expected = torch.autograd.grad(sum(x.sum() for x in naive(*pair, y)), pair[1 - frozen])[0]
+    pair[frozen].requires_grad_(False)
+    sum(x.sum() for x in ops.linear_logprob(*pair, y)).backward()
+    assert pair[frozen].grad is None
+    torch.testing.assert_close(pair[1 - frozen].grad, expected)
 
 
 def test_no_tokens() -> None:
