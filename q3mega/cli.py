@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--tries", type=int, default=1, help="answers a problem, for pass@k")
             sub.add_argument("--problems", type=int, default=100, help="of each family")
         else:
-            sub.add_argument("--no-think", action="store_true", help="pre-fill an empty think block")
+            sub.add_argument(
+                "--no-think", action="store_true", help="pre-fill an empty think block"
+            )
         if name == "generate":
             sub.add_argument("--prompt", required=True)
 
@@ -142,7 +144,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     params = _params(arguments, arguments.tries)
     model = Checkpoint(arguments.checkpoint)
     for name, found in model.score(arguments.tasks, arguments.mode, params, arguments.problems):
-        print(f"{name:<32} {found['value']:.3f}  [{found['low']:.3f}, {found['high']:.3f}]  n={found['n']}")
+        print(
+            f"{name:<32} {found['value']:.3f}  [{found['low']:.3f}, {found['high']:.3f}]  n={found['n']}"
+        )
     return 0
 
 

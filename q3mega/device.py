@@ -24,10 +24,7 @@ CPU = torch.device("cpu")
 HAS_GPU = torch.cuda.is_available()
 BACKEND = "nccl" if HAS_GPU else "gloo"
 
-_FACTORIES = (
-    "zeros ones empty full rand randn randint arange tensor eye "
-    "zeros_like ones_like empty_like full_like rand_like randn_like as_tensor"
-).split()
+_FACTORIES = ["zeros", "ones", "empty", "full", "rand", "randn", "randint", "arange", "tensor", "eye", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "as_tensor"]
 
 
 def device() -> torch.device:

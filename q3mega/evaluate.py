@@ -42,7 +42,8 @@ def proportion(outcomes: Iterable[float]) -> dict[str, float]:
         return {"value": 0.0, "n": 0, "low": 0.0, "high": 1.0}
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-    return {"value": p, "n": n, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return {"value": p, "n": n, "low": min(low, p), "high": max(high, p)}  # rounding at 0 and 1
 
 
 def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> dict[str, float]:
@@ -107,13 +108,16 @@ def answers(
     """params.n answers to each problem, the work shared by the data-parallel ranks."""
     rank, size = parallel.data_rank(), parallel.data_size()
     mine = list(enumerate(problems))[rank::size]
-    prompts = [tokenizer.encode(render(flagged(p, mode), tools=p.tools, add_generation_prompt=True)) for _, p in mine]
-    completions = sampler.generate(prompts, replace(params, seed=params.seed + rank)) if mine else []
+    prompts = [
+        tokenizer.encode(render(flagged(p, mode), tools=p.tools, add_generation_prompt=True))
+        for _, p in mine
+    ]
+    completions = (
+        sampler.generate(prompts, replace(params, seed=params.seed + rank)) if mine else []
+    )
     done = [(i, c) for (i, _), c in zip(mine, completions, strict=True)]
     found = dict(parallel.gather_over_data(done))
-    return [
-        [Answer(p, c, text_of(c, tokenizer)) for c in found[i]] for i, p in enumerate(problems)
-    ]
+    return [[Answer(p, c, text_of(c, tokenizer)) for c in found[i]] for i, p in enumerate(problems)]
 
 
 def text_of(completion: Completion, tokenizer: Tokenizer) -> str:
@@ -128,11 +132,21 @@ def accuracy(found: Sequence[Sequence[Answer]]) -> dict[str, float]:
 
 
 def thinking(
-    sampler: Sampler, tokenizer: Tokenizer, seed: int, *, n: int = 400, tries: int = 1, mode: Mode | None = None
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    seed: int,
+    *,
+    n: int = 400,
+    tries: int = 1,
+    mode: Mode | None = None,
 ) -> dict[str, dict[str, float]]:
     """Accuracy on n held-out problems at T=0.6 (the report's setting), T=1 and greedy, in thinking mode."""
     results: dict[str, dict[str, float]] = {}
-    for name, temperature in (("think_accuracy", 0.6), ("think_accuracy_t1", 1.0), ("think_accuracy_greedy", 0.0)):
+    for name, temperature in (
+        ("think_accuracy", 0.6),
+        ("think_accuracy_t1", 1.0),
+        ("think_accuracy_greedy", 0.0),
+    ):
         params = SamplingParams(MAX_TOKENS, temperature, n=tries, seed=seed)
         found = answers(sampler, tokenizer, held_out(n), params, mode)
         results[name] = accuracy(found)
@@ -160,10 +174,15 @@ def capabilities(
     problems = [
         p if f == "think_follow" else replace(p, messages=tuple(flagged(p, "no_think")))
         for f in general.GENERAL
-        for p in generate(f, 2 * per_family if f == "think_follow" else per_family, seed=0, heldout=True)
+        for p in generate(
+            f, 2 * per_family if f == "think_follow" else per_family, seed=0, heldout=True
+        )
     ]
     mine = list(enumerate(problems))[parallel.data_rank() :: parallel.data_size()]
-    prompts = [tokenizer.encode(render(p.messages, tools=p.tools, add_generation_prompt=True)) for _, p in mine]
+    prompts = [
+        tokenizer.encode(render(p.messages, tools=p.tools, add_generation_prompt=True))
+        for _, p in mine
+    ]
     params = SamplingParams(MAX_TOKENS, 0.6, seed=seed + parallel.data_rank())
     environments = [Environment(p) if p.tools else None for _, p in mine]
     episodes = run_episodes(sampler, tokenizer, prompts, environments, params)
@@ -201,7 +220,9 @@ def budget_curve(
     """Accuracy against the thinking budget (Qwen3 report, figure 2), and the smallest share answered."""
     rows, shares = [], []
     for budget in budgets:
-        found = answers(sampler, tokenizer, problems, replace(params, thinking_budget=budget), "think")
+        found = answers(
+            sampler, tokenizer, problems, replace(params, thinking_budget=budget), "think"
+        )
         rows.append(accuracy(found))
         shares.append(proportion(a.answered for tries in found for a in tries))
     curve = {
@@ -218,16 +239,23 @@ def budget_curve(
 def loss_by_kind(
     engine: Engine, tokenizer: Tokenizer, kinds: Iterable[str], sequence: int, seed: int
 ) -> dict[str, dict[str, float]]:
-    """Nats a token on fresh documents of each kind (text kinds: from another shuffle)."""
+    """Nats a token on documents of each kind that training has not read."""
     results = {}
     for kind in kinds:
-        texts = itertools.islice(corpus.documents(kind, seed), 48)
+        texts = itertools.islice(corpus.documents(kind, seed, heldout=True), 48)
         tokens = [ids[:sequence] for ids in tokenizer.encode_batch(list(texts)) if len(ids) > 1]
-        mine = [Sample(t, [0.0] + [1.0] * (len(t) - 1)) for t in tokens][parallel.data_rank() :: parallel.data_size()]
+        mine = [Sample(t, [0.0] + [1.0] * (len(t) - 1)) for t in tokens][
+            parallel.data_rank() :: parallel.data_size()
+        ]
         parts = engine.evaluate(pack(mine, 4 * sequence), _nats)
         sums = np.array(parallel.gather_over_data(parts))
         total, n = sums.sum(0)
-        results[f"loss_{kind}"] = {"value": total / n, "n": int(n), "low": total / n, "high": total / n}
+        results[f"loss_{kind}"] = {
+            "value": total / n,
+            "n": int(n),
+            "low": total / n,
+            "high": total / n,
+        }
     return results
 
 
@@ -235,22 +263,30 @@ def _nats(head: Head, batch: Batch) -> tuple[float, float]:
     return float(supervised(head, batch)[0]), float(batch.loss_weights.sum())
 
 
-def expert_load(engine: Engine, tokenizer: Tokenizer, kinds: Iterable[str], seed: int) -> dict[str, Any]:
+def expert_load(
+    engine: Engine, tokenizer: Tokenizer, kinds: Iterable[str], seed: int
+) -> dict[str, Any]:
     """Of every layer, the busiest expert's tokens over the mean (1 = perfect balance), on fresh documents."""
     routers = [layer.mlp.router for chunk in engine.chunks for layer in chunk.decoder.layers]
     counts = [torch.zeros(engine.shape.experts) for _ in routers]
     hooks = [
-        router.register_forward_hook(lambda _, __, out, total=total: total.add_(out[1].sum(0).cpu()))
+        router.register_forward_hook(
+            lambda _, __, out, total=total: total.add_(out[1].sum(0).cpu())
+        )
         for router, total in zip(routers, counts, strict=True)
     ]
     for kind in kinds:
         texts = itertools.islice(corpus.documents(kind, seed), 32)
-        samples = [Sample(t[:256], [0.0] * len(t[:256])) for t in tokenizer.encode_batch(list(texts))]
+        samples = [
+            Sample(t[:256], [0.0] * len(t[:256])) for t in tokenizer.encode_batch(list(texts))
+        ]
         engine.evaluate(pack(samples, 4096), lambda head, batch: None)
     for hook in hooks:
         hook.remove()
     loads = [float(total.max() / total.mean()) for total in counts]
-    return {"expert_load": {"value": max(loads), "n": len(loads), "low": min(loads), "high": max(loads)}}
+    return {
+        "expert_load": {"value": max(loads), "n": len(loads), "low": min(loads), "high": max(loads)}
+    }
 
 
 def retrieval(
@@ -289,7 +325,9 @@ def _read_back(head: Head, batch: Batch) -> list[bool]:
     guess = (head.hidden @ head.weight.T).argmax(-1)  # one process holds the whole lm_head
     right = (guess == batch.targets).tolist()
     hits: list[bool] = []
-    for asked, group in itertools.groupby(range(len(right)), key=lambda i: bool(batch.loss_weights[i] > 0)):
+    for asked, group in itertools.groupby(
+        range(len(right)), key=lambda i: bool(batch.loss_weights[i] > 0)
+    ):
         if asked:
             hits.append(all(right[i] for i in group))
     return hits

@@ -210,7 +210,9 @@ class RLSettings(Section):
     updates: PositiveInt  # optimizer steps a rollout batch
     max_tokens: PositiveInt
     temperature: PositiveFloat = 1.0
-    variant: Literal["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo"] = "dapo"
+    variant: Literal["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo"] = (
+        "dapo"
+    )
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.28
     kl_coef: NonNegativeFloat = 0.0

@@ -31,7 +31,9 @@ class Checkpoint:
         self, messages: Sequence[dict[str, Any]], params: SamplingParams, *, think: bool = True
     ) -> str:
         """The assistant's raw text for a chat; think=False pre-fills the empty think block."""
-        prompt = render(messages, add_generation_prompt=True, enable_thinking=None if think else False)
+        prompt = render(
+            messages, add_generation_prompt=True, enable_thinking=None if think else False
+        )
         [[completion]] = self.sampler.generate([self.tokenizer.encode(prompt)], params)
         return evaluate.text_of(completion, self.tokenizer)
 

@@ -62,7 +62,9 @@ class Batch:
         if self.tokens.device == device:
             return self
         columns = {name: column.to(device) for name, column in self.columns.items()}
-        moved = (t.to(device) for t in (self.tokens, self.targets, self.loss_weights, self.cu_seqlens))
+        moved = (
+            t.to(device) for t in (self.tokens, self.targets, self.loss_weights, self.cu_seqlens)
+        )
         return Batch(*moved, columns=columns)
 
 

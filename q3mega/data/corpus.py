@@ -31,20 +31,23 @@ SLIP = 0.05  # of the worked steps are wrong: a base model that knows the way an
 
 
 @functools.cache
-def _real_text(kind: str) -> tuple[str, ...]:
-    """Every document of a kind, near-duplicates dropped; read once a process."""
+def real_text(kind: str, heldout: bool = False) -> tuple[str, ...]:
+    """Documents of a text kind ("prose", "code", "science"), read once a process.
+
+    Near-duplicates and whatever holds an evaluation question are dropped; one in ten is held out.
+    """
     texts = [d for s in text.sources().values() if s.kind == kind for d in text.documents(s.name)]
     random.Random(kind).shuffle(texts)
     kept, _ = text.deduplicate(texts[:MOST_TEXTS])
-    return tuple(kept)
+    questions = [p.question for f in REASONING for p in generate(f, 100, seed=0, heldout=True)]
+    kept, _ = text.decontaminate(kept, questions)
+    return tuple(kept[::10] if heldout else [d for i, d in enumerate(kept) if i % 10])
 
 
-def _text(kind: str) -> Callable[[random.Random], Iterator[str]]:
-    def documents(rng: random.Random) -> Iterator[str]:
-        while True:
-            yield from rng.sample(_real_text(kind), len(_real_text(kind)))
-
-    return documents
+def _text(kind: str, rng: random.Random, heldout: bool) -> Iterator[str]:
+    texts = real_text(kind, heldout)
+    while True:
+        yield from rng.sample(texts, len(texts))
 
 
 def _facts(rng: random.Random) -> Iterator[str]:
@@ -90,7 +93,7 @@ def _chat(rng: random.Random) -> Iterator[str]:
 
 def haystack(rng: random.Random) -> Iterator[str]:
     """Lines of real text without end, to hide things in."""
-    lines = [line for d in _real_text("prose") for line in d.split("\n") if 20 < len(line) < 120]
+    lines = [line for d in real_text("prose") for line in d.split("\n") if 20 < len(line) < 120]
     while True:
         yield rng.choice(lines)
 
@@ -136,9 +139,6 @@ def _retrieval(longest: int) -> Callable[[random.Random], Iterator[str]]:
 
 
 KINDS: dict[str, Callable[[random.Random], Iterator[str]]] = {
-    "prose": _text("prose"),
-    "code": _text("code"),
-    "science": _text("science"),
     "facts": _facts,
     "worked": _worked,
     "direct": _direct,
@@ -149,13 +149,25 @@ KINDS: dict[str, Callable[[random.Random], Iterator[str]]] = {
 }
 
 
-def documents(kind: str, seed: int) -> Iterator[str]:
-    """Documents of one kind, without end, the same ones for the same seed."""
-    return KINDS[kind](random.Random(f"{kind}/{seed}"))
+TEXTS = tuple(dict.fromkeys(source.kind for source in text.sources().values()))
+
+
+def documents(kind: str, seed: int, *, heldout: bool = False) -> Iterator[str]:
+    """Documents of one kind, without end, the same ones for the same seed.
+
+    heldout: the real texts that training never sees; generated kinds only draw anew.
+    """
+    rng = random.Random(f"{kind}/{seed}")
+    return _text(kind, rng, heldout) if kind in TEXTS else KINDS[kind](rng)
 
 
 def build(
-    mixture: Mapping[str, float], tokens: int, sequence: int, tokenizer: Tokenizer, seed: int, folder: Path
+    mixture: Mapping[str, float],
+    tokens: int,
+    sequence: int,
+    tokenizer: Tokenizer,
+    seed: int,
+    folder: Path,
 ) -> None:
     """Write one indexed dataset a kind, with enough documents for its share of `tokens`.
 
@@ -180,12 +192,19 @@ class Mixture:
     """Global batches of `tokens_per_step` tokens from the datasets of `folder`, in mixed order."""
 
     def __init__(
-        self, mixture: Mapping[str, float], folder: Path, steps: int, tokens_per_step: int, seed: int
+        self,
+        mixture: Mapping[str, float],
+        folder: Path,
+        steps: int,
+        tokens_per_step: int,
+        seed: int,
     ) -> None:
         self.data = [IndexedDataset(str(folder / kind)) for kind in mixture]
         lengths = [d.sequence_lengths for d in self.data]
         shares = [w / n.mean() for w, n in zip(mixture.values(), lengths, strict=True)]  # documents
-        mean = sum(shares) / sum(s / n for s, n in zip(mixture.values(), [1] * len(shares), strict=True))
+        mean = sum(shares) / sum(
+            s / n for s, n in zip(mixture.values(), [1] * len(shares), strict=True)
+        )
         budget = int(steps * tokens_per_step * mean * 1.2) + 64
         which, place = blend_index(np.array(shares), budget)
         rng = np.random.default_rng(seed)

@@ -45,8 +45,9 @@ def _sharded_state(engine: Any, *, loading: bool) -> dict[str, Any]:
         name = f"model{i}" if len(engine.chunks) > 1 else "model"
         state[name] = chunk.sharded_state_dict(metadata=metadata)
     models = {k: v for k, v in state.items() if k.startswith("model")}
-    optimizer = engine.optimizer.sharded_state_dict(models if len(models) > 1 else models["model"],
-                                                    is_loading=loading, metadata=metadata)
+    optimizer = engine.optimizer.sharded_state_dict(
+        models if len(models) > 1 else models["model"], is_loading=loading, metadata=metadata
+    )
     return {**state, "optimizer": optimizer, "schedule": engine.schedule.state_dict()}
 
 
@@ -63,7 +64,9 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any]) -> None:
             _sharded_state(engine, loading=False), str(partial), content_metadata=content
         )
     except OSError as error:
-        raise UserError(f"checkpoint {partial} could not be written ({error}): free some disk space") from None
+        raise UserError(
+            f"checkpoint {partial} could not be written ({error}): free some disk space"
+        ) from None
     rng = {"torch": torch.get_rng_state()}
     torch.save(rng, partial / f"rng_{dist.get_rank()}.pt")
     dist.barrier()
@@ -99,5 +102,7 @@ def load_latest(engine: Any, folder: Path) -> tuple[int, dict[str, Any]] | None:
         state = json.loads((path / "state.json").read_text())
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} is damaged ({reason}): delete that folder to resume from the one before") from error
+        raise UserError(
+            f"checkpoint {path} is damaged ({reason}): delete that folder to resume from the one before"
+        ) from error
     return state.pop("step"), state

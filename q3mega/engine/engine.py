@@ -80,7 +80,9 @@ class Engine:
             return
         distributed = layout.distributed_optimizer and optimizer.kind != "muon"
         ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=distributed, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+            use_distributed_optimizer=distributed,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
         )
         self.modules = [DistributedDataParallel(self.config, ddp, m) for m in self.modules]
         self.optimizer, self.schedule = build_optimizer(
@@ -149,7 +151,8 @@ class Engine:
         for module in self.modules:
             module.eval()
         own = len(batches)
-        batches, _ = self._same_count(batches)
+        if self.layout.expert > 1:  # ranks meet inside every expert layer
+            batches, _ = self._same_count(batches)
 
         def loss_func(batch: Batch, out: Head) -> tuple[Tensor, Tensor, Any]:
             zero = out.hidden.new_zeros(())
@@ -162,7 +165,9 @@ class Engine:
             return []
 
         def head(hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Head:
-            if self.config.sequence_parallel:  # the operator sums the gradient over the group itself
+            if (
+                self.config.sequence_parallel
+            ):  # the operator sums the gradient over the group itself
                 hidden_states = gather_from_sequence_parallel_region(
                     hidden_states, tensor_parallel_output_grad=False
                 )
@@ -185,7 +190,9 @@ class Engine:
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in self.modules] if len(self.modules) > 1 else iter(batches),
+            data_iterator=[iter(batches) for _ in self.modules]
+            if len(self.modules) > 1
+            else iter(batches),
             model=self.modules if len(self.modules) > 1 else self.modules[0],
             num_microbatches=len(batches),
             seq_length=max(len(b) for b in batches),
@@ -201,14 +208,18 @@ class Engine:
             dist.all_gather(counts, count, group=parallel.data_group())
         most = max(int(c[0]) for c in counts)
         if not batches and most:
-            raise ValueError("a data-parallel rank got no micro-batch: use fewer ranks or more data")
+            raise ValueError(
+                "a data-parallel rank got no micro-batch: use fewer ranks or more data"
+            )
         filler = [
             Batch(b.tokens, b.targets, torch.zeros_like(b.loss_weights), b.cu_seqlens, b.columns)
             for b in list(batches[:1]) * (most - len(batches))
         ]
         extra = sum(len(b) for b in filler)
         tokens = sum(int(c[1]) for c in counts)
-        if most * len(counts) > sum(int(c[0]) for c in counts):  # fillers count in megatron's divisor
+        if most * len(counts) > sum(
+            int(c[0]) for c in counts
+        ):  # fillers count in megatron's divisor
             total = torch.tensor(extra)
             dist.all_reduce(total, group=parallel.data_group())
             tokens += int(total)

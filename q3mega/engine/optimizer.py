@@ -62,7 +62,10 @@ def build_optimizer(
             fn=lambda p: getattr(p, "is_embedding_or_output_parameter", False) or p.dim() != 2,
         )
         ratio = spec.adam_lr / spec.lr
-        overrides[ParamKey(predicate=scalar)] = {"max_lr": spec.adam_lr, "min_lr": spec.min_lr * ratio}
+        overrides[ParamKey(predicate=scalar)] = {
+            "max_lr": spec.adam_lr,
+            "min_lr": spec.min_lr * ratio,
+        }
     optimizer = get_megatron_optimizer(
         config, models, config_overrides=overrides, use_gloo_process_groups=False
     )

@@ -75,7 +75,9 @@ def sum_over_data(values: dict[str, float], config: Any) -> dict[str, float]:
     last = ps.get_pipeline_model_parallel_last_rank()
     if config.pipeline_model_parallel_size > 1:
         dist.broadcast_object_list(box, last, group=ps.get_pipeline_model_parallel_group())
-    total = torch.tensor([values.get(n, 0.0) for n in box[0]], dtype=torch.float64, device=device.device())
+    total = torch.tensor(
+        [values.get(n, 0.0) for n in box[0]], dtype=torch.float64, device=device.device()
+    )
     dist.all_reduce(total, group=data_group())
     if config.pipeline_model_parallel_size > 1:
         dist.broadcast(total, last, group=ps.get_pipeline_model_parallel_group())

@@ -104,7 +104,12 @@ class CoreAttention(MegatronModule):
     """Packed causal attention with our positions; with a cache, also its prefill and its decode."""
 
     def __init__(
-        self, config: Any, layer_number: int, *args: Any, softmax_scale: float | None = None, **_: Any
+        self,
+        config: Any,
+        layer_number: int,
+        *args: Any,
+        softmax_scale: float | None = None,
+        **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.layer = layer_number
@@ -146,9 +151,7 @@ class CoreAttention(MegatronModule):
             index = torch.arange(len(key), device=key.device)
             start = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
             position = (index - start) % self._chunk_length()
-            state.cache.fill(
-                self.layer, rotary.rotate(key, position, inv_freq), value, cu_seqlens
-            )
+            state.cache.fill(self.layer, rotary.rotate(key, position, inv_freq), value, cu_seqlens)
         return out.flatten(1)
 
     def _chunk_length(self) -> int:

@@ -138,16 +138,24 @@ class _Reader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         index = folder / "model.safetensors.index.json"
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
+        files = (
+            sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if index.exists()
+            else []
+        )
         self.where: dict[str, Any] = {}
         for file in files or ["model.safetensors"]:
             path = folder / file
             if not path.exists():
-                raise UserError(f"checkpoint {folder} has no {file}: give a Hugging Face model folder")
+                raise UserError(
+                    f"checkpoint {folder} has no {file}: give a Hugging Face model folder"
+                )
             try:
                 handle = safe_open(str(path), framework="pt")
             except SafetensorError as error:
-                raise UserError(f"checkpoint {path} is damaged ({error}): restore or rebuild it") from None
+                raise UserError(
+                    f"checkpoint {path} is damaged ({error}): restore or rebuild it"
+                ) from None
             self.where.update(dict.fromkeys(handle.keys(), handle))
 
     def __call__(self, name: str) -> Tensor:
@@ -161,7 +169,17 @@ def load(model: Any, shape: Qwen3Shape, folder: str | Path) -> None:
     folder = Path(folder)
     found = shape_of(folder)
     width = "moe_ffn" if shape.experts else "ffn"
-    for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "tied", "experts", width):
+    for field in (
+        "layers",
+        "hidden",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "vocab",
+        "tied",
+        "experts",
+        width,
+    ):
         have, want = getattr(found, field), getattr(shape, field)
         if have != want:
             raise UserError(
@@ -188,7 +206,9 @@ def gather(models: list[Any], shape: Qwen3Shape) -> dict[str, Tensor]:
                 if not (name == "output_layer.weight" and shape.tied):
                     own[_TOP[name]] = full.clone()
             else:
-                own.update((n, t.contiguous().clone()) for n, t in _split(name, prefix, shape, full))
+                own.update(
+                    (n, t.contiguous().clone()) for n, t in _split(name, prefix, shape, full)
+                )
     owner = ps.get_data_parallel_rank(with_context_parallel=True) == 0 or shape.experts > 0
     if dist.get_world_size() == 1:
         return own
@@ -255,7 +275,12 @@ def shape_of(folder: str | Path) -> Qwen3Shape:
 
 
 def save(
-    models: list[Any], shape: Qwen3Shape, folder: str | Path, *, rope_base: float, tokens: dict[str, int]
+    models: list[Any],
+    shape: Qwen3Shape,
+    folder: str | Path,
+    *,
+    rope_base: float,
+    tokens: dict[str, int],
 ) -> None:
     """Write weights and config.json; every rank calls, rank 0 writes. Published by one rename."""
     weights = gather(models, shape)

@@ -84,7 +84,9 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec:
     )
 
 
-def transformer_config(shape: Qwen3Shape, *, dtype: torch.dtype, **parallel: Any) -> TransformerConfig:
+def transformer_config(
+    shape: Qwen3Shape, *, dtype: torch.dtype, **parallel: Any
+) -> TransformerConfig:
     """megatron-core's view of a shape; `parallel` holds its own layout and recompute fields."""
     moe: dict[str, Any] = {}
     if shape.experts:
@@ -135,7 +137,9 @@ def build_model(
 ) -> GPTModel:
     """This rank's part of the model. `model.attention_state` is shared by its core attentions."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    spec = TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * layers, layer_norm=RMSNorm)
+    spec = TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(config)] * layers, layer_norm=RMSNorm
+    )
     edge = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     model = GPTModel(
         config=config,

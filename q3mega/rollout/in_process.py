@@ -17,12 +17,18 @@ from q3mega.errors import UserError
 from q3mega.model.attention import KVCache
 from q3mega.rollout.base import STOP_THINKING, Completion, SamplingParams
 
+KEEP = 0.8  # of the rows still running: below that the finished ones are dropped
+
 
 class InProcessSampler:
     """Samples from `engine`. Sequences beyond `max_batch` wait for the next round."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, max_batch: int = 512) -> None:
-        if engine.layout.pipeline > 1 or engine.layout.expert > 1 or engine.config.sequence_parallel:
+        if (
+            engine.layout.pipeline > 1
+            or engine.layout.expert > 1
+            or engine.config.sequence_parallel
+        ):
             raise UserError(
                 "in-process sampling needs layout.pipeline=1, layout.expert=1 and "
                 "layout.sequence_parallel=false: give the sampling stage such a layout"
@@ -51,7 +57,9 @@ class InProcessSampler:
         module.train(training)
         return [done[i : i + params.n] for i in range(0, len(done), params.n)]
 
-    def _run(self, prompts: list[list[int]], uniform: Tensor, params: SamplingParams) -> list[Completion]:
+    def _run(
+        self, prompts: list[list[int]], uniform: Tensor, params: SamplingParams
+    ) -> list[Completion]:
         state = self.engine.chunks[0].attention_state
         longest = max(map(len, prompts))
         cache = KVCache(longest + uniform.shape[1])
@@ -66,25 +74,31 @@ class InProcessSampler:
     ) -> list[Completion]:
         batch = collate([Sample(p, [0.0] * len(p)) for p in prompts])
         [head] = self.engine.evaluate([batch], lambda head, _: head)
-        logits = self._logits(Head(head.hidden[batch.cu_seqlens[1:].long() - 1], head.weight, head.tp_group))
+        logits = self._logits(
+            Head(head.hidden[batch.cu_seqlens[1:].long() - 1], head.weight, head.tp_group)
+        )
         out = [Completion([], [], [], "length") for _ in prompts]
         rows = torch.arange(len(prompts))
         thinking = [p[-1] == self.think_open for p in prompts]
         forced: list[list[int]] = [[] for _ in prompts]  # the stop text still to be written
         sampled = [0] * len(prompts)
+        finished = [False] * len(prompts)
         step = 0
         while True:
             tokens, logprobs = self._choose(logits, uniform[rows, step], params)
             alive = []
+            drawn, scores = tokens.tolist(), logprobs.tolist()
             for i, row in enumerate(rows.tolist()):
-                completion, token = out[row], int(tokens[i])
+                if finished[row]:
+                    continue
+                completion, token = out[row], drawn[i]
                 inserted = bool(forced[row])
                 if inserted:
                     token = tokens[i] = forced[row].pop(0)
                 else:
                     sampled[row] += 1
-                completion.tokens.append(int(token))
-                completion.logprobs.append(0.0 if inserted else float(logprobs[i]))
+                completion.tokens.append(token)
+                completion.logprobs.append(0.0 if inserted else scores[i])
                 completion.mask.append(0 if inserted else 1)
                 if len(completion.tokens) == 1 and token == self.think_open:
                     thinking[row] = True
@@ -92,15 +106,17 @@ class InProcessSampler:
                     thinking[row] = False
                 if token in self.stops and not inserted:
                     completion.finish_reason = "stop"
+                    finished[row] = True
                     continue
-                if params.thinking_budget is not None and thinking[row] and not forced[row]:
-                    if not inserted and sampled[row] >= params.thinking_budget:
-                        forced[row] = list(self.stop_thinking)
-                if sampled[row] < params.max_tokens or forced[row]:
+                over = params.thinking_budget is not None and sampled[row] >= params.thinking_budget
+                if over and thinking[row] and not forced[row] and not inserted:
+                    forced[row] = list(self.stop_thinking)
+                finished[row] = sampled[row] >= params.max_tokens and not forced[row]
+                if not finished[row]:
                     alive.append(i)
             if not alive:
                 return out
-            if len(alive) < len(rows):
+            if len(alive) < KEEP * len(rows):  # moving the cache costs more than a few idle rows
                 keep = torch.tensor(alive)
                 rows, tokens = rows[keep], tokens[keep]
                 cache.keep(keep)
@@ -115,7 +131,9 @@ class InProcessSampler:
         cache.lengths += 1
         return self._logits(head)
 
-    def _last_hidden(self, hidden_states: Tensor, output_layer: object, output_weight: Tensor | None, **_: object) -> Head:
+    def _last_hidden(
+        self, hidden_states: Tensor, output_layer: object, output_weight: Tensor | None, **_: object
+    ) -> Head:
         weight = output_layer.weight if output_weight is None else output_weight  # type: ignore[attr-defined]
         return Head(hidden_states[0], weight, self.engine.tp_group)
 
@@ -127,7 +145,9 @@ class InProcessSampler:
         dist.all_gather(shards, logits, group=head.tp_group)
         return torch.cat(shards, -1)
 
-    def _choose(self, logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    def _choose(
+        self, logits: Tensor, uniform: Tensor, params: SamplingParams
+    ) -> tuple[Tensor, Tensor]:
         """The next tokens (B,) by inverse transform, and their log-probabilities (B,)."""
         logprobs = (logits / (params.temperature or 1.0)).log_softmax(-1)
         if params.temperature == 0:
@@ -139,7 +159,9 @@ class InProcessSampler:
                 probs = probs * (probs >= kth)
             if params.top_p < 1:
                 ordered, order = probs.sort(descending=True)
-                before = ordered.cumsum(-1) - ordered  # mass above each token: the first always stays
+                before = (
+                    ordered.cumsum(-1) - ordered
+                )  # mass above each token: the first always stays
                 ordered = ordered * (before < params.top_p * ordered.sum(-1, keepdim=True))
                 probs = torch.zeros_like(probs).scatter(-1, order, ordered)
             mass = probs.cumsum(-1)

@@ -24,7 +24,9 @@ def token_logprobs(
     """Log-probability of each completion token, for (prompt, completion) pairs of ids."""
 
     def score(head: Head, batch: Batch) -> list[list[float]]:
-        logprob, _ = ops.linear_logprob(head.hidden, head.weight, batch.targets, tp_group=head.tp_group)
+        logprob, _ = ops.linear_logprob(
+            head.hidden, head.weight, batch.targets, tp_group=head.tp_group
+        )
         return [part.tolist() for part in logprob.split(batch.cu_seqlens.diff().tolist())]
 
     whole = each_sequence(engine, [p + c for p, c in sequences], score)

@@ -47,7 +47,9 @@ def run(stage: Stage) -> None:
         log=stage.log(steps),
         save_every=config.save_every,
     )
-    stage.finish(engine, evaluate.thinking(stage.sampler(engine), stage.tokenizer, stage.seed("eval")))
+    stage.finish(
+        engine, evaluate.thinking(stage.sampler(engine), stage.tokenizer, stage.seed("eval"))
+    )
 
 
 def curate(stage: Stage, judge: Engine) -> None:
@@ -72,7 +74,14 @@ def curate(stage: Stage, judge: Engine) -> None:
             rule = response_filter(query, c.thinking, c.response, validation)
             drops.update([f"response: {rule}"] if rule else [])
             if rule is None:
-                rows.append({"id": query.id, "messages": query.messages, "thinking": c.thinking, "response": c.response})
+                rows.append(
+                    {
+                        "id": query.id,
+                        "messages": query.messages,
+                        "thinking": c.thinking,
+                        "response": c.response,
+                    }
+                )
                 break
     rows = random.Random(stage.seed("subset")).sample(rows, min(config.samples, len(rows)))
     stage.write("data/drops.json", dict(drops))

@@ -77,7 +77,9 @@ def distill_on_policy(stage: Stage) -> None:
     )
     results: dict[str, Any] = pass_rates(stage, engine)
     student, strong = engine.shape, teacher.shape
-    curves = {"on-policy distillation": curve(stage.dir, lambda row: distilled(student, strong, row))}
+    curves = {
+        "on-policy distillation": curve(stage.dir, lambda row: distilled(student, strong, row))
+    }
     if config.compare_rl:
         rates = compare_rl(stage, source)
         curves["RL"] = curve(stage.dir / "rl", lambda row: reinforced(student, row))
@@ -89,7 +91,9 @@ def distill_on_policy(stage: Stage) -> None:
         }
     if config.compare_sft_samples:
         compare_sft(stage, source)
-        curves["more off-policy data"] = curve(stage.dir / "more", lambda row: copied(student, strong, row))
+        curves["more off-policy data"] = curve(
+            stage.dir / "more", lambda row: copied(student, strong, row)
+        )
     results["curves"] = {
         "distillation_flops": {"xlabel": "FLOPs", "ylabel": "thinking accuracy", "series": curves}
     }
@@ -189,7 +193,11 @@ def from_teacher(
 
 def _head_weight(engine: Engine) -> Any:
     model = engine.chunks[-1]
-    return model.shared_embedding_or_output_weight() if engine.shape.tied else model.output_layer.weight
+    return (
+        model.shared_embedding_or_output_weight()
+        if engine.shape.tied
+        else model.output_layer.weight
+    )
 
 
 # -- the comparison of Table 21 ------------------------------------------------------------------
@@ -236,14 +244,19 @@ def curve(folder: Path, cost: Callable[[dict[str, float]], float]) -> dict[str, 
     for row in read(folder / "metrics.jsonl"):
         spent[row["step"]] = spent[row["step"] - 1] + cost(row)
     points = read(folder / "points.jsonl")
-    columns = {name: [p[key] for p in points] for name, key in (("y", "value"), ("low", "low"), ("high", "high"))}
+    columns = {
+        name: [p[key] for p in points]
+        for name, key in (("y", "value"), ("low", "low"), ("high", "high"))
+    }
     return {"x": [spent[p["step"]] for p in points], **columns}
 
 
 def compare_rl(stage: Stage, source: Path) -> dict[str, Any]:
     """RL from the same start, on problems drawn like the prompts of distillation."""
     config = stage.config.compare_rl
-    engine = stage.engine(source, steps=config.steps * config.updates, lr=stage.config.compare_rl_lr)
+    engine = stage.engine(
+        source, steps=config.steps * config.updates, lr=stage.config.compare_rl_lr
+    )
     pool = [p for p, _ in problems(stage, 2000, "rl")]
     watch = watcher(stage, engine, stage.log(config.steps, "rl"), config.steps)
     reasoning_rl.learn(stage, engine, pool, config, part="rl", watch=watch)

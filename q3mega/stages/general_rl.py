@@ -58,11 +58,15 @@ def run(stage: Stage) -> None:
         verdicts = scorer(problems, [turns for _, turns in episodes])
         rollouts = [
             Rollout(prompt, c, groups[i // config.rollouts], v.score, p.family, v.reason)
-            for i, (prompt, (c, _), v, p) in enumerate(zip(tokens, episodes, verdicts, problems, strict=True))
+            for i, (prompt, (c, _), v, p) in enumerate(
+                zip(tokens, episodes, verdicts, problems, strict=True)
+            )
         ]
         if config.kl_coef:
             sequences = [(r.prompt, r.completion.tokens) for r in rollouts]
-            for rollout, logprobs in zip(rollouts, token_logprobs(scorer.frozen, sequences), strict=True):
+            for rollout, logprobs in zip(
+                rollouts, token_logprobs(scorer.frozen, sequences), strict=True
+            ):
                 rollout.ref_logprobs = logprobs
         return rollouts
 
@@ -88,7 +92,13 @@ def prompts(stage: Stage, step: int) -> list[Problem]:
         family = REASONING[i % len(REASONING)]
         (problem,) = generate(family, 1, seed=rng.randrange(2**31))
         mode: Mode | None = "think" if rng.random() < 0.6 else None
-        out.append(replace(problem, messages=tuple(flagged(problem, mode)), meta=problem.meta | {"mode": "think"}))
+        out.append(
+            replace(
+                problem,
+                messages=tuple(flagged(problem, mode)),
+                meta=problem.meta | {"mode": "think"},
+            )
+        )
     for i in range(config.prompts - reasoning):
         family = general.GENERAL[(step * 7 + i) % len(general.GENERAL)]
         problem = general.draw(rng, [family])
@@ -122,8 +132,12 @@ class Scorer:
         """One verdict an episode. Whatever is in the wrong mode, or malformed, earns nothing."""
         verdicts = [self._rule(p, turns) for p, turns in zip(problems, episodes, strict=True)]
         for kind, fn in (("judge", self._judge), ("preference", self._prefer)):
-            rows = [i for i, p in enumerate(problems) if TASK_REWARD.get(p.family, ("", ""))[0] == kind]
-            scored = fn([problems[i] for i in rows], [episodes[i][-1] for i in rows]) if rows else []
+            rows = [
+                i for i, p in enumerate(problems) if TASK_REWARD.get(p.family, ("", ""))[0] == kind
+            ]
+            scored = (
+                fn([problems[i] for i in rows], [episodes[i][-1] for i in rows]) if rows else []
+            )
             for i, verdict in zip(rows, scored, strict=True):
                 verdicts[i] = verdict
         for i, (problem, turns) in enumerate(zip(problems, episodes, strict=True)):
@@ -143,14 +157,18 @@ class Scorer:
             return verdict
         call = score("tool_call", turns[0], row)
         final = verdict.score if len(turns) > 1 else 0.0
-        return Verdict(CALL_SHARE * call.score + (1 - CALL_SHARE) * final, f"{call.reason}, {verdict.reason}")
+        return Verdict(
+            CALL_SHARE * call.score + (1 - CALL_SHARE) * final, f"{call.reason}, {verdict.reason}"
+        )
 
     def _judge(self, problems: list[Problem], texts: list[str]) -> list[Verdict]:
         return judge(texts, [vars(p) for p in problems], self.probability)
 
     def _prefer(self, problems: list[Problem], texts: list[str]) -> list[Verdict]:
         replies = [parse(t).content for t in texts]
-        return preference(self.scalars(list(zip(problems, replies, strict=True))), self.mean, self.std)
+        return preference(
+            self.scalars(list(zip(problems, replies, strict=True))), self.mean, self.std
+        )
 
     def probability(self, judge_prompts: list[str]) -> list[float]:
         """The frozen model's P(yes) against P(no) for each question, asked without thinking."""
@@ -180,7 +198,10 @@ class Scorer:
         right = [float(a > b) for a, b in zip(chosen, rejected, strict=True)]
         examples = judge_examples(HELD_OUT_PAIRS, self.stage.seed("judge held out"))
         said = self.probability([prompt for prompt, _ in examples])
-        agree = [float((p > 0.5) == (truth == "yes")) for p, (_, truth) in zip(said, examples, strict=True)]
+        agree = [
+            float((p > 0.5) == (truth == "yes"))
+            for p, (_, truth) in zip(said, examples, strict=True)
+        ]
         return {
             "preference_pairwise_accuracy": evaluate.proportion(right),
             "judge_accuracy": evaluate.proportion(agree),
@@ -189,13 +210,17 @@ class Scorer:
 
 def preference_text(problem: Problem, reply: str) -> str:
     turn = {"role": "assistant", "content": reply}
-    return render([problem.messages[-1] | {"content": problem.question.removesuffix(" /no_think")}, turn])
+    return render(
+        [problem.messages[-1] | {"content": problem.question.removesuffix(" /no_think")}, turn]
+    )
 
 
 def train_preference(stage: Stage) -> None:
     """Bradley-Terry on pairs, from the fused model; leaves data/preference_model."""
     config = stage.config.preference
-    model = stage.engine(stage.start(), steps=config.steps, lr=config.lr, kind="adamw", decay="linear")
+    model = stage.engine(
+        stage.start(), steps=config.steps, lr=config.lr, kind="adamw", decay="linear"
+    )
     loss = preference_loss(stage.tokenizer.eod, 1.0 / config.pairs)
     for step in range(config.steps):
         pairs = general.preference_pairs(config.pairs, stage.seed("pairs", step))

@@ -139,19 +139,29 @@ def follow_samples(stage: Stage, rng: random.Random, n: int) -> list[Sample]:
     out = []
     for _ in range(n):
         query = general.draw(rng, ["think_follow"])
-        solution = solve(Problem("", "chain_sum", "reasoning", (), query.answer, 0, query.meta["sum"]))
+        solution = solve(
+            Problem("", "chain_sum", "reasoning", (), query.answer, 0, query.meta["sum"])
+        )
         thinking = thinking_text(solution) if query.meta["mode"] == "think" else ""
-        out.append(chat_sample(stage.tokenizer, query.messages, reply_text(thinking, response_text(solution))))
+        out.append(
+            chat_sample(
+                stage.tokenizer, query.messages, reply_text(thinking, response_text(solution))
+            )
+        )
     return out
 
 
 def both_modes(stage: Stage, engine: Engine) -> dict[str, Any]:
     """Accuracy in each mode and without a flag, obedience to flags, and the five capabilities."""
     sampler, tokenizer = stage.sampler(engine), stage.tokenizer
-    results: dict[str, Any] = evaluate.thinking(sampler, tokenizer, stage.seed("eval"), mode="think")
+    results: dict[str, Any] = evaluate.thinking(
+        sampler, tokenizer, stage.seed("eval"), mode="think"
+    )
     problems = evaluate.held_out(400)
     params = SamplingParams(evaluate.MAX_TOKENS, 0.6, seed=stage.seed("modes"))
-    results["default_accuracy"] = evaluate.accuracy(evaluate.answers(sampler, tokenizer, problems, params))
+    results["default_accuracy"] = evaluate.accuracy(
+        evaluate.answers(sampler, tokenizer, problems, params)
+    )
     silent = evaluate.answers(sampler, tokenizer, problems, params, "no_think")
     results["no_think_accuracy"] = evaluate.accuracy(silent)
     return results | evaluate.capabilities(sampler, tokenizer, stage.seed("capabilities"))

@@ -59,7 +59,11 @@ def learn(stage: Stage, engine: Engine, settings: PretrainSettings, part: str = 
     supervised.train(
         engine,
         corpus.Mixture(
-            settings.mixture, folder, settings.steps, settings.tokens_per_step, stage.seed("order", part)
+            settings.mixture,
+            folder,
+            settings.steps,
+            settings.tokens_per_step,
+            stage.seed("order", part),
         ),
         steps=settings.steps,
         capacity=stage.config.micro_batch_tokens,

@@ -97,7 +97,9 @@ def answered(
     seed = stage.seed("rollout", step, parallel.data_rank())
     params = SamplingParams(config.max_tokens, config.temperature, n=config.rollouts, seed=seed)
     rollouts = []
-    for (group, p), prompt, tries in zip(mine, prompts, sampler.generate(prompts, params), strict=True):
+    for (group, p), prompt, tries in zip(
+        mine, prompts, sampler.generate(prompts, params), strict=True
+    ):
         for c in tries:
             verdict = score("answer", evaluate.text_of(c, stage.tokenizer), vars(p))
             rollouts.append(Rollout(prompt, c, group, verdict.score, p.family, verdict.reason))
@@ -115,13 +117,19 @@ def select(stage: Stage, sampler: InProcessSampler) -> None:
             pool += [] if p.id in used else [p]
     params = SamplingParams(stage.config.max_tokens, n=rules.tries, seed=stage.seed("select"))
     found = evaluate.answers(sampler, stage.tokenizer, pool, params)
-    rates = {p.id: sum(a.correct for a in tries) / rules.tries for p, tries in zip(pool, found, strict=True)}
+    rates = {
+        p.id: sum(a.correct for a in tries) / rules.tries
+        for p, tries in zip(pool, found, strict=True)
+    }
     drops["not learnable: never right"] = sum(r == 0 for r in rates.values())
     drops["too easy: always right"] = sum(r == 1 for r in rates.values())
     learnable = [p for p in pool if 0 < rates[p.id] < 1]
     chosen = []
     for f in REASONING:  # the hardest of every family
-        members = sorted((p for p in learnable if p.family == f), key=lambda p: (rates[p.id], -p.difficulty, p.id))
+        members = sorted(
+            (p for p in learnable if p.family == f),
+            key=lambda p: (rates[p.id], -p.difficulty, p.id),
+        )
         chosen += members[: rules.keep // len(REASONING)]
     drops["easier than the rest of its family"] = len(learnable) - len(chosen)
     if not chosen:

@@ -58,7 +58,9 @@ class Stage:
 
     def start(self) -> Path:
         """Where this stage's weights come from; UserError when there is nothing."""
-        source = Path(self.config.init) if self.config.init else self.latest(model=self.config.trains)
+        source = (
+            Path(self.config.init) if self.config.init else self.latest(model=self.config.trains)
+        )
         if source is None or not (source / "config.json").exists():
             raise UserError(
                 f"stages.{self.name}.init={source}: no checkpoint there; run the stages before it "
@@ -67,7 +69,12 @@ class Stage:
         return source
 
     def engine(
-        self, source: Path | None, *, shape: Qwen3Shape | None = None, steps: int = 0, **optimizer: Any
+        self,
+        source: Path | None,
+        *,
+        shape: Qwen3Shape | None = None,
+        steps: int = 0,
+        **optimizer: Any,
     ) -> Engine:
         """An engine with the weights of `source` (None: fresh ones of `shape`).
 
@@ -143,7 +150,9 @@ class Stage:
         dist.barrier()
 
 
-def extended(positions: Positions, original: int, factor: float, chunk: int, local: int) -> Positions:
+def extended(
+    positions: Positions, original: int, factor: float, chunk: int, local: int
+) -> Positions:
     """The same model at `factor` times its trained length: YaRN and dual-chunk attention."""
     return replace(
         positions, yarn_factor=factor, original_length=original, chunk_size=chunk, local_size=local

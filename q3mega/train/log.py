@@ -35,7 +35,9 @@ class Log:
     def step(self, step: int, **metrics: float) -> None:
         seconds = round(time.monotonic() - self.started, 2)
         values = {k: float(f"{v:.6g}") for k, v in metrics.items()}
-        self._write("metrics.jsonl", {"step": step, "total": self.total, "seconds": seconds, **values})
+        self._write(
+            "metrics.jsonl", {"step": step, "total": self.total, "seconds": seconds, **values}
+        )
 
     def sample(self, step: int, **fields: Any) -> None:
         self._write("samples.jsonl", {"step": step, **fields})

@@ -97,7 +97,9 @@ def train(
         totals: dict[str, float] = {}
         for update, part in enumerate(_split(samples, settings.updates)):
             loss = policy_gradient(**(settings.loss or {}), entropy_coef=entropy.coefficient)
-            batches = shard(normalise(part, settings.aggregate, settings.constant), settings.capacity)
+            batches = shard(
+                normalise(part, settings.aggregate, settings.constant), settings.capacity
+            )
             metrics = engine.train_step(batches, loss)
             if update == 0:  # the policy that sampled: its entropy, and the sampler-trainer gap
                 totals |= {k: metrics[k] / metrics["active"] for k in ("entropy", "gap")}
@@ -111,7 +113,13 @@ def train(
             entropy.update(totals["entropy"])
         log.step(step, **_summary(rollouts, samples), **totals)
         shown = rollouts[step % len(rollouts)]
-        log.sample(step, task=shown.task, reward=shown.reward, reason=shown.reason, tokens=shown.completion.tokens)
+        log.sample(
+            step,
+            task=shown.task,
+            reward=shown.reward,
+            reason=shown.reason,
+            tokens=shown.completion.tokens,
+        )
         if watch:
             watch(step)
         if step % save_every == 0 or step == steps:

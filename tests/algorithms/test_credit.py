@@ -33,7 +33,13 @@ def test_dr_grpo_keeps_the_scale():
 
 
 def test_overlong_penalty_is_linear_in_the_buffer():
-    assert [overlong_penalty(n, limit=20, buffer=4) for n in (10, 16, 18, 20, 30)] == [0, 0, -0.5, -1, -1]
+    assert [overlong_penalty(n, limit=20, buffer=4) for n in (10, 16, 18, 20, 30)] == [
+        0,
+        0,
+        -0.5,
+        -1,
+        -1,
+    ]
 
 
 def test_the_controller_raises_the_bonus_only_while_entropy_is_low():

@@ -15,7 +15,13 @@ def torchrun():
 
     def run(script: str, processes: int, *arguments: str):
         path = Path(__file__).parent / script
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+        ]
         done = subprocess.run(
             [*command, str(path), *arguments],
             capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},

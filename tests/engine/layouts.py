@@ -25,8 +25,14 @@ def main() -> None:
     torch.set_num_threads(1)
     spec = OptimizerSpec(lr=1e-2, steps=10, weight_decay=0.1)
     engine = Engine(SHAPES[kind], layout, seed=3, optimizer=spec)
-    engine.config.moe_aux_loss_coeff = 0.0  # its running estimate depends on the order of micro-batches
-    loss = supervised if loss_name == "supervised" else policy_gradient(variant="dapo", clip_high=0.28, entropy_coef=0.01)
+    engine.config.moe_aux_loss_coeff = (
+        0.0  # its running estimate depends on the order of micro-batches
+    )
+    loss = (
+        supervised
+        if loss_name == "supervised"
+        else policy_gradient(variant="dapo", clip_high=0.28, entropy_coef=0.01)
+    )
     steps = []
     for step in range(3):
         batches = shard(normalise(documents(step)), 96)

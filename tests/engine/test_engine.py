@@ -49,7 +49,9 @@ def test_a_folder_read_back_is_the_same_model(kind, tmp_path):
 
 
 def test_gradients_are_those_of_transformers(tmp_path):
-    engine = Engine(SHAPES["dense"], LAYOUT(), seed=1, optimizer=OptimizerSpec(lr=1.0, steps=9, clip_grad=0.0))
+    engine = Engine(
+        SHAPES["dense"], LAYOUT(), seed=1, optimizer=OptimizerSpec(lr=1.0, steps=9, clip_grad=0.0)
+    )
     engine.save_hf(tmp_path, {})
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     samples = normalise(documents(0, n=3))

@@ -32,7 +32,9 @@ def close(got: dict, want: dict, tolerance: float) -> bool:
     steps = [x for step in got["steps"] for x in step], [x for step in want["steps"] for x in step]
     weights = list(got["weights"].values()), list(want["weights"].values())
     assert list(got["weights"]) == list(want["weights"])
-    return steps[0] == pytest.approx(steps[1], rel=tolerance) and weights[0] == pytest.approx(weights[1], rel=tolerance)
+    return steps[0] == pytest.approx(steps[1], rel=tolerance) and weights[0] == pytest.approx(
+        weights[1], rel=tolerance
+    )
 
 
 @pytest.mark.dist

@@ -8,7 +8,15 @@ from q3mega.model import Qwen3Shape
 from q3mega.recipe import Layout
 
 SHAPE = partial(
-    Qwen3Shape, layers=2, hidden=32, heads=4, kv_heads=2, ffn=64, head_dim=16, vocab=64, rope_base=1e4
+    Qwen3Shape,
+    layers=2,
+    hidden=32,
+    heads=4,
+    kv_heads=2,
+    ffn=64,
+    head_dim=16,
+    vocab=64,
+    rope_base=1e4,
 )
 SHAPES = {
     "dense": SHAPE(tied=False),

@@ -19,7 +19,11 @@ ACTIVE = {
     "qwen3-30b-a3b": (3_353_032_704, 2_730_702_848),
     "qwen3-235b-a22b": (22_190_763_520, 20_946_103_808),
 }
-GFLOPS_PER_TOKEN = {"qwen3-0.6b": (5.0, 14.9), "qwen3-8b": (49.0, 74.4), "qwen3-235b-a22b": (148.3, 280.8)}
+GFLOPS_PER_TOKEN = {
+    "qwen3-0.6b": (5.0, 14.9),
+    "qwen3-8b": (49.0, 74.4),
+    "qwen3-235b-a22b": (148.3, 280.8),
+}
 
 
 @pytest.mark.parametrize("name", TOTAL)
@@ -41,8 +45,18 @@ def test_training_flops_at_4k_and_32k(name):
 
 
 @pytest.mark.parametrize(
-    ("change", "field"), [({"heads": 3}, "heads=3"), ({"head_dim": 7}, "head_dim=7"), ({"experts": 4, "topk": 5}, "topk=5")]
+    ("change", "field"),
+    [
+        ({"heads": 3}, "heads=3"),
+        ({"head_dim": 7}, "head_dim=7"),
+        ({"experts": 4, "topk": 5}, "topk=5"),
+    ],
 )
 def test_impossible_shapes_are_named(change, field):
     with pytest.raises(UserError, match=field):
-        Qwen3Shape(**({"layers": 1, "hidden": 8, "heads": 2, "kv_heads": 2, "ffn": 8, "head_dim": 4} | change))
+        Qwen3Shape(
+            **(
+                {"layers": 1, "hidden": 8, "heads": 2, "kv_heads": 2, "ffn": 8, "head_dim": 4}
+                | change
+            )
+        )

@@ -19,7 +19,10 @@ def operands(n=9, v=21, seed=0):
     def randn(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
 
-    return (randn(n, 6), randn(v, 6)), {"teacher_hidden": randn(n, 8), "teacher_weight": randn(v, 8)}
+    return (randn(n, 6), randn(v, 6)), {
+        "teacher_hidden": randn(n, 8),
+        "teacher_weight": randn(v, 8),
+    }
 
 
 def divergence(student, teacher, kind, beta):
@@ -56,7 +59,9 @@ def test_the_whole_vocabulary(kind, n, v, padding, temperature, beta):
     settings = {"divergence": kind, "beta": beta, "temperature": temperature}
     got = ops.distill_loss(*inputs, **teacher, **settings, valid_vocab=v, loss_weights=weights)
     sides = [log_probs(*x, temperature, v) for x in (inputs, teacher.values())]
-    check(got, divergence(sides[0], sides[1].detach(), kind, beta) * temperature**2, weights, inputs)
+    check(
+        got, divergence(sides[0], sides[1].detach(), kind, beta) * temperature**2, weights, inputs
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,7 +80,9 @@ def test_the_teachers_best(kind, tail, n, k, temperature):
         known = torch.cat([known, (student.exp() * outside).sum(1, keepdim=True).log()], 1)
         rest = (1 - logp.exp().sum(1, keepdim=True)).clamp(min=1e-7)  # what fp32 can tell from 0
         logp = torch.cat([logp, rest.log()], 1)
-    check(got, divergence(known, logp, kind, 0.5) * temperature**2, torch.ones(n), inputs, atol=1e-7)
+    check(
+        got, divergence(known, logp, kind, 0.5) * temperature**2, torch.ones(n), inputs, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -117,8 +117,8 @@ def test_k3_estimates_the_exact_divergence():
     every = torch.arange(V)  # all tokens, weighted with their probability: the exact expectation
     logp, ref_logp = (logprobs(hidden, w, every)[0] for w in (policy, ref))
     out = ops.grpo_loss(
-        hidden, policy, every, advantages=torch.zeros(V), old_logprobs=logp, loss_weights=logp.exp(),
-        ref_logprobs=ref_logp, kl_coef=1.0,
+        hidden, policy, every, advantages=torch.zeros(V), old_logprobs=logp,
+        loss_weights=logp.exp(), ref_logprobs=ref_logp, kl_coef=1.0,
     )  # fmt: skip
     torch.testing.assert_close(out.loss, (logp.exp() * (logp - ref_logp)).sum())
 
@@ -169,7 +169,9 @@ def test_far_ratios_stay_finite():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("column", ["advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs"])
+@pytest.mark.parametrize(
+    "column", ["advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs"]
+)
 @pytest.mark.parametrize("junk", [math.nan, -math.inf])
 def test_tokens_without_weight_do_not_matter(variant, column, junk):
     inputs, rows = operands()

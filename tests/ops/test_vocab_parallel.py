@@ -26,7 +26,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         for rank in range(2)
     ]  # fmt: skip
     try:
-        logs = [w.communicate(timeout=50)[0] for w in workers]
+        logs = [w.communicate(timeout=120)[0] for w in workers]
     finally:
         for w in workers:
             w.kill()

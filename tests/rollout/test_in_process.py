@@ -21,7 +21,9 @@ from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import token_logprobs
 
 # ids of a make-believe tokenizer over 64 tokens; the stop text closes the think block
-TOKENIZER = SimpleNamespace(eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60])
+TOKENIZER = SimpleNamespace(
+    eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
+)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10], [11, 12]]
 
 
@@ -35,7 +37,9 @@ def test_greedy_text_is_that_of_transformers(engine, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ours = InProcessSampler(engine, TOKENIZER).generate(PROMPTS, SamplingParams(12, temperature=0))
     for prompt, (completion,) in zip(PROMPTS, ours, strict=True):
-        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=[63, 62])
+        out = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=[63, 62]
+        )
         assert out[0, len(prompt) :].tolist() == completion.tokens
 
 
@@ -66,7 +70,9 @@ def test_sampled_frequencies_are_the_models():
     counts = Counter(c.tokens[0] for c in group)
     expected = {c.tokens[0]: torch.tensor(c.logprobs[0]).exp().item() for c in group}
     for token, p in expected.items():
-        assert counts[token] / 4000 == pytest.approx(p, abs=4.5 * (p * (1 - p) / 4000) ** 0.5 + 1e-3)
+        assert counts[token] / 4000 == pytest.approx(
+            p, abs=4.5 * (p * (1 - p) / 4000) ** 0.5 + 1e-3
+        )
     (nucleus,) = sampler.generate([[1, 2]], SamplingParams(1, n=500, top_k=3, seed=1))
     best = sorted(expected, key=expected.get, reverse=True)[:3]
     assert {c.tokens[0] for c in nucleus} <= set(best)
@@ -88,7 +94,9 @@ def test_the_thinking_budget_closes_an_open_block():
 
 def test_no_think_block_no_budget():
     engine = Engine(SHAPES["dense"], LAYOUT(), seed=5)
-    (group,) = InProcessSampler(engine, TOKENIZER).generate([[1, 2]], SamplingParams(30, thinking_budget=2, n=16))
+    (group,) = InProcessSampler(engine, TOKENIZER).generate(
+        [[1, 2]], SamplingParams(30, thinking_budget=2, n=16)
+    )
     for completion in group:
         if completion.tokens[0] != 61:
             assert set(completion.mask) == {1}
@@ -106,7 +114,12 @@ def test_dual_chunk_decode_equals_its_prefill():
 
 
 @pytest.mark.parametrize(
-    ("bad", "field"), [({"max_tokens": 0}, "max_tokens=0"), ({"temperature": -1.0}, "temperature=-1"), ({"top_p": 0.0}, "top_p=0")]
+    ("bad", "field"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"temperature": -1.0}, "temperature=-1"),
+        ({"top_p": 0.0}, "top_p=0"),
+    ],
 )
 def test_bad_parameters_are_named(bad, field):
     with pytest.raises(UserError, match=field):

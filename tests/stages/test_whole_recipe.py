@@ -74,9 +74,14 @@ def test_curation_says_what_it_dropped(uncut):
 @pytest.mark.parametrize("stage", ["pretrain_long", "general_rl", "distill_on_policy"])
 def test_transformers_loads_what_a_stage_leaves(uncut, stage):
     folder = folders(uncut)[stage] / "hf"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is 1+2?"}], add_generation_prompt=True, return_tensors="pt"
+        [{"role": "user", "content": "What is 1+2?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
     )
     ids = prompt["input_ids"] if hasattr(prompt, "keys") else prompt
     out = model.generate(ids, max_new_tokens=8, do_sample=False)
@@ -93,7 +98,10 @@ def test_ten_kills_change_nothing(uncut, tmp_path):
             process.communicate(timeout=rng.uniform(4, 22))
             break  # finished before the axe fell
         except subprocess.TimeoutExpired:
-            tree = [process.pid, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]
+            tree = [
+                process.pid,
+                *(p.pid for p in psutil.Process(process.pid).children(recursive=True)),
+            ]
             for pid in tree:
                 try:
                     os.kill(pid, signal.SIGKILL)
@@ -108,7 +116,10 @@ def test_ten_kills_change_nothing(uncut, tmp_path):
         expected = (folders(uncut)[name] / "hf" / "model.safetensors").read_bytes()
         assert (folder / "hf" / "model.safetensors").read_bytes() == expected, name
         metrics = [
-            [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (f / "metrics.jsonl").read_text().splitlines()]
+            [
+                {k: v for k, v in json.loads(line).items() if k != "seconds"}
+                for line in (f / "metrics.jsonl").read_text().splitlines()
+            ]
             for f in (folder, folders(uncut)[name])
         ]
         assert metrics[0] == metrics[1], name

@@ -113,7 +113,9 @@ def generate(
     low, high = difficulty or (spec.difficulties[0], spec.difficulties[-1])
     if low > high or low not in spec.difficulties or high not in spec.difficulties:
         lowest, highest = spec.difficulties[0], spec.difficulties[-1]
-        raise UserError(f"difficulty={(low, high)} of {family}: give a range in {lowest}..{highest}")
+        raise UserError(
+            f"difficulty={(low, high)} of {family}: give a range in {lowest}..{highest}"
+        )
     rng = random.Random(f"{family}/{seed}/{heldout}/{low}/{high}")
     found: dict[str, Problem] = {}
     stale = 0

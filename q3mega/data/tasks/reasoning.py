@@ -37,9 +37,7 @@ def chain_sum(rng: random.Random, terms: int) -> Problem:
             signs.append(sign)
     text = "".join(f"{s}{n}" for s, n in zip(signs, numbers, strict=True))[1:]
     meta = {"numbers": numbers, "signs": signs}
-    return problem(
-        "chain_sum", "reasoning", f"What is {text}?", str(total), terms, meta=meta
-    )
+    return problem("chain_sum", "reasoning", f"What is {text}?", str(total), terms, meta=meta)
 
 
 @family("base_conversion", capability="reasoning", difficulties=range(2, 7))
@@ -51,7 +49,9 @@ def base_conversion(rng: random.Random, lines: int) -> Problem:
     base = rng.choice((10, 4)) if lines <= MAX_BITS_TO_DECIMAL else 4
     length = lines if base == 10 else 2 * lines
     value = rng.randrange(2 ** (length - 1), 2**length)
-    answer = str(value) if base == 10 else "".join(str(value >> 2 * i & 3) for i in range(lines))[::-1]
+    answer = (
+        str(value) if base == 10 else "".join(str(value >> 2 * i & 3) for i in range(lines))[::-1]
+    )
     name = "decimal" if base == 10 else "base 4"
     question = f"What is binary {value:b} in {name}?"
     meta = {"bits": f"{value:b}", "base": base}

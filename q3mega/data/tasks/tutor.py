@@ -10,7 +10,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 from q3mega.data.tasks.base import Problem, generate, problem
 from q3mega.data.tasks.solutions import Solution, response_text, solve, thinking_text
 
@@ -44,7 +43,9 @@ def _slipped(query: Problem, rng: random.Random) -> Solution:
     return next((s for s in tries if not s.correct), solve(query))
 
 
-def _flawed(flaw: str, query: Problem, rng: random.Random, validation: Sequence[Problem]) -> Candidate:
+def _flawed(
+    flaw: str, query: Problem, rng: random.Random, validation: Sequence[Problem]
+) -> Candidate:
     right = solve(query)
     steps, response = list(right.steps), response_text(right)
     if flaw == "wrong_answer":

@@ -1,0 +1,63 @@
+"""Pre-training documents and their mixture."""
+
+import itertools
+
+import pytest
+
+from q3mega import device  # noqa: F401
+
+# isort: split
+from q3mega.data import corpus
+from q3mega.data.tokenizer import Tokenizer, train_tokenizer
+
+MIXTURE = {"facts": 0.5, "worked": 0.3, "copies": 0.2}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = [t for k in MIXTURE for t in itertools.islice(corpus.documents(k, 0), 100)]
+    train_tokenizer(texts, 300, folder)
+    tokenizer = Tokenizer(folder)
+    corpus.build(MIXTURE, 20 * 1000, 64, tokenizer, 0, folder)
+    return folder, tokenizer
+
+
+def test_a_step_is_a_function_of_its_number(built):
+    folder, _ = built
+    first, second = (corpus.Mixture(MIXTURE, folder, 20, 1000, seed=1) for _ in range(2))
+    list(map(first, range(1, 11)))
+    assert [s.tokens for s in first(11)] == [s.tokens for s in second(11)]
+    assert [s.tokens for s in first(11)] != [s.tokens for s in first(12)]
+
+
+def test_steps_have_their_size_and_kinds_their_share(built):
+    folder, tokenizer = built
+    mixture = corpus.Mixture(MIXTURE, folder, 20, 1000, seed=1)
+    sizes = [sum(map(len, mixture(step))) for step in range(1, 21)]
+    assert all(abs(size - 1000) < 2 * 64 for size in sizes)
+    texts = [tokenizer.decode(s.tokens) for step in range(1, 21) for s in mixture(step)]
+    facts = sum(len(tokenizer.encode(t)) for t in texts if t.count("\n") > 4 and "What" not in t)
+    assert facts / sum(sizes) == pytest.approx(0.5, abs=0.1)
+    assert max(len(s) for step in range(1, 21) for s in mixture(step)) <= 64
+
+
+@pytest.mark.parametrize("kind", [*corpus.TEXTS, *corpus.KINDS])
+def test_documents_are_the_same_for_the_same_seed(kind):
+    one, two, other = (
+        list(itertools.islice(corpus.documents(kind, seed), 20)) for seed in (1, 1, 2)
+    )
+    assert one == two
+    assert one != other
+
+
+def test_held_out_text_is_not_trained_on():
+    for kind in corpus.TEXTS:
+        assert not set(corpus.real_text(kind)) & set(corpus.real_text(kind, heldout=True))
+
+
+def test_copies_repeat():
+    for text in itertools.islice(corpus.documents("copies", 0), 50):
+        assert any(
+            text[i:] == text[: len(text) - i] for i in range(1, len(text) // 2 + 1)
+        ), "no period"
