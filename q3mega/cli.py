@@ -145,7 +145,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     model = Checkpoint(arguments.checkpoint)
     for name, found in model.score(arguments.tasks, arguments.mode, params, arguments.problems):
         print(
-            f"{name:<32} {found['value']:.3f}  [{found['low']:.3f}, {found['high']:.3f}]  n={found['n']}"
+            f"{name:<32} {found['value']:.3f}  "
+            f"[{found['low']:.3f}, {found['high']:.3f}]  n={found['n']}"
         )
     return 0
 

@@ -24,7 +24,10 @@ CPU = torch.device("cpu")
 HAS_GPU = torch.cuda.is_available()
 BACKEND = "nccl" if HAS_GPU else "gloo"
 
-_FACTORIES = ["zeros", "ones", "empty", "full", "rand", "randn", "randint", "arange", "tensor", "eye", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "as_tensor"]
+_FACTORIES = [
+    "zeros", "ones", "empty", "full", "rand", "randn", "randint", "arange", "tensor", "eye",
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "as_tensor",
+]  # fmt: skip
 
 
 def device() -> torch.device:
@@ -88,7 +91,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def _import_megatron() -> None:
-    """Import megatron-core eagerly: its fusions are `torch.compile` at import, an empty one here."""
+    """Import megatron-core eagerly: its fusions call `torch.compile` then, an empty one here."""
     if importlib.util.find_spec("triton") is None:
         # the two modules on our path that import triton unconditionally; a CPU calls neither
         stash = types.ModuleType("megatron.core.transformer.moe.ops.paged_stash")

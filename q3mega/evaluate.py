@@ -1,4 +1,4 @@
-"""Evaluation: accuracies with intervals, pass@k, the thinking-budget curve, retrieval, held-out loss.
+"""Evaluation: accuracies with intervals, pass@k, thinking-budget curve, retrieval, held-out loss.
 
 Problems are held out by a hash of their text; every number comes with n and a 95 % interval.
 """
@@ -140,7 +140,7 @@ def thinking(
     tries: int = 1,
     mode: Mode | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Accuracy on n held-out problems at T=0.6 (the report's setting), T=1 and greedy, in thinking mode."""
+    """Thinking-mode accuracy on n held-out problems at T=0.6 (the report's), T=1 and greedy."""
     results: dict[str, dict[str, float]] = {}
     for name, temperature in (
         ("think_accuracy", 0.6),
@@ -217,7 +217,7 @@ def budget_curve(
     params: SamplingParams,
     budgets: Sequence[int],
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Accuracy against the thinking budget (Qwen3 report, figure 2), and the smallest share answered."""
+    """Accuracy by thinking budget (Qwen3 report, figure 2), and the smallest share answered."""
     rows, shares = [], []
     for budget in budgets:
         found = answers(
@@ -266,7 +266,7 @@ def _nats(head: Head, batch: Batch) -> tuple[float, float]:
 def expert_load(
     engine: Engine, tokenizer: Tokenizer, kinds: Iterable[str], seed: int
 ) -> dict[str, Any]:
-    """Of every layer, the busiest expert's tokens over the mean (1 = perfect balance), on fresh documents."""
+    """Each layer's busiest expert's tokens over the mean (1 = balance), on fresh documents."""
     routers = [layer.mlp.router for chunk in engine.chunks for layer in chunk.decoder.layers]
     counts = [torch.zeros(engine.shape.experts) for _ in routers]
     hooks = [
@@ -292,7 +292,7 @@ def expert_load(
 def retrieval(
     engine: Engine, tokenizer: Tokenizer, length: int, documents: int, seed: int
 ) -> dict[str, float]:
-    """Share of asked-for needles that are read back: 6 needles in `length` tokens of real text, 4 asked.
+    """Share of asked-for needles read back: 6 needles in `length` tokens of real text, 4 asked.
 
     Teacher-forced arg-max on every token of the value, which is what greedy decoding would give.
     """

@@ -1,4 +1,4 @@
-"""Trying a checkpoint by hand: generate, chat, evaluate, on one process, from a Hugging Face folder."""
+"""Trying a checkpoint by hand: generate, chat, evaluate; one process, a Hugging Face folder."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

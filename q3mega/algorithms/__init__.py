@@ -1,1 +1,1 @@
-"""What a loss minimises and how credit is given: supervised, GRPO's family, distillation, entropy control."""
+"""What a loss minimises, how credit is given: supervised, GRPO's family, distillation, entropy."""

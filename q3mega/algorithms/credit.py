@@ -6,7 +6,7 @@ import numpy as np
 
 
 def group_advantages(rewards: Sequence[float], *, scale_by_std: bool = True) -> list[float] | None:
-    """(r - mean) / std within one prompt's group (DeepSeekMath 2402.03300); Dr. GRPO leaves std out.
+    """(r - mean) / std within a prompt's group (DeepSeekMath 2402.03300); Dr. GRPO leaves std out.
 
     None when all rewards are equal: such a group teaches nothing and is dropped (DAPO 2503.14476).
     """

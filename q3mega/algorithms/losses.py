@@ -12,6 +12,7 @@ from torch import Tensor
 from q3mega import ops
 from q3mega.data.batch import Batch, Sample
 from q3mega.engine import Head, LossFn
+from q3mega.ops.distill_loss import Divergence
 
 
 def normalise(samples: Sequence[Sample], aggregate: str = "token", length: int = 1) -> list[Sample]:
@@ -75,7 +76,9 @@ def policy_gradient(**settings: Any) -> LossFn:
     return loss
 
 
-def distillation(teacher_weight: Tensor, divergence: str, temperature: float = 1.0) -> LossFn:
+def distillation(
+    teacher_weight: Tensor, divergence: Divergence, temperature: float = 1.0
+) -> LossFn:
     """Exact full-vocabulary divergence to the teacher, whose hidden states travel in the batch."""
 
     def loss(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

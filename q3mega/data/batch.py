@@ -58,14 +58,29 @@ class Batch:
     def max_length(self) -> int:
         return int(self.cu_seqlens.diff().max())
 
+    def filled(self, multiple: int) -> "Batch":
+        """Tokens and borders with one more document of zeros, up to a multiple of `multiple`."""
+        missing = -len(self.tokens) % multiple
+        if not missing:
+            return self
+        end = self.cu_seqlens[-1:] + missing
+        tokens, targets, weights = (
+            torch.cat([t, t.new_zeros(missing)])
+            for t in (self.tokens, self.targets, self.loss_weights)
+        )
+        return Batch(tokens, targets, weights, torch.cat([self.cu_seqlens, end]), {})
+
     def to(self, device: torch.device) -> "Batch":
         if self.tokens.device == device:
             return self
         columns = {name: column.to(device) for name, column in self.columns.items()}
-        moved = (
-            t.to(device) for t in (self.tokens, self.targets, self.loss_weights, self.cu_seqlens)
+        return Batch(
+            self.tokens.to(device),
+            self.targets.to(device),
+            self.loss_weights.to(device),
+            self.cu_seqlens.to(device),
+            columns,
         )
-        return Batch(*moved, columns=columns)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

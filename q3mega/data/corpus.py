@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from q3mega import device  # noqa: F401
 
@@ -161,8 +162,11 @@ def documents(kind: str, seed: int, *, heldout: bool = False) -> Iterator[str]:
     return _text(kind, rng, heldout) if kind in TEXTS else KINDS[kind](rng)
 
 
+_Kind = TypeVar("_Kind", bound=str)  # a Mapping is invariant in its keys
+
+
 def build(
-    mixture: Mapping[str, float],
+    mixture: Mapping[_Kind, float],
     tokens: int,
     sequence: int,
     tokenizer: Tokenizer,
@@ -193,7 +197,7 @@ class Mixture:
 
     def __init__(
         self,
-        mixture: Mapping[str, float],
+        mixture: Mapping[_Kind, float],
         folder: Path,
         steps: int,
         tokens_per_step: int,

@@ -15,9 +15,10 @@ _NUMBER = re.compile(r"\d+")
 _PROSE = re.compile(r"[A-Za-z]+ [A-Za-z]+")  # says something instead of doing a step
 _ASCII_WORDS = re.compile(r"[A-Za-z]+")
 # function words of the languages that a small English-German-Chinese teacher slips into
-_FOREIGN = frozenset(
-    "der die das und ist nicht wir auch noch jetzt weiter fertig gut ein eine mit".split()
-)
+_FOREIGN = frozenset([
+    "der", "die", "das", "und", "ist", "nicht", "wir", "auch",
+    "noch", "jetzt", "weiter", "fertig", "gut", "ein", "eine", "mit",
+])  # fmt: skip
 
 
 def query_filter(query: Problem, answered_without_thinking: bool) -> str | None:

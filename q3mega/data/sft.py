@@ -40,7 +40,7 @@ def chat_sample(
 
 
 def epochs(samples: Sequence[Sample], batch: int, seed: int) -> Callable[[int], list[Sample]]:
-    """draw(step) for `supervised.train`: every sample once an epoch, in an order of the epoch's own."""
+    """draw(step) for `supervised.train`: every sample once an epoch, in that epoch's order."""
     steps = -(-len(samples) // batch)
 
     def draw(step: int) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""megatron-core behind a keyhole: parallel layout, training and evaluation steps, optimizer, checkpoints."""
+"""megatron-core behind a keyhole: layout, training and evaluation steps, optimizer, checkpoints."""
 
 from q3mega import device  # noqa: F401
 

@@ -103,6 +103,7 @@ def load_latest(engine: Any, folder: Path) -> tuple[int, dict[str, Any]] | None:
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"checkpoint {path} is damaged ({reason}): delete that folder to resume from the one before"
+            f"checkpoint {path} is damaged ({reason}): "
+            "delete that folder to resume from the one before"
         ) from error
     return state.pop("step"), state

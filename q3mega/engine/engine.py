@@ -37,14 +37,14 @@ from q3mega.model.megatron import build_model, transformer_config
 
 @dataclass
 class Head:
-    """What a loss sees: final hidden states (T, H), lm_head weight (V / TP, H), and its TP group."""
+    """What a loss sees: final hidden states (T, H), lm_head weight (V / TP, H), its TP group."""
 
     hidden: Tensor
     weight: Tensor
     tp_group: dist.ProcessGroup | None
 
 
-# (head, batch) -> (loss: a sum, metrics: name -> a sum, to be added up over micro-batches and ranks)
+# (head, batch) -> (loss: a sum, metrics: name -> a sum, to add up over micro-batches and ranks)
 LossFn = Callable[[Head, Batch], tuple[Tensor, dict[str, Tensor]]]
 _T = TypeVar("_T")
 
@@ -74,6 +74,7 @@ class Engine:
         group = ps.get_tensor_model_parallel_group()
         self.tp_group = group if group.size() > 1 else None
         self.optimizer: Any = None
+        self.updated = False
         if optimizer is None:
             for module in self.modules:
                 module.requires_grad_(False)
@@ -138,6 +139,7 @@ class Engine:
 
         parts = self._forward(batches, loss_func, forward_only=False)
         success, grad_norm, _ = self.optimizer.step()
+        self.updated = True
         metrics = self._total(parts)
         if not success:
             metrics["skipped"] = 1.0
@@ -147,7 +149,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], fn: Callable[[Head, Batch], _T]) -> list[_T]:
-        """fn over this rank's micro-batches, no gradient; results live on the last pipeline stage."""
+        """fn over this rank's micro-batches, no gradient; results on the last pipeline stage."""
         for module in self.modules:
             module.eval()
         own = len(batches)
@@ -164,27 +166,41 @@ class Engine:
         if not batches:
             return []
 
-        def head(hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Head:
-            if (
-                self.config.sequence_parallel
-            ):  # the operator sums the gradient over the group itself
+        # sequence parallelism cuts the packed tokens evenly: fill up with one document of padding
+        multiple = self.layout.tensor if self.config.sequence_parallel else 1
+
+        def head(
+            hidden_states: Tensor,
+            output_layer: Any,
+            output_weight: Any,
+            context: int,
+            **_: Any,
+        ) -> Head:
+            if self.config.sequence_parallel:
+                # not summed here: the operator sums the gradient over the group itself
                 hidden_states = gather_from_sequence_parallel_region(
                     hidden_states, tensor_parallel_output_grad=False
                 )
             weight = output_layer.weight if output_weight is None else output_weight
-            return Head(hidden_states[:, 0], weight, self.tp_group)
+            return Head(hidden_states[:context, 0], weight, self.tp_group)
 
         def forward_step(batches: Iterator[Batch], module: Any) -> tuple[Any, Any]:
             batch = next(batches).to(device.device())
+            filled = batch.filled(multiple)
             packed = PackedSeqParams(
                 qkv_format="thd",
-                cu_seqlens_q=batch.cu_seqlens,
-                cu_seqlens_kv=batch.cu_seqlens,
-                max_seqlen_q=batch.max_length,
-                max_seqlen_kv=batch.max_length,
+                cu_seqlens_q=filled.cu_seqlens,
+                cu_seqlens_kv=filled.cu_seqlens,
+                max_seqlen_q=filled.max_length,
+                max_seqlen_kv=filled.max_length,
             )
             out = module(
-                batch.tokens[None], None, None, packed_seq_params=packed, output_processor=head
+                filled.tokens[None],
+                None,
+                None,
+                packed_seq_params=packed,
+                output_processor=head,
+                output_processor_context=len(batch),
             )
             return out, partial(loss_func, batch)
 
@@ -195,13 +211,13 @@ class Engine:
             else iter(batches),
             model=self.modules if len(self.modules) > 1 else self.modules[0],
             num_microbatches=len(batches),
-            seq_length=max(len(b) for b in batches),
+            seq_length=max(len(b.filled(multiple)) for b in batches),
             micro_batch_size=1,
             forward_only=forward_only,
         )
 
     def _same_count(self, batches: Sequence[Batch]) -> tuple[list[Batch], int]:
-        """Equal numbers of micro-batches on all ranks (weightless repeats), and all ranks' tokens."""
+        """As many micro-batches on every rank (weightless repeats), and all ranks' tokens."""
         count = torch.tensor([len(batches), sum(len(b) for b in batches)])
         counts = [count.clone() for _ in range(parallel.data_size())]
         if len(counts) > 1:
@@ -234,9 +250,15 @@ class Engine:
     # -- state -----------------------------------------------------------------------------------
 
     def save(self, folder: Path, step: int, state: dict[str, Any]) -> None:
-        """Checkpoint everything that the next step depends on; published by one rename."""
-        checkpoint.save(self, folder, step, state)
+        """Checkpoint everything that the next step depends on; published by one rename.
+
+        Before the first update there is nothing to save: a resume starts over to the same state.
+        """
+        if self.updated:
+            checkpoint.save(self, folder, step, state)
 
     def load_latest(self, folder: Path) -> tuple[int, dict[str, Any]] | None:
         """Resume from the newest complete checkpoint: (step, state), or None when there is none."""
-        return checkpoint.load_latest(self, folder)
+        found = checkpoint.load_latest(self, folder)
+        self.updated = found is not None
+        return found

@@ -19,7 +19,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """lr: peak (Muon's for matrices; `adam_lr` then serves embeddings and norms). steps: whole stage."""
+    """lr: peak (Muon's for matrices; `adam_lr` then serves embeddings and norms).
+
+    steps: of the whole stage.
+    """
 
     lr: float
     steps: int
@@ -53,7 +56,7 @@ def build_optimizer(
         muon_nesterov=True,
         muon_scale_mode="shape_scaling",  # lr is then Muon's own, not one borrowed from AdamW
         muon_tp_mode="duplicated",
-        muon_fp32_matmul_prec="highest",  # "medium" is bf16, which a CPU emulates at a tenth of fp32
+        muon_fp32_matmul_prec="highest",  # "medium" is bf16: a CPU emulates it at a tenth of fp32
     )
     overrides = get_standard_config_overrides(config)
     if muon and spec.adam_lr is not None:

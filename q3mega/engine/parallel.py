@@ -1,4 +1,4 @@
-"""The parallel layout: process groups from a recipe's layout, and sums over the data-parallel ranks."""
+"""The parallel layout: process groups from a recipe's layout, and sums over data-parallel ranks."""
 
 import os
 from typing import Any
@@ -11,9 +11,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 
+from q3mega.errors import UserError
+
 
 def initialise(layout: Any, seed: int) -> None:
-    """Join the process group that torchrun describes (or be alone) and cut it as the layout says."""
+    """Join the process group that torchrun describes (or be alone), cut it as the layout says."""
+    if layout.context > 1:
+        raise UserError(
+            f"layout.context={layout.context}: packed attention does not split sequences over "
+            "ranks yet; use context=1"
+        )
     if not dist.is_initialized():
         if device.HAS_GPU:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -43,7 +43,7 @@ class Positions:
 
     @property
     def logit_scale(self) -> float:
-        """YaRN's temperature: both rotated operands carry its factor, so logits carry the square."""
+        """YaRN's temperature: both rotated operands carry its factor, so logits have the square."""
         return rotary.yarn_attention_factor(self.yarn_factor) ** 2
 
 
@@ -93,10 +93,10 @@ class AttentionState:
     cache: KVCache | None = None
     _inv_freq: dict[tuple[Positions, int], Tensor] = field(default_factory=dict)
 
-    def inv_freq(self, head_dim: int, device: torch.device) -> Tensor:
+    def inv_freq(self, head_dim: int, on: torch.device) -> Tensor:
         key = (self.positions, head_dim)
         if key not in self._inv_freq:
-            self._inv_freq[key] = self.positions.inv_freq(head_dim).to(device)
+            self._inv_freq[key] = self.positions.inv_freq(head_dim).to(on)
         return self._inv_freq[key]
 
 
@@ -128,7 +128,8 @@ class CoreAttention(MegatronModule):
     ) -> Tensor:
         """Packed: q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq * D).
 
-        Decode: q (1, B, Hq, D), k and v (1, B, Hkv, D), one token a cached sequence -> (1, B, Hq * D).
+        Decode, one token a cached sequence: q (1, B, Hq, D), k and v (1, B, Hkv, D)
+        -> (1, B, Hq * D).
         """
         state = self.state
         assert state is not None

@@ -81,7 +81,7 @@ def _split(name: str, prefix: str, shape: Qwen3Shape, full: Tensor) -> Iterator[
 
 
 def _parameters(model: Any) -> Iterator[tuple[str, str, Tensor]]:
-    """(name within its layer, Hugging Face prefix, this rank's tensor); experts by global number."""
+    """(name in its layer, Hugging Face prefix, this rank's tensor); experts by global number."""
     offset = get_transformer_layer_offset(model.config, vp_stage=model.vp_stage)
     for name, tensor in model.named_parameters():
         if name in _TOP:
@@ -183,8 +183,8 @@ def load(model: Any, shape: Qwen3Shape, folder: str | Path) -> None:
         have, want = getattr(found, field), getattr(shape, field)
         if have != want:
             raise UserError(
-                f"checkpoint {folder} has {field}={have} but the recipe's model has {field}={want}: "
-                "change the model section or start from a checkpoint of this shape"
+                f"checkpoint {folder} has {field}={have} but the recipe's model has {field}={want}"
+                ": change the model section or start from a checkpoint of this shape"
             )
     read = _Reader(folder)
     with torch.no_grad():

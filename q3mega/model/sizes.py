@@ -1,4 +1,4 @@
-"""Qwen3 shapes: one row a model (Qwen3 report, tables 1 and 2), exact parameter counts and FLOPs from them."""
+"""Qwen3 shapes: one row a model (report, tables 1 and 2); exact parameter counts and FLOPs."""
 
 from dataclasses import dataclass
 
@@ -45,13 +45,13 @@ class Qwen3Shape:
         return used * 3 * self.hidden * self.moe_ffn + self.hidden * self.experts
 
     def num_parameters(self, *, active: bool = False, embeddings: bool = True) -> int:
-        """Parameters; `active` counts only the experts that one token uses. Both untied matrices count."""
+        """Parameters; `active`: only the experts a token uses. Both untied matrices count."""
         norms = 2 * self.hidden + 2 * self.head_dim
         total = self.layers * (self._attention() + self._mlp(active=active) + norms) + self.hidden
         return total + (self.vocab * self.hidden * (1 if self.tied else 2) if embeddings else 0)
 
-    def forward_flops(self, tokens: int, context: float) -> float:
-        """Matmul FLOPs of one forward pass over `tokens`, each attending to `context` keys on average.
+    def forward_flops(self, tokens: float, context: float) -> float:
+        """Matmul FLOPs of a forward pass over `tokens`, each attending to a mean `context` of keys.
 
         Training counts three of these (forward and twice backward); a causal sequence of length S
         has context S / 2.

@@ -1,4 +1,4 @@
-"""Multi-turn episodes: sample, let the environment answer, sample on. Token ids are kept throughout.
+"""Multi-turn episodes: sample, let the environment answer, sample on. Token ids stay throughout.
 
 The chat template would rewrite earlier turns, so nothing is rendered twice: the environment's
 turn is appended as tokens with mask 0, and the next assistant turn continues from there.

@@ -42,7 +42,7 @@ class InProcessSampler:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[list[Completion]]:
-        """See `Sampler`. A sequence's draws depend on its place among `prompts`, not on its company."""
+        """See `Sampler`. A sequence's draws depend on its place in `prompts`, not its company."""
         queue = [list(p) for p in prompts for _ in range(params.n)]
         generator = torch.Generator().manual_seed(params.seed)
         longest = params.max_tokens + len(self.stop_thinking)

@@ -1,4 +1,4 @@
-"""One process of one stage: `python -m q3mega.stages RUN_DIR STAGE`, under torchrun's environment."""
+"""One process of a stage: `python -m q3mega.stages RUN_DIR STAGE`, under torchrun's environment."""
 
 import sys
 import warnings

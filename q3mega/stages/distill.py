@@ -23,6 +23,7 @@ from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
 from q3mega.evaluate import Mode, flagged
 from q3mega.model import Qwen3Shape
+from q3mega.ops.distill_loss import Divergence
 from q3mega.rollout import SamplingParams
 from q3mega.stages import pretrain, reasoning_rl
 from q3mega.stages.stage import Stage
@@ -114,7 +115,7 @@ def teacher_folder(stage: Stage) -> Path:
 
 
 def student_base(stage: Stage) -> Path:
-    """A student to start from: named, trained before, or pre-trained here on the recipe's mixture."""
+    """The student to start from: named, trained before, or pre-trained here on the mixture."""
     config = stage.config
     if config.init or stage.latest(model="student"):
         return stage.start()
@@ -179,7 +180,7 @@ def own_answers(stage: Stage, sampler: Any, step: int) -> list[Sample]:
 
 
 def from_teacher(
-    teacher: Engine, divergence: str, temperature: float
+    teacher: Engine, divergence: Divergence, temperature: float
 ) -> tuple[Callable[..., Any], Callable[[list[Batch]], None]]:
     """(loss, prepare): the teacher's hidden states join the batch, its lm_head joins the loss."""
 

@@ -2,7 +2,7 @@
 
 Rule rewards check instructions, modes and final answers; a judge (the frozen start of this stage)
 compares with the reference; a preference model, trained here on pairs, scores open queries (Qwen3
-report, section 4.4). A share of reasoning prompts and a KL to the start keep what was learned before.
+report, section 4.4). A share of reasoning prompts and a KL to the start keep what it knew before.
 """
 
 import random
@@ -47,7 +47,7 @@ def run(stage: Stage) -> None:
     sampler = stage.sampler(engine)
 
     def roll_out(step: int) -> list[Rollout]:
-        mine = [p for p in prompts(stage, step)][parallel.data_rank() :: parallel.data_size()]
+        mine = prompts(stage, step)[parallel.data_rank() :: parallel.data_size()]
         groups = [parallel.data_rank() + i * parallel.data_size() for i in range(len(mine))]
         problems = [p for p in mine for _ in range(config.rollouts)]
         tokens = [stage.tokenizer.encode(_prompt(p)) for p in problems]
@@ -84,7 +84,7 @@ def run(stage: Stage) -> None:
 
 
 def prompts(stage: Stage, step: int) -> list[Problem]:
-    """The problems of one rollout batch: reasoning ones in thinking mode, general ones mostly not."""
+    """The problems of a rollout batch: reasoning ones in thinking mode, general ones mostly not."""
     config, rng = stage.config, random.Random(stage.seed("prompts", step))
     reasoning = int(config.prompts * config.reasoning_share)
     out = []

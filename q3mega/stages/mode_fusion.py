@@ -68,8 +68,7 @@ def build(stage: Stage, model: Engine) -> None:
 def rejection_samples(stage: Stage, model: Engine) -> tuple[list[Sample], int]:
     """(samples, number dropped): the RL model's own right answers to the cold start's queries."""
     config, rng = stage.config, random.Random(stage.seed("thinking"))
-    path = stage.recipe.stage_dir(stage.run_dir, "cold_start") / "data" / "queries.json"
-    queries = [Problem(**row) for row in json.loads(path.read_text())] if path.exists() else []
+    queries = stage.cold_start_queries()
     share = max(0, config.thinking_queries - len(queries)) // len(REASONING)
     queries += [p for f in REASONING for p in generate(f, share, seed=stage.seed("more", f))]
     queries = rng.sample(queries, min(len(queries), config.thinking_queries))

@@ -74,7 +74,7 @@ def learn(stage: Stage, engine: Engine, settings: PretrainSettings, part: str = 
 
 
 def evaluation(stage: Stage, engine: Engine) -> dict[str, Any]:
-    """Held-out loss by kind; after the long step, retrieval within and beyond the trained length."""
+    """Held-out loss by kind; after the long step, retrieval in and beyond the trained length."""
     config = stage.config
     results: dict[str, Any] = evaluate.loss_by_kind(
         engine, stage.tokenizer, config.mixture, config.sequence, stage.seed("held out")

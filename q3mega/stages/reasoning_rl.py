@@ -9,7 +9,6 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 from q3mega import evaluate
 from q3mega.algorithms.entropy import EntropyController
@@ -109,7 +108,7 @@ def answered(
 def select(stage: Stage, sampler: InProcessSampler) -> None:
     """The four rules; leaves problems.json and drops.json in data/."""
     rules = stage.config.selection
-    used = used_before(stage)
+    used = {query.id for query in stage.cold_start_queries()}
     pool, drops = [], Counter[str]()
     for f in REASONING:
         for p in generate(f, rules.pool // len(REASONING), seed=stage.seed("pool", f)):
@@ -141,12 +140,3 @@ def select(stage: Stage, sampler: InProcessSampler) -> None:
     stage.write("data/drops.json", dict(drops))
     stage.write("data/problems.json", [vars(p) for p in chosen])
     stage.barrier()
-
-
-def used_before(stage: Stage) -> set[str]:
-    """Ids of the cold start's queries, when this run had one."""
-    if "cold_start" not in stage.recipe.stages:
-        return set()
-    path = stage.recipe.stage_dir(stage.run_dir, "cold_start") / "data" / "queries.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    return {row["id"] for row in rows}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from q3mega.data.tasks import Problem
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, OptimizerSpec, parallel
 from q3mega.errors import UserError
@@ -34,7 +35,7 @@ class Stage:
         parallel.initialise(self.config.layout, self.seed())
 
     def seed(self, *purpose: object) -> int:
-        """A seed for one purpose: a function of the recipe's seed, the stage and the purpose alone."""
+        """A seed for one purpose, from the recipe's seed, the stage and the purpose alone."""
         return zlib.crc32(repr((self.recipe.seed, self.name, *purpose)).encode())
 
     # -- what it starts from ---------------------------------------------------------------------
@@ -55,6 +56,13 @@ class Stage:
         before = list(self.recipe.stages)[: list(self.recipe.stages).index(self.name)]
         found = [s for s in before if self.recipe.stages[s].trains == model]
         return self.hf(found[-1]) if found else None
+
+    def cold_start_queries(self) -> list[Problem]:
+        """What this run's cold start was built on; none when it had no cold start."""
+        if "cold_start" not in self.recipe.stages:
+            return []
+        path = self.recipe.stage_dir(self.run_dir, "cold_start") / "data" / "queries.json"
+        return [Problem(**row) for row in json.loads(path.read_text())] if path.exists() else []
 
     def start(self) -> Path:
         """Where this stage's weights come from; UserError when there is nothing."""
@@ -78,7 +86,7 @@ class Stage:
     ) -> Engine:
         """An engine with the weights of `source` (None: fresh ones of `shape`).
 
-        steps > 0 makes it train for so many steps, by this stage's settings or those in `optimizer`.
+        steps > 0 makes it train for so many steps, by this stage's settings or `optimizer`'s.
         """
         if source is not None:
             shape = shape_of(source)

@@ -57,7 +57,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def size(samples: Sequence[Sample], prefix: str = "") -> dict[str, float]:
-    """tokens, and pairs of a query and a key it sees: what a forward pass costs is linear in both."""
+    """tokens, and pairs of a query and a key it sees: a forward pass's cost is linear in both."""
     return {
         f"{prefix}tokens": float(sum(map(len, samples))),
         f"{prefix}pairs": sum(len(s) ** 2 for s in samples) / 2,

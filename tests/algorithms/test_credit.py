@@ -1,5 +1,6 @@
 """Advantages, entropy control, weights: against the formulas written out."""
 
+import itertools
 import math
 import statistics
 
@@ -23,8 +24,8 @@ def test_advantages_are_standard_scores(r):
         return
     assert statistics.fmean(advantages) == pytest.approx(0, abs=1e-6)
     assert statistics.pstdev(advantages) == pytest.approx(1, abs=1e-6)
-    assert [a > b for a, b in zip(advantages, advantages[1:], strict=False)] == [
-        a > b for a, b in zip(r, r[1:], strict=False)
+    assert [a > b for a, b in itertools.pairwise(advantages)] == [
+        a > b for a, b in itertools.pairwise(r)
     ] or min(abs(a - b) for a in r for b in r if a != b) < 1e-12
 
 

@@ -14,7 +14,8 @@ def samples_of(lengths):
     out = []
     for n in lengths:
         tokens = list(range(start, start + n))
-        out.append(Sample(tokens, [float(t % 3) for t in tokens], {"old": [t / 10 for t in tokens]}))
+        weights = [float(t % 3) for t in tokens]
+        out.append(Sample(tokens, weights, {"old": [t / 10 for t in tokens]}))
         start += n
     return out
 

@@ -58,6 +58,6 @@ def test_held_out_text_is_not_trained_on():
 
 def test_copies_repeat():
     for text in itertools.islice(corpus.documents("copies", 0), 50):
-        assert any(
-            text[i:] == text[: len(text) - i] for i in range(1, len(text) // 2 + 1)
-        ), "no period"
+        assert any(text[i:] == text[: len(text) - i] for i in range(1, len(text) // 2 + 1)), (
+            "no period"
+        )

@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def torchrun():
-    """torchrun(script, processes, *arguments) -> what rank 0 printed as its last line, from JSON."""
+    """torchrun(script, processes, *arguments) -> rank 0's last printed line, from JSON."""
 
     def run(script: str, processes: int, *arguments: str):
         path = Path(__file__).parent / script

@@ -1,4 +1,4 @@
-"""The in-process sampler against transformers' greedy decoding and the trainer's log-probabilities."""
+"""The in-process sampler against transformers' greedy decoding and the trainer's logprobs."""
 
 from collections import Counter
 from types import SimpleNamespace

@@ -1,8 +1,8 @@
 """Problems, families of problems, and the split that keeps one in ten of them for evaluation.
 
-A family draws one `Problem` from a random generator and a difficulty. Everything else (distinctness,
-the held-out side, reproducibility) is decided here, once, from a hash of the problem's text, so
-that no stage can train on what another one evaluates on.
+A family draws one `Problem` from a random generator and a difficulty. Everything else
+(distinctness, the held-out side, reproducibility) is decided here, once, from a hash of the
+problem's text, so that no stage can train on what another one evaluates on.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ Make = Callable[[random.Random, int], Problem]
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of problem: `make(rng, difficulty)` draws one, for any difficulty in `difficulties`."""
+    """A kind of problem: `make(rng, difficulty)` draws one, for a difficulty in `difficulties`."""
 
     capability: str
     make: Make

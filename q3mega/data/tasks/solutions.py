@@ -35,13 +35,13 @@ def _near(value: int) -> list[str]:
 
 
 def _chain_sum(problem: Problem, result: Result) -> Work:
-    terms = [f"{s}{n}" for s, n in zip(problem.meta["signs"], problem.meta["numbers"], strict=True)]
-    total = int(terms[0])
-    for i, term in enumerate(terms[1:], 1):
-        right = total + int(term)
-        total = int(result(str(right), _near(right)))
-        rest = "".join(terms[i + 1 :])
-        yield {"work": "", "result": f"{total}{rest}", "answer": str(total)}
+    numbers, signs = problem.meta["numbers"], problem.meta["signs"]
+    total = numbers[0]
+    for number, sign in zip(numbers[1:], signs[1:], strict=True):
+        right = total + number if sign == "+" else total - number
+        outcome = result(str(right), _near(right))
+        yield {"work": f"{total}{sign}{number}", "result": outcome, "answer": outcome}
+        total = int(outcome)
 
 
 def _to_decimal(problem: Problem, result: Result) -> Work:
@@ -74,19 +74,19 @@ def _number_sorting(problem: Problem, result: Result) -> Work:
 
 
 def _letter_counting(problem: Problem, result: Result) -> Work:
-    items, count = problem.meta["items"], 0
-    for i, item in enumerate(items, 1):
+    count = 0
+    for item in problem.meta["items"]:
         right = count + (item == problem.meta["target"])
         # The human slip is to miss one or to count one too many, not to jump.
-        count = int(result(str(right), [str(count + (right == count))]))
-        rest = " ".join(map(str, items[i:]))
-        yield {"work": rest, "result": str(count), "answer": str(count)}
+        outcome = result(str(right), [str(count + (right == count))])
+        yield {"work": str(item), "result": outcome, "answer": outcome}
+        count = int(outcome)
 
 
 TAKE = "take {work} get {result}"
 # What does the work, and its lines in three surface styles.
 METHODS: dict[str, tuple[Callable[[Problem, Result], Work], tuple[str, str, str]]] = {
-    "chain_sum": (_chain_sum, ("{result}", "so {result}", "then {result}")),
+    "chain_sum": (_chain_sum, ("{work}={result}", "{work} is {result}", TAKE)),
     "base_conversion/10": (_to_decimal, ("{work}={result}", "{work} is {result}", TAKE)),
     "base_conversion/4": (_to_base_4, ("{work}:{result}", "{work} makes {result}", TAKE)),
     "number_sorting": (
@@ -95,7 +95,7 @@ METHODS: dict[str, tuple[Callable[[Problem, Result], Work], tuple[str, str, str]
     ),
     "letter_counting": (
         _letter_counting,
-        ("{work}:{result}", "{work} makes {result}", "left {work} count {result}"),
+        ("{work} {result}", "{work} makes {result}", TAKE),
     ),
 }
 
@@ -120,8 +120,9 @@ def solve(
         raise UserError(f"slip={slip}: give a probability, and with it a random generator (rng)")
 
     def result(right: str, alternatives: list[str]) -> str:
-        slips = rng is not None and alternatives and rng.random() < slip
-        return rng.choice(alternatives) if slips else right
+        if rng is not None and alternatives and rng.random() < slip:
+            return rng.choice(alternatives)
+        return right
 
     lines, answer = [], ""
     for fields in work(problem, result):

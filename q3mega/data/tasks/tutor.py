@@ -38,7 +38,7 @@ class Candidate:
 
 
 def _slipped(query: Problem, rng: random.Random) -> Solution:
-    """A solution with a wrong answer; only a list of one repeated digit has none, and comes back right."""
+    """A solution with a wrong answer; a list of one repeated digit has none and stays right."""
     tries = (solve(query, rng=rng, slip=SLIP) for _ in range(100))
     return next((s for s in tries if not s.correct), solve(query))
 
