@@ -98,7 +98,6 @@ def transformer_config(
             "moe_aux_loss_coeff": 1e-2,
             "moe_router_dtype": "fp32",
             "moe_router_pre_softmax": False,  # softmax over the chosen ones: norm_topk_prob
-            "moe_token_dispatcher_type": "alltoall",
             "moe_grouped_gemm": False,
         }
     return TransformerConfig(
@@ -127,6 +126,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,
+        moe_token_dispatcher_type="alltoall",  # the one that takes packs of any length
         **moe,
         **parallel,
     )

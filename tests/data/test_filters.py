@@ -1,0 +1,102 @@
+import pytest
+
+from q3mega.data.filters import balance, query_filter, response_filter
+from q3mega.data.tasks import generate, problem
+from q3mega.data.tasks.solutions import check, response_text, solve, thinking_text
+from q3mega.data.tasks.tutor import FLAWS, candidates, unsuitable_queries
+
+FAMILIES = ("chain_sum", "base_conversion", "number_sorting", "letter_counting")
+VALIDATION = {f: generate(f, 50, seed=9, heldout=True) for f in FAMILIES}
+TEXTS = {p.question for problems in VALIDATION.values() for p in problems}
+# 5-1-3+9 and what a teacher could say to it.
+QUERY = problem(
+    "chain_sum", "reasoning", "What is 5-1-3+9?", "10", 4,
+    meta={"numbers": [5, 1, 3, 9], "signs": ["+", "-", "-", "+"]},
+)  # fmt: skip
+STEPS = "5-1=4\n4-3=1\n1+9=10"
+RIGHT = "The answer is \\boxed{10}."
+
+
+def judged():
+    """(flaw, rule) of 1,000 candidates of the tutor, over the four families."""
+    for family in FAMILIES:
+        for query in generate(family, 50, seed=3):
+            for c in candidates(query, 5, 1, VALIDATION[family]):
+                yield c.flaw, response_filter(query, c.thinking, c.response, TEXTS)
+
+
+def test_the_filter_finds_the_flaws_of_the_tutor():
+    pairs = list(judged())
+    dropped = [flaw for flaw, rule in pairs if rule]
+    flawed = [rule for flaw, rule in pairs if flaw]
+    assert sum(f is not None for f in dropped) / len(dropped) >= 0.95  # precision
+    assert sum(r is not None for r in flawed) / len(flawed) >= 0.95  # recall
+    for rule in FLAWS:
+        named = [flaw == rule for flaw, r in pairs if r == rule]
+        labelled = [r == rule for flaw, r in pairs if flaw == rule]
+        assert sum(named) / len(named) >= 0.9 and sum(labelled) / len(labelled) >= 0.9, rule
+
+
+@pytest.mark.parametrize(
+    "thinking, response, rule",
+    [
+        (STEPS, RIGHT, None),
+        (STEPS, "The answer is \\boxed{11}.", "wrong_answer"),
+        (STEPS, "The answer is 10.", "wrong_answer"),
+        (STEPS + "\n1+9=10" * 6, RIGHT, "repetition"),
+        ("\n".join([STEPS] * 4), RIGHT, "repetition"),
+        ("", RIGHT, "guess"),
+        ("I feel that it is 10.", RIGHT, "guess"),
+        ("1+9=10", RIGHT, "guess"),
+        ("5-1=4\n4-3=1\n1+9=11", RIGHT, "disagreement"),
+        ("5-1=4\nnun ist noch etwas\n4-3=1\n1+9=10", RIGHT, "language_mixing"),
+        ("5-1=4\n然后\n4-3=1\n1+9=10", RIGHT, "language_mixing"),
+        ("5-1=4\nтеперь\n4-3=1\n1+9=10", RIGHT, "language_mixing"),
+        (f"What is 7+7-2?\n7+7=14\n14-2=12\n{STEPS}", RIGHT, "validation_copy"),
+    ],
+)
+def test_the_six_rules_on_texts_of_other_hands(thinking, response, rule):
+    assert response_filter(QUERY, thinking, response, {"What is 7+7-2?", "Sort 3 1 2."}) == rule
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hardly_a_sound_solution_is_lost(family):
+    problems = generate(family, 300, seed=4)
+    texts = [(p, thinking_text(s), response_text(s)) for p in problems for s in [solve(p)]]
+    dropped = sum(response_filter(p, t, r, TEXTS) is not None for p, t, r in texts)
+    assert dropped <= 0.02 * len(texts)
+
+
+def test_query_filter_keeps_the_tasks_and_drops_the_rest():
+    for family in FAMILIES:
+        for query in generate(family, 50, seed=5):
+            assert query_filter(query, False) is None
+            assert query_filter(query, True) == "answerable_without_thinking"
+    rules = {query_filter(q, False) for q in unsuitable_queries(50, seed=5)}
+    assert rules == {"several_questions", "not_verifiable"}
+
+
+def test_unsuitable_queries_are_reproducible_and_have_no_right_answer_or_two():
+    queries = unsuitable_queries(40, seed=1)
+    assert len(queries) == 40 and queries == unsuitable_queries(40, seed=1)
+    assert not any(check(q, "4") for q in queries if not q.answer)
+    assert all(q.question.count("?") == 2 for q in queries if q.answer)
+
+
+def test_the_tutor_is_reproducible_and_shows_every_flaw():
+    query, held = generate("chain_sum", 1, seed=1)[0], VALIDATION["chain_sum"]
+    many = candidates(query, 300, 0, held)
+    assert many == candidates(query, 300, 0, held) != candidates(query, 300, 1, held)
+    assert {c.flaw for c in many} == {None, *FLAWS}
+    sound = sum(c.flaw is None for c in many) / len(many)
+    assert sound == pytest.approx(0.6, abs=0.11)  # four standard errors
+    assert "validation_copy" not in {c.flaw for c in candidates(query, 300, 0)}
+
+
+def test_balance_is_even_complete_and_reproducible():
+    sizes = dict(zip(FAMILIES, (30, 12, 25, 40), strict=True))
+    pool = [p for f, n in sizes.items() for p in generate(f, n, seed=2)]
+    kept = balance(pool, 0)
+    assert [sum(p.family == f for p in kept) for f in FAMILIES] == [12] * 4
+    assert len({p.id for p in kept}) == 48 and {p.id for p in kept} <= {p.id for p in pool}
+    assert kept == balance(pool, 0) and balance([], 0) == []
