@@ -280,7 +280,14 @@ def test_sorted_lists_are_read_however_separated(numbers, separator, frame):
     assert check(p, frame.format(separator.join(right)))
     assert not check(p, frame.format(separator.join(right[:-1])))
     off_by_one = [str(int(right[0]) - 1), *right[1:]]
-    assert not check(p, separator.join(off_by_one))  # reasoning-gym's own verifier says yes
+    assert not check(p, frame.format(separator.join(off_by_one)))
+
+
+def test_sorting_is_exact_where_reasoning_gym_lets_every_number_be_off_by_one():
+    entry = {"answer": "['3', '5', '7']", "metadata": {"direction": "ascending"}}
+    wrong = "[2, 4, 6]"
+    assert reasoning_gym.get_score_answer_fn("number_sorting")(wrong, entry) == 1.0
+    assert not check(problem("number_sorting", "reasoning", "Sort 7 3 5.", "3 5 7", 3), wrong)
 
 
 @pytest.mark.parametrize("text", ["10", " 10 ", "+10", "10.0", "010"])

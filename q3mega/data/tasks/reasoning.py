@@ -9,7 +9,7 @@ Distinct problems by difficulty, both sides of the split:
 
 | family          | difficulty                   | range | problems, lowest difficulty first       |
 |-----------------|------------------------------|-------|-----------------------------------------|
-| chain_sum       | terms                        | 2..6  | 126, 1,899, 29,730, 4.7e5, 7e6          |
+| chain_sum       | terms                        | 2..6  | 126, 1,899, 29,910, 4.8e5, 7.6e6        |
 | base_conversion | bits (decimal), pairs (base 4) | 2..6 | 10, 36, 136, 528, 2,048                |
 | number_sorting  | digits to sort               | 3..5  | 9^difficulty, 729 and up                |
 | letter_counting | digits to look through       | 4..8  | 9^(difficulty + 1), 59,049 and up       |
