@@ -1,6 +1,7 @@
 """Three optimizer steps and an evaluation under one layout; rank 0 prints losses and weights' norm.
 
-Run by test_layouts.py: `torchrun layouts.py '{"tensor": 2}' dense`.
+Run by test_layouts.py: `torchrun layouts.py '{"tensor": 2}' dense supervised FOLDER`. FOLDER holds
+the initial weights, since random ones depend on where the layers are built.
 """
 
 import json
@@ -21,10 +22,11 @@ from q3mega.train.supervised import shard
 
 def main() -> None:
     layout, kind, loss_name = LAYOUT(**json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
-    wrong = len(sys.argv) > 4  # a deliberately wrong normaliser: each rank's own token count
+    wrong = len(sys.argv) > 5  # a deliberately wrong normaliser: each rank's own token count
     torch.set_num_threads(1)
     spec = OptimizerSpec(lr=1e-2, steps=10, weight_decay=0.1)
     engine = Engine(SHAPES[kind], layout, seed=3, optimizer=spec)
+    engine.load_hf(sys.argv[4])
     engine.config.moe_aux_loss_coeff = (
         0.0  # its running estimate depends on the order of micro-batches
     )

@@ -4,6 +4,13 @@ import json
 
 import pytest
 
+from q3mega import device  # noqa: F401
+
+# isort: split
+from tiny import LAYOUT, SHAPES
+
+from q3mega.engine import Engine
+
 CASES = [
     ("dense", {"tensor": 2}, 2),
     ("dense", {"tensor": 2, "sequence_parallel": True}, 2),
@@ -17,12 +24,22 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def alone(torchrun):
+def weights(tmp_path_factory):
+    """kind -> a Hugging Face folder with the weights that every layout starts from."""
+    folders = {}
+    for kind, shape in SHAPES.items():
+        folders[kind] = str(tmp_path_factory.mktemp(kind))
+        Engine(shape, LAYOUT(), seed=3).save_hf(folders[kind], {})
+    return folders
+
+
+@pytest.fixture(scope="module")
+def alone(torchrun, weights):
     cache: dict[tuple[str, str], dict] = {}
 
     def result(kind: str, loss: str) -> dict:
         if (kind, loss) not in cache:
-            cache[kind, loss] = torchrun("layouts.py", 1, json.dumps({}), kind, loss)
+            cache[kind, loss] = torchrun("layouts.py", 1, "{}", kind, loss, weights[kind])
         return cache[kind, loss]
 
     return result
@@ -39,20 +56,30 @@ def close(got: dict, want: dict, tolerance: float) -> bool:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("kind", "layout", "processes"), CASES)
-def test_a_layout_is_the_same_model(torchrun, alone, kind, layout, processes):
+def test_a_layout_is_the_same_model(torchrun, alone, weights, kind, layout, processes):
     layout = {"processes": processes, **layout}
-    got = torchrun("layouts.py", processes, json.dumps(layout), kind, "supervised")
+    got = torchrun("layouts.py", processes, json.dumps(layout), kind, "supervised", weights[kind])
     assert close(got, alone(kind, "supervised"), 1e-4 if kind == "moe" else 1e-5)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {}])
-def test_the_policy_loss_is_the_same_too(torchrun, alone, layout):
-    got = torchrun("layouts.py", 2, json.dumps({"processes": 2, **layout}), "dense", "policy")
+def test_the_policy_loss_is_the_same_too(torchrun, alone, weights, layout):
+    got = torchrun(
+        "layouts.py", 2, json.dumps({"processes": 2, **layout}), "dense", "policy", weights["dense"]
+    )
     assert close(got, alone("dense", "policy"), 1e-5)
 
 
 @pytest.mark.dist
-def test_a_wrong_normaliser_is_seen(torchrun, alone):
-    got = torchrun("layouts.py", 2, json.dumps({"processes": 2}), "dense", "supervised", "wrong")
+def test_a_wrong_normaliser_is_seen(torchrun, alone, weights):
+    got = torchrun(
+        "layouts.py",
+        2,
+        json.dumps({"processes": 2}),
+        "dense",
+        "supervised",
+        weights["dense"],
+        "wrong",
+    )
     assert not close(got, alone("dense", "supervised"), 1e-2)
