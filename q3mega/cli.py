@@ -165,7 +165,8 @@ def _findings() -> Iterator[tuple[str, str]]:
         import torch
 
         yield "cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-        cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        cards = [torch.cuda.get_device_name(i) for i in range(count)]
         yield "gpu", ", ".join(cards) or "none"
         from q3mega.ops import dispatch
 
