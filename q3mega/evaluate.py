@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -269,12 +269,14 @@ def expert_load(
     """Each layer's busiest expert's tokens over the mean (1 = balance), on fresh documents."""
     routers = [layer.mlp.router for chunk in engine.chunks for layer in chunk.decoder.layers]
     counts = [torch.zeros(engine.shape.experts) for _ in routers]
-    hooks = [
-        router.register_forward_hook(
-            lambda _, __, out, total=total: total.add_(out[1].sum(0).cpu())
-        )
-        for router, total in zip(routers, counts, strict=True)
-    ]
+
+    def count(layer: int) -> Callable[..., None]:
+        def hook(router: Any, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+            counts[layer] += output[1].sum(0).cpu()  # the routing map (tokens, experts)
+
+        return hook
+
+    hooks = [router.register_forward_hook(count(i)) for i, router in enumerate(routers)]
     for kind in kinds:
         texts = itertools.islice(corpus.documents(kind, seed), 32)
         samples = [

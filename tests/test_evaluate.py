@@ -1,12 +1,21 @@
 """Intervals and pass@k against their definitions."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from q3mega.evaluate import held_out, pass_at_k, proportion
+from q3mega import device  # noqa: F401
+
+# isort: split
+from tiny import LAYOUT, SHAPES
+
+from q3mega.data import corpus
+from q3mega.data.tokenizer import Tokenizer, train_tokenizer
+from q3mega.engine import Engine
+from q3mega.evaluate import expert_load, held_out, pass_at_k, proportion
 
 
 def test_wilson_interval_of_a_known_case():
@@ -32,3 +41,17 @@ def test_held_out_problems_are_held_out():
     assert all(p.heldout for p in problems)
     assert len({p.id for p in problems}) == 40
     assert len({p.family for p in problems}) == 4
+
+
+def test_expert_load_is_the_busiest_over_the_mean(tmp_path):
+    texts = list(itertools.islice(corpus.documents("worked", 0), 200))
+    train_tokenizer(texts, 280, tmp_path)
+    shape = replace(SHAPES["moe"], vocab=280)
+    engine = Engine(shape, LAYOUT(), seed=1)
+    found = expert_load(engine, Tokenizer(tmp_path), ["worked"], seed=0)["expert_load"]
+    assert found["n"] == shape.layers
+    assert 1 <= found["low"] <= found["value"] <= shape.experts / shape.topk
+    router = engine.chunks[0].decoder.layers[0].mlp.router
+    router.weight.data.zero_()  # all experts alike: ties go to the same two, the worst load
+    worst = expert_load(engine, Tokenizer(tmp_path), ["worked"], seed=0)["expert_load"]
+    assert worst["value"] == pytest.approx(shape.experts / shape.topk)
