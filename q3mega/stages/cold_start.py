@@ -12,22 +12,21 @@ from collections import Counter
 from q3mega import evaluate
 from q3mega.data.corpus import REASONING
 from q3mega.data.filters import balance, query_filter, response_filter
-from q3mega.data.sft import chat_sample, epochs, reply_text, steps_of
+from q3mega.data.sft import chat_sample, reply_text
 from q3mega.data.tasks import Problem, generate
 from q3mega.data.tasks.solutions import boxed, check
 from q3mega.data.tasks.tutor import candidates, unsuitable_queries
 from q3mega.engine import Engine, parallel
 from q3mega.evaluate import text_of
 from q3mega.rollout import SamplingParams
+from q3mega.stages.fine_tune import fine_tune
 from q3mega.stages.stage import Stage
-from q3mega.train import supervised
 
 UNSUITABLE_SHARE = 10  # one query in ten of the raw pool
 VALIDATION = 400
 
 
 def run(stage: Stage) -> None:
-    config = stage.config
     source = stage.start()
     if not stage.prepared("samples.json"):
         curate(stage, stage.engine(source))
@@ -36,17 +35,7 @@ def run(stage: Stage) -> None:
         chat_sample(stage.tokenizer, row["messages"], reply_text(row["thinking"], row["response"]))
         for row in rows
     ]
-    steps = steps_of(samples, config.batch_samples, config.epochs)
-    engine = stage.engine(source, steps=steps)
-    supervised.train(
-        engine,
-        epochs(samples, config.batch_samples, stage.seed("order")),
-        steps=steps,
-        capacity=config.micro_batch_tokens,
-        folder=stage.dir / "checkpoints",
-        log=stage.log(steps),
-        save_every=config.save_every,
-    )
+    engine = fine_tune(stage, source, samples)
     stage.finish(
         engine, evaluate.thinking(stage.sampler(engine), stage.tokenizer, stage.seed("eval"))
     )

@@ -26,6 +26,7 @@ from q3mega.model import Qwen3Shape
 from q3mega.ops.distill_loss import Divergence
 from q3mega.rollout import SamplingParams
 from q3mega.stages import pretrain, reasoning_rl
+from q3mega.stages.fine_tune import fine_tune
 from q3mega.stages.stage import Stage
 from q3mega.train import supervised
 from q3mega.train.log import Log, read
@@ -43,17 +44,7 @@ def distill_off_policy(stage: Stage) -> None:
         stage.write("data/samples.json", [vars(s) for s in samples])
         stage.barrier()
     samples = [Sample(**row) for row in json.loads((stage.data / "samples.json").read_text())]
-    steps = steps_of(samples, config.batch_samples, config.epochs)
-    engine = stage.engine(base, steps=steps)
-    supervised.train(
-        engine,
-        epochs(samples, config.batch_samples, stage.seed("order")),
-        steps=steps,
-        capacity=config.micro_batch_tokens,
-        folder=stage.dir / "checkpoints" / "sft",
-        log=stage.log(steps),
-        save_every=config.save_every,
-    )
+    engine = fine_tune(stage, base, samples)
     stage.finish(engine, pass_rates(stage, engine))
 
 

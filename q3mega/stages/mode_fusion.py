@@ -14,7 +14,7 @@ from typing import Any
 from q3mega import evaluate
 from q3mega.data.batch import Sample
 from q3mega.data.corpus import REASONING
-from q3mega.data.sft import chat_sample, epochs, reply_text, steps_of
+from q3mega.data.sft import chat_sample, reply_text
 from q3mega.data.tasks import Problem, general, generate
 from q3mega.data.tasks.reasoning import chain_sum
 from q3mega.data.tasks.solutions import response_text, solve, thinking_text
@@ -22,8 +22,8 @@ from q3mega.engine import Engine
 from q3mega.rewards.judge import judge_examples
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.tools import Environment
+from q3mega.stages.fine_tune import fine_tune
 from q3mega.stages.stage import Stage
-from q3mega.train import supervised
 
 FLAGLESS = 1 / 3  # of the thinking samples carry no flag
 SYSTEM = 0.2  # of the flags stand in a system turn
@@ -32,22 +32,11 @@ PREFILLED = 0.25  # of the non-thinking samples have the empty block in the prom
 
 
 def run(stage: Stage) -> None:
-    config = stage.config
     source = stage.start()
     if not stage.prepared("samples.json"):
         build(stage, stage.engine(source))
     samples = [Sample(**row) for row in json.loads((stage.data / "samples.json").read_text())]
-    steps = steps_of(samples, config.batch_samples, config.epochs)
-    engine = stage.engine(source, steps=steps)
-    supervised.train(
-        engine,
-        epochs(samples, config.batch_samples, stage.seed("order")),
-        steps=steps,
-        capacity=config.micro_batch_tokens,
-        folder=stage.dir / "checkpoints",
-        log=stage.log(steps),
-        save_every=config.save_every,
-    )
+    engine = fine_tune(stage, source, samples)
     stage.finish(engine, both_modes(stage, engine) | budgets(stage, engine))
 
 
