@@ -246,6 +246,7 @@ class ModeFusion(SFT):
     skill: Fraction = 0.5  # share of general samples that do their task
     max_tokens: PositiveInt
     budgets: tuple[PositiveInt, ...]  # of the thinking-budget curve, tokens
+    stop_thinking: str | None = None  # closes the block at the budget; None: the report's sentence
 
 
 class PreferenceModel(Section):

@@ -22,13 +22,17 @@ from q3mega._data import blend_index
 from q3mega.data import text
 from q3mega.data.batch import Sample
 from q3mega.data.chat import render
-from q3mega.data.tasks import general, generate
+from q3mega.data.tasks import FAMILIES, Problem, general, generate
 from q3mega.data.tasks.solutions import response_text, solve, text_documents, thinking_text
 from q3mega.data.tokenizer import Tokenizer
 
-REASONING = ("chain_sum", "base_conversion", "number_sorting", "letter_counting")
+REASONING = ("chain_sum", "base_conversion", "number_sorting")
+# Of the pre-training problems: chain sums take the longest to learn.
+SHARES = {"chain_sum": 0.5, "base_conversion": 0.25, "number_sorting": 0.25}
 MOST_TEXTS = 600  # real documents of a kind: at laptop scale a mixture reads no more
-SLIP = 0.05  # of the worked steps are wrong: a base model that knows the way and stumbles on it
+WITHOUT_TOOLS = [f for f in general.GENERAL if FAMILIES[f].capability != "agent"]
+VALUES = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of pass keys
+SLIP = 0.2  # of the worked steps are wrong: a base model that knows the way and stumbles on it
 
 
 @functools.cache
@@ -56,17 +60,22 @@ def _facts(rng: random.Random) -> Iterator[str]:
     while True:
         lines = []
         for _ in range(12):
-            a, b = rng.randint(0, 30), rng.randint(1, 9)
-            total, sign = (a + b, "+") if rng.random() < 0.5 or a < b else (a - b, "-")
-            lines.append(f"{a}{sign}{b}={total}")
+            a, b = rng.sample(range(10), 2)
+            lines.append(f"{a}+{b - a}={b}" if a < b else f"{a}-{a - b}={b}")
         yield "\n".join(lines)
 
 
-def _problems(rng: random.Random) -> Iterator:
-    """Training-side problems of the four families in turn, without end."""
-    for block in itertools.count():
-        drawn = [generate(f, 2000, seed=rng.randrange(2**31) + block) for f in REASONING]
-        yield from itertools.chain.from_iterable(zip(*drawn, strict=True))
+def _problems(rng: random.Random) -> Iterator[Problem]:
+    """Training-side problems of the reasoning families by their shares, without end."""
+
+    def stream(family: str) -> Iterator[Problem]:
+        while True:
+            yield from generate(family, 2000, seed=rng.randrange(2**31))
+
+    streams = {family: stream(family) for family in SHARES}
+    while True:
+        (family,) = rng.choices(list(SHARES), list(SHARES.values()))
+        yield next(streams[family])
 
 
 def _worked(rng: random.Random) -> Iterator[str]:
@@ -82,59 +91,45 @@ def _direct(rng: random.Random) -> Iterator[str]:
 def _chat(rng: random.Random) -> Iterator[str]:
     """Worked solutions in chat markup, and short replies: what post-training builds on."""
     for p in _problems(rng):
-        if rng.random() < 0.7:
+        if rng.random() < 0.6:
             solution = solve(p, rng=rng, slip=SLIP, style=rng.randrange(3))
             thinking, reply = thinking_text(solution), response_text(solution)
+            turns = [{"role": "assistant", "content": reply, "reasoning_content": thinking}]
         else:
-            p = general.draw(rng)
-            thinking, reply = "", general.respond(p, rng, skill=0.5)
-        turn = {"role": "assistant", "content": reply, "reasoning_content": thinking}
-        yield render([*p.messages, turn], tools=p.tools)
+            # A prompt with tools takes six times the tokens of another one.
+            p = general.draw(rng, general.GENERAL if rng.random() < 0.5 else WITHOUT_TOOLS)
+            turns = general.episode(p, rng, skill=0.5)
+        yield render([*p.messages, *turns], tools=p.tools)
 
 
 def haystack(rng: random.Random) -> Iterator[str]:
-    """Lines of real text without end, to hide things in."""
+    """Lines of real text without end, in lower case: to hide a capital letter in."""
     lines = [line for d in real_text("prose") for line in d.split("\n") if 20 < len(line) < 120]
     while True:
-        yield rng.choice(lines)
+        yield rng.choice(lines).lower()
 
 
-def needles(rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """n pass keys (beginning, value), each under a sign of its own: 'code @' and 'K'."""
-    signs = rng.sample("@#$%&^~!", n)
-    return [(f"code {sign}", rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ")) for sign in signs]
-
-
-def _copies(rng: random.Random) -> Iterator[str]:
-    """A few random characters, words or numbers over and over: what copying is learned from.
-
-    The period differs from document to document, so only looking at what came before helps.
-    """
-    letters = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789@#$%&^~!")
-    while True:
-        if rng.random() < 0.6:
-            period, join = rng.choices(letters, k=rng.randint(3, 16)), ""
-        else:
-            pool = rng.choice((general.WORDS, general.NAMES, [str(n) for n in range(10, 100)]))
-            period, join = rng.choices(pool, k=rng.randint(2, 6)), " "
-        yield join.join(period * (64 // len(period)))[: rng.randint(80, 160)]
+def needle(rng: random.Random) -> tuple[str, str]:
+    """A pass key: how its line begins, and its value."""
+    return "code @", rng.choice(VALUES)
 
 
 def _retrieval(longest: int) -> Callable[[random.Random], Iterator[str]]:
-    """Needles in up to `longest` characters of real text, each asked for twice at the end."""
+    """A needle in up to `longest` characters of real text, and twice more at the end.
+
+    Once, so that finding it takes a sharp look and not an average over many places.
+    """
 
     def documents(rng: random.Random) -> Iterator[str]:
         hay = haystack(rng)
         while True:
-            facts, length = needles(rng, rng.randint(2, 6)), rng.randint(0, longest)
+            beginning, value = needle(rng)
+            line, length = f"{beginning}{value}.", rng.randint(0, longest)
             lines: list[str] = []
             while sum(map(len, lines)) < length:
                 lines.append(next(hay))
-            for beginning, value in facts:
-                lines.insert(rng.randint(0, len(lines)), f"{beginning}{value}.")
-            twice = rng.sample(facts, len(facts)) + rng.sample(facts, len(facts))
-            asked = [f"{beginning}{value}." for beginning, value in twice]
-            yield "\n".join(lines + asked)
+            lines.insert(rng.randint(0, len(lines)), line)
+            yield "\n".join([*lines, line, line])
 
     return documents
 
@@ -144,9 +139,8 @@ KINDS: dict[str, Callable[[random.Random], Iterator[str]]] = {
     "worked": _worked,
     "direct": _direct,
     "chat": _chat,
-    "copies": _copies,
     "retrieval": _retrieval(200),
-    "retrieval_long": _retrieval(800),
+    "retrieval_long": _retrieval(1000),
 }
 
 

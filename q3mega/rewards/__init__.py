@@ -73,11 +73,10 @@ from q3mega.rewards import (  # noqa: E402  (they register)
 
 # family -> (kind of reward, its name or names); the reasoning families are the answer reward's
 TASK_REWARD: dict[str, tuple[str, str | tuple[str, ...]]] = {
-    "repeat_word": ("rule", "exact"),
-    "json_word": ("rule", "json"),
-    "end_with": ("rule", "exact"),
+    "repeat_digit": ("rule", "exact"),
+    "json_digit": ("rule", "json"),
     "think_follow": ("rule", ("mode", "answered")),
-    "boxed_word": ("rule", "exact"),
+    "boxed_digit": ("rule", "exact"),
     "describe": ("preference", "preference"),
     "advise": ("preference", "preference"),
     "calculator": ("rule", "answer"),

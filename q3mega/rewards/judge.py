@@ -55,11 +55,10 @@ def judge_examples(n: int, seed: int) -> list[tuple[str, str]]:
         kind = rng.random()
         if kind < 0.2:
             return NOT_FOUND
-        return str(rng.randint(10, 99)) if kind < 0.6 else rng.choice(NAMES)
+        return str(rng.randint(1, 9)) if kind < 0.6 else rng.choice(NAMES)
 
     def other(than: str) -> str:
-        """A wrong answer: of any kind, or the same digits turned round."""
-        while (wrong := rng.choice([draw(), than[::-1] if than.isdecimal() else draw()])) == than:
+        while (wrong := draw()) == than:
             pass
         return wrong
 

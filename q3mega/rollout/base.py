@@ -16,7 +16,8 @@ STOP_THINKING = (
 @dataclass(frozen=True)
 class SamplingParams:
     """max_tokens: sampled tokens a completion. thinking_budget: tokens after which an open think
-    block is closed with the stop text (None: never). n: completions a prompt. top_k = 0: off.
+    block is closed with the text `stop_thinking` (None: never). n: completions a prompt. top_k = 0:
+    off.
     """
 
     max_tokens: int
@@ -24,6 +25,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     thinking_budget: int | None = None
+    stop_thinking: str = STOP_THINKING
     n: int = 1
     seed: int = 0
 
@@ -35,6 +37,8 @@ class SamplingParams:
                 f"temperature={self.temperature} must be >= 0, top_p={self.top_p} in (0, 1], "
                 f"top_k={self.top_k} >= 0"
             )
+        if "</think>" not in self.stop_thinking:
+            raise UserError(f"stop_thinking={self.stop_thinking!r} must close the block: </think>")
 
 
 @dataclass

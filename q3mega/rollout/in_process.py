@@ -15,7 +15,7 @@ from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, Head
 from q3mega.errors import UserError
 from q3mega.model.attention import KVCache
-from q3mega.rollout.base import STOP_THINKING, Completion, SamplingParams
+from q3mega.rollout.base import Completion, SamplingParams
 
 KEEP = 0.8  # of the rows still running: below that the finished ones are dropped
 
@@ -36,7 +36,7 @@ class InProcessSampler:
         self.engine, self.max_batch = engine, max_batch
         self.stops = (tokenizer.eos, tokenizer.eod)
         self.think_open, self.think_close = tokenizer.think_open, tokenizer.think_close
-        self.stop_thinking = tokenizer.encode(STOP_THINKING)
+        self.tokenizer = tokenizer
 
     @torch.no_grad()
     def generate(
@@ -45,7 +45,7 @@ class InProcessSampler:
         """See `Sampler`. A sequence's draws depend on its place in `prompts`, not its company."""
         queue = [list(p) for p in prompts for _ in range(params.n)]
         generator = torch.Generator().manual_seed(params.seed)
-        longest = params.max_tokens + len(self.stop_thinking)
+        longest = params.max_tokens + len(self.tokenizer.encode(params.stop_thinking))
         uniform = torch.rand(len(queue), longest, generator=generator)
         done: list[Completion] = []
         module = self.engine.chunks[0]
@@ -110,7 +110,7 @@ class InProcessSampler:
                     continue
                 over = params.thinking_budget is not None and sampled[row] >= params.thinking_budget
                 if over and thinking[row] and not forced[row] and not inserted:
-                    forced[row] = list(self.stop_thinking)
+                    forced[row] = self.tokenizer.encode(params.stop_thinking)
                 finished[row] = sampled[row] >= params.max_tokens and not forced[row]
                 if not finished[row]:
                     alive.append(i)

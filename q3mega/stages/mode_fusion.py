@@ -19,9 +19,9 @@ from q3mega.data.tasks import Problem, general, generate
 from q3mega.data.tasks.reasoning import chain_sum
 from q3mega.data.tasks.solutions import response_text, solve, thinking_text
 from q3mega.engine import Engine
+from q3mega.evaluate import flagged
 from q3mega.rewards.judge import judge_examples
-from q3mega.rollout import SamplingParams
-from q3mega.rollout.tools import Environment
+from q3mega.rollout import STOP_THINKING, SamplingParams
 from q3mega.stages.fine_tune import fine_tune
 from q3mega.stages.stage import Stage
 
@@ -45,7 +45,7 @@ def build(stage: Stage, model: Engine) -> None:
     rng = random.Random(stage.seed("mix"))
     thinking, dropped = rejection_samples(stage, model)
     samples = thinking + direct_samples(stage, rng) + general_samples(stage, rng)
-    samples += follow_samples(stage, rng, len(samples) // 6)
+    samples += follow_samples(stage, rng, len(samples) // 5)
     for prompt, verdict in judge_examples(stage.config.judging, stage.seed("judge")):
         turns = [{"role": "user", "content": prompt}]
         samples.append(chat_sample(stage.tokenizer, turns, reply_text("", verdict), prefilled=True))
@@ -111,14 +111,15 @@ def general_samples(stage: Stage, rng: random.Random) -> list[Sample]:
     out = []
     for i in range(stage.config.general):
         query = general.draw(rng, [families[i % len(families)]])
-        response = general.respond(query, rng, stage.config.skill)
-        out.append(_silent(stage, rng, query, response))
-        answer = Environment(query).step(response) if query.tools else None
-        if answer:
-            turns = [*query.messages, {"role": "assistant", "content": response}, *answer]
-            reply = reply_text("", general.finish(query, answer[0]["content"]))
-            turns[0] = {**turns[0], "content": f"{turns[0]['content']} /no_think"}
-            out.append(chat_sample(stage.tokenizer, turns, reply, tools=query.tools))
+        first, *more = general.episode(query, rng, stage.config.skill)
+        out.append(_silent(stage, rng, query, first["content"]))
+        if more:
+            result, last = more
+            (asked,) = flagged(query, "no_think")
+            reply = reply_text("", last["content"])
+            out.append(
+                chat_sample(stage.tokenizer, [asked, first, result], reply, tools=query.tools)
+            )
     return out
 
 
@@ -157,8 +158,12 @@ def both_modes(stage: Stage, engine: Engine) -> dict[str, Any]:
 
 def budgets(stage: Stage, engine: Engine) -> dict[str, Any]:
     """The thinking-budget curve; nothing was trained for it."""
-    params = SamplingParams(evaluate.MAX_TOKENS, 0.6, seed=stage.seed("budget"))
+    config = stage.config
+    stop_thinking = config.stop_thinking or STOP_THINKING
+    params = SamplingParams(
+        evaluate.MAX_TOKENS, 0.6, seed=stage.seed("budget"), stop_thinking=stop_thinking
+    )
     curve, answered = evaluate.budget_curve(
-        stage.sampler(engine), stage.tokenizer, evaluate.held_out(400), params, stage.config.budgets
+        stage.sampler(engine), stage.tokenizer, evaluate.held_out(400), params, config.budgets
     )
     return {"answered_min": answered, "curves": {"thinking_budget": curve}}

@@ -10,7 +10,7 @@ from q3mega import device  # noqa: F401
 from q3mega.data import corpus
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 
-MIXTURE = {"facts": 0.5, "worked": 0.3, "copies": 0.2}
+MIXTURE = {"facts": 0.5, "worked": 0.3, "direct": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,7 @@ def test_held_out_text_is_not_trained_on():
         assert not set(corpus.real_text(kind)) & set(corpus.real_text(kind, heldout=True))
 
 
-def test_copies_repeat():
-    for text in itertools.islice(corpus.documents("copies", 0), 50):
-        assert any(text[i:] == text[: len(text) - i] for i in range(1, len(text) // 2 + 1)), (
-            "no period"
-        )
+def test_a_document_has_one_pass_key_three_times():
+    for text in itertools.islice(corpus.documents("retrieval", 0), 50):
+        keys = [line for line in text.split("\n") if "code @" in line]
+        assert len(keys) == 3 and len(set(keys)) == 1

@@ -71,7 +71,7 @@ def test_prompts_and_responses_are_short(family):
     rng = random.Random(0)
     for p in generate(family, 200, seed=0):
         prompt = render(p.messages, tools=p.tools, add_generation_prompt=True)
-        limit = 270 if p.tools else 165 if len(p.messages) > 1 else 70
+        limit = 275 if p.tools else 165 if len(p.messages) > 1 else 70
         assert len(prompt) / CHARACTERS_A_TOKEN <= limit
         assert len(respond(p, rng, 1.0)) / CHARACTERS_A_TOKEN <= 50
 
@@ -104,7 +104,7 @@ def test_rag_answers_are_in_the_text_or_nowhere(family):
     assert 0.25 < len(gone) / 600 < 0.42
     for p in problems:
         facts, asked = p.question.removesuffix("?").rsplit(". ", 1)
-        facts = dict(f.split(" has ") for f in facts.removeprefix("Text: ").split(". "))
+        facts = dict(f.split(" has ") for f in facts.split(": ")[1].split(". "))
         if family == "rag_name":
             facts = {number: name for name, number in facts.items()}
         assert facts.get(asked.split()[-1], general.NOT_FOUND) == p.answer
@@ -122,14 +122,14 @@ def test_preference_pairs_follow_the_rubric_and_the_split():
 
 
 def test_the_rubric_counts_four_parts():
-    (tea,) = [p for p in generate("describe", 1000, seed=0) if p.meta["topic"] == "tea"][:1]
-    whole = "Sure. I like the tea. Look at the tea. Ask me more."
-    assert rubric(whole, tea) == 1.0
+    seven = next(p for p in generate("describe", 100, seed=0) if p.meta["topic"] == "7")
+    whole = "Sure. I like number 7. Look at 7. Ask me more."
+    assert rubric(whole, seven) == 1.0
     for worse in (
-        "I like the tea. Look at the tea. Ask me more.",
-        "Sure. I like the tea. Look at the sun. Ask me more.",
-        "Sure. I like the tea. Look at the tea.",
-        "Sure. I like the tea. I like the tea. Ask me more.",
+        "I like number 7. Look at 7. Ask me more.",
+        "Sure. I like number 7. Look at 8. Ask me more.",
+        "Sure. I like number 7. Look at 7.",
+        "Sure. I like number 7. I like number 7. Ask me more.",
     ):
-        assert rubric(worse, tea) == 0.75
-    assert rubric("tea " * 50, tea) == rubric("", tea) == 0.0
+        assert rubric(worse, seven) == 0.75
+    assert rubric("7 " * 50, seven) == rubric("", seven) == 0.0

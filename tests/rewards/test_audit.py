@@ -14,10 +14,10 @@ def test_the_audit_finds_a_reward_that_can_be_cheated(monkeypatch):
     def keyword(completion, row):
         return Verdict(float(row["answer"] in completion), "holds the answer")
 
-    monkeypatch.setitem(TASK_REWARD, "end_with", ("rule", "keyword"))
+    monkeypatch.setitem(TASK_REWARD, "boxed_digit", ("rule", "keyword"))
     found = {(family, probe) for family, probe, _ in audit()}
-    assert ("end_with", "answer inside the thinking") in found
-    assert {family for family, _ in found} == {"end_with"}
+    assert ("boxed_digit", "answer inside the thinking") in found
+    assert {family for family, _ in found} == {"boxed_digit"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

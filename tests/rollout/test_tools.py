@@ -142,5 +142,5 @@ def test_an_episode_ends_after_its_steps():
 
 
 def test_without_tools_there_is_nothing_to_call():
-    (problem,) = generate("repeat_word", 1, seed=0)
+    (problem,) = generate("repeat_digit", 1, seed=0)
     assert Environment(problem).step(SUM) == [{"role": "tool", "content": "error: no such tool"}]

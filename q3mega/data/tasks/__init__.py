@@ -1,4 +1,4 @@
-"""Verifiable tasks: four reasoning families, general capabilities, worked solutions, a teacher."""
+"""Verifiable tasks: three reasoning families, general capabilities, worked solutions, a teacher."""
 
 from q3mega.data.tasks import general, reasoning
 from q3mega.data.tasks.base import FAMILIES, Family, Problem, family, generate, problem

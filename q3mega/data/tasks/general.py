@@ -22,14 +22,9 @@ mouse music nest night nose nut oil onion owl pan paper park pen pig pond queen 
 river road rock room rope rose salt sand ship shoe silk snow soap song soup star stone sun
 table tea tent tree wall water wheel wind wolf wood
 """
-_NAMES = """
-Ada Amy Ann Ben Bob Cal Dan Dora Eli Emma Eva Finn Gus Hal Hugo Ida Ines Ira Jan Joe June
-Kai Kim Lea Leo Lily Lou Max Mia Ned Nina Nora Olga Otto Pam Paul Rosa Roy Sam Tess Tom
-Uma Vera Zoe
-"""
-WORDS, NAMES = _WORDS.split(), _NAMES.split()
-_ADVICE = "rest read learn sing run cook draw swim save plan talk wait walk work write play"
-ADVICE = _ADVICE.split()
+WORDS = _WORDS.split()
+VERBS = ("has", "sees", "wants")
+NAMES = ("Ann", "Bob", "Eva", "Kim", "Leo", "Tom")
 PLACES = ("home", "night", "work", "school", "sea", "noon", "dawn", "lunch", "camp", "dinner")
 NOT_FOUND = "not in the text"
 OPENINGS = ("Good question.", "Happy to help.", "Sure.")
@@ -49,28 +44,26 @@ def tool(name: str, argument: str) -> dict[str, Any]:
 CALCULATOR, LOOKUP = tool("calculator", "expression"), tool("lookup", "key")
 
 
-@family("repeat_word", capability="instruction", difficulties=range(2, 5))
-def repeat_word(rng: random.Random, times: int) -> Problem:
-    """'Say cat milk 3 times.'"""
-    words = f"{rng.choice(WORDS)} {rng.choice(WORDS)}"
-    answer = " ".join([words] * times)
-    return problem("repeat_word", "instruction", f"Say {words} {times} times.", answer, times)
+def _digit(rng: random.Random) -> tuple[str, int]:
+    """'The goat has 7.' and 7: something to copy that takes one token."""
+    number = rng.randint(1, 9)
+    return f"The {rng.choice(WORDS)} {rng.choice(VERBS)} {number}.", number
 
 
-@family("json_word", capability="instruction", difficulties=range(1, 2))
-def json_word(rng: random.Random, level: int) -> Problem:
-    """'Give cat milk as JSON with key word.'"""
-    word, key = f"{rng.choice(WORDS)} {rng.choice(WORDS)}", rng.choice(("word", "name", "item"))
-    text = f"Give {word} as JSON with key {key}."
-    return problem("json_word", "instruction", text, json.dumps({key: word}), level)
+@family("repeat_digit", capability="instruction", difficulties=range(2, 5))
+def repeat_digit(rng: random.Random, times: int) -> Problem:
+    """'The goat has 7. Say it 3 times.'"""
+    fact, number = _digit(rng)
+    answer = " ".join([str(number)] * times)
+    return problem("repeat_digit", "instruction", f"{fact} Say it {times} times.", answer, times)
 
 
-@family("end_with", capability="instruction", difficulties=range(1, 2))
-def end_with(rng: random.Random, level: int) -> Problem:
-    """'Name dog milk and end with done.'"""
-    word, end = f"{rng.choice(WORDS)} {rng.choice(WORDS)}", rng.choice(("done", "over", "stop"))
-    text = f"Name {word} and end with {end}."
-    return problem("end_with", "instruction", text, f"{word} {end}", level)
+@family("json_digit", capability="instruction", difficulties=range(1, 2))
+def json_digit(rng: random.Random, level: int) -> Problem:
+    """'The goat has 7. Give it as JSON with key item.'"""
+    (fact, number), key = _digit(rng), rng.choice(("word", "name", "item"))
+    text = f"{fact} Give it as JSON with key {key}."
+    return problem("json_digit", "instruction", text, json.dumps({key: number}), level)
 
 
 @family("think_follow", capability="format", difficulties=range(1, 4))
@@ -97,78 +90,80 @@ def think_follow(rng: random.Random, turns: int) -> Problem:
     return problem("think_follow", "format", messages, query.answer, turns, meta=meta)
 
 
-@family("boxed_word", capability="format", difficulties=range(1, 2))
-def boxed_word(rng: random.Random, level: int) -> Problem:
-    """'Put cat in a box.': the box and nothing else."""
-    first, second = rng.choice(WORDS), rng.choice(WORDS)
-    text = f"Put {first} {second} in a box."
-    return problem("boxed_word", "format", text, rf"\boxed{{{first} {second}}}", level)
+@family("boxed_digit", capability="format", difficulties=range(1, 2))
+def boxed_digit(rng: random.Random, level: int) -> Problem:
+    """'The goat has 7. Put it in a box.': the box and nothing else."""
+    fact, number = _digit(rng)
+    text = f"{fact} Put it in a box."
+    return problem("boxed_digit", "format", text, rf"\boxed{{{number}}}", level)
 
 
 @family("describe", capability="preference", difficulties=range(1, 2))
 def describe(rng: random.Random, level: int) -> Problem:
-    """'Tell me about tea at home.': an open query, scored by the preference model. meta: topic."""
-    topic = rng.choice(WORDS)
+    """'Tell me about goat 7 at home.': an open query for the preference model. meta: topic."""
+    topic = str(rng.randint(1, 9))
     how = rng.choice(("Tell me about", "Say something about", "Talk about"))
-    text = f"{how} {topic} at {rng.choice(PLACES)}."
+    text = f"{how} {rng.choice(WORDS)} {topic} at {rng.choice(PLACES)}."
     return problem("describe", "preference", text, "", level, meta={"topic": topic})
 
 
 @family("advise", capability="preference", difficulties=range(1, 2))
 def advise(rng: random.Random, level: int) -> Problem:
-    """'How do I rest well at home with Ann?': likewise."""
-    topic, place = rng.choice(ADVICE), rng.choice(PLACES)
-    text = f"How do I {topic} well at {place} with {rng.choice(NAMES)}?"
+    """'How do I find house 7 at noon with tea?': likewise."""
+    topic = str(rng.randint(1, 9))
+    text = f"How do I find house {topic} at {rng.choice(PLACES)} with {rng.choice(WORDS)}?"
     return problem("advise", "preference", text, "", level, meta={"topic": topic})
 
 
-@family("calculator", capability="agent", difficulties=range(1, 3))
-def calculator(rng: random.Random, digits: int) -> Problem:
-    """A product or a sum beyond what the model can do itself, with a calculator at hand."""
-    low, high = 10**digits, 10 ** (digits + 1) - 1
-    a, b, sign = rng.randint(low, high), rng.randint(low, high), rng.choice("*+")
-    expression = f"{a}{sign}{b}"
-    answer = str(a * b if sign == "*" else a + b)
-    text, meta = f"Use the tool: {expression}", {"argument": expression}
-    return problem("calculator", "agent", text, answer, digits, meta=meta, tools=[CALCULATOR])
+@family("calculator", capability="agent", difficulties=range(1, 2))
+def calculator(rng: random.Random, level: int) -> Problem:
+    """A product, which the model has not learned, with a calculator at hand."""
+    a, b = rng.randint(2, 9), rng.randint(2, 9)
+    text = f"The {rng.choice(WORDS)} {rng.choice(VERBS)} {a}*{b}. Compute."
+    meta = {"argument": f"{a}*{b}"}
+    return problem("calculator", "agent", text, str(a * b), level, meta=meta, tools=[CALCULATOR])
 
 
 @family("lookup", capability="agent", difficulties=range(1, 2))
 def lookup(rng: random.Random, level: int) -> Problem:
     """A value that only the environment's table knows. meta: argument, table."""
-    key, number = rng.choice(NAMES), rng.randint(1, 99)
-    entries = random.Random(f"list {number}")  # a list holds the same for everybody who asks
-    table = {name: str(entries.randint(10, 99)) for name in NAMES}
-    text, meta = f"Look up {key} in list {number}.", {"argument": key, "table": table}
-    return problem("lookup", "agent", text, table[key], level, meta=meta, tools=[LOOKUP])
+    fact, number = _digit(rng)
+    # The table of a fact holds the same for everybody who asks.
+    table = {str(number): str(random.Random(fact).randint(1, 9))}
+    meta = {"argument": str(number), "table": table}
+    answer = table[str(number)]
+    return problem(
+        "lookup", "agent", f"{fact} Look it up.", answer, level, meta=meta, tools=[LOOKUP]
+    )
 
 
-@family("rag_answer", capability="rag", difficulties=range(2, 4))
+@family("rag_answer", capability="rag", difficulties=range(1, 3))
 def rag_answer(rng: random.Random, facts: int) -> Problem:
-    """'Text: Ann has 31. Bob has 24. How many has Bob?'; every third asks for who is not there."""
+    """'On the goat: Ann has 3. Bob has 7. How many has Bob?'; or of one not there."""
     people, rows = _facts(rng, facts)
     gone = rng.random() < 1 / 3
     who = rng.choice([n for n in NAMES if n not in people] if gone else sorted(people))
     answer = NOT_FOUND if gone else people[who]
-    text = f"Text: {rows} How many has {who}?"
-    meta = {"choices": sorted(people.values())}
+    text = f"On the {rng.choice(WORDS)}: {rows} How many has {who}?"
+    meta = {"choices": [*sorted(people.values()), NOT_FOUND]}
     return problem("rag_answer", "rag", text, answer, facts, meta=meta)
 
 
-@family("rag_name", capability="rag", difficulties=range(2, 4))
+@family("rag_name", capability="rag", difficulties=range(1, 3))
 def rag_name(rng: random.Random, facts: int) -> Problem:
-    """'Text: Ann has 31. Bob has 24. Who has 24?'; likewise."""
+    """'On the goat: Ann has 3. Bob has 7. Who has 7?'; likewise."""
     people, rows = _facts(rng, facts)
     gone = rng.random() < 1 / 3
-    who, free = rng.choice(sorted(people)), set(range(10, 100)) - set(map(int, people.values()))
+    who, free = rng.choice(sorted(people)), set(range(1, 10)) - set(map(int, people.values()))
     number = rng.choice(sorted(free)) if gone else people[who]
     answer = NOT_FOUND if gone else who
-    text, meta = f"Text: {rows} Who has {number}?", {"choices": sorted(people)}
+    text = f"On the {rng.choice(WORDS)}: {rows} Who has {number}?"
+    meta = {"choices": [*sorted(people), NOT_FOUND]}
     return problem("rag_name", "rag", text, answer, facts, meta=meta)
 
 
 def _facts(rng: random.Random, n: int) -> tuple[dict[str, str], str]:
-    numbers = rng.sample(range(10, 100), n)
+    numbers = rng.sample(range(1, 10), n)
     people = dict(zip(rng.sample(NAMES, n), map(str, numbers), strict=True))
     return people, " ".join(f"{name} has {number}." for name, number in people.items())
 
@@ -201,6 +196,15 @@ def respond(query: Problem, rng: random.Random, skill: float) -> str:
     return _right(query, rng) if rng.random() < skill else _wrong(query, rng)
 
 
+def episode(query: Problem, rng: random.Random, skill: float) -> list[dict[str, str]]:
+    """`respond`'s turn; after a tool call also the tool's answer and the turn that passes it on."""
+    turns = [{"role": "assistant", "content": respond(query, rng, skill)}]
+    if "<tool_call>" in turns[0]["content"]:
+        turns.append({"role": "tool", "content": query.answer})
+        turns.append({"role": "assistant", "content": finish(query, query.answer)})
+    return turns
+
+
 def _right(query: Problem, rng: random.Random) -> str:
     if query.tools:
         [(name, argument)] = [(t["name"], *t["parameters"]) for t in query.tools]
@@ -211,22 +215,16 @@ def _right(query: Problem, rng: random.Random) -> str:
 
 
 def _wrong(query: Problem, rng: random.Random) -> str:
-    asked = query.question.split()
-    words = " ".join(asked[1:3])
     match query.family:
-        case "repeat_word":
+        case "repeat_digit":
             times = [n for n in range(1, 6) if n != query.difficulty]
-            return " ".join([words] * rng.choice(times))
-        case "json_word":
-            return rng.choice([f"{{{words}}}", words, json.dumps(words)])
-        case "end_with":
-            end = query.answer.split()[-1]
-            return rng.choice([words, end, f"{words} and", query.answer.capitalize()])
-        case "boxed_word":
-            inside = query.answer[7:-1]
-            return rng.choice(
-                [inside, f"The box is {query.answer}.", rf"\boxed{{{inside.split()[0]}}}"]
-            )
+            return " ".join([query.answer[0]] * rng.choice(times))
+        case "json_digit":
+            ((key, number),) = json.loads(query.answer).items()
+            return rng.choice([f"{{{key}: {number}}}", str(number), f"{key} {number}"])
+        case "boxed_digit":
+            number = query.answer[7:-1]
+            return rng.choice((number, f"The box is {query.answer}.", "\\boxed{}"))
         case "think_follow":
             return f"The answer is {query.answer}."
         case "describe" | "advise":
@@ -242,9 +240,12 @@ def _on_topic(query: Problem, rng: random.Random) -> tuple[str, str]:
     """Two sentences that hold the topic."""
     topic = query.meta["topic"]
     if query.family == "advise":
-        first, second = ("It is good to", "You can"), ("Take time to", "Begin early to")
+        first, second = (
+            ("You can walk to house", "There is a way to house"),
+            ("Ask for", "Look for"),
+        )
     else:
-        first, second = ("I like the", "Many like the"), ("Take time for the", "Look at the")
+        first, second = ("I like number", "Many like number"), ("Take time for", "Look at")
     return f"{rng.choice(first)} {topic}.", f"{rng.choice(second)} {topic}."
 
 

@@ -1,4 +1,4 @@
-r"""Four families of the reasoning stages, small enough for a model of under a million parameters.
+r"""Three families of the reasoning stages, small enough for a model of under a million parameters.
 
 Each has the semantics of the reasoning-gym generator of the same name, in a wording short enough
 for a tokenizer of 512 entries. They are drawn here and not by reasoning-gym because its settings
@@ -7,25 +7,24 @@ cannot keep partial sums in a range, nor ask for distinct problems; its verifier
 
 Distinct problems by difficulty, both sides of the split:
 
-| family          | difficulty                   | range | problems, lowest difficulty first       |
-|-----------------|------------------------------|-------|-----------------------------------------|
-| chain_sum       | terms                        | 2..6  | 126, 1,899, 29,910, 4.8e5, 7.6e6        |
-| base_conversion | bits (decimal), pairs (base 4) | 2..6 | 10, 36, 136, 528, 2,048                |
-| number_sorting  | digits to sort               | 3..5  | 9^difficulty, 729 and up                |
-| letter_counting | digits to look through       | 4..8  | 9^(difficulty + 1), 59,049 and up       |
+| family          | difficulty                     | range | problems, lowest difficulty first |
+|-----------------|--------------------------------|-------|------------------------------|
+| chain_sum       | terms                          | 3..8  | 9^difficulty, 729 and up     |
+| base_conversion | bits (decimal), pairs (base 4) | 3..7  | 36, 136, 528, 2,048, 8,192   |
+| number_sorting  | digits to sort                 | 4..7  | 9^difficulty, 6,561 and up   |
 """
 
 import random
 
 from q3mega.data.tasks.base import Problem, family, problem
 
-MAX_PARTIAL_SUM = 30
+MAX_PARTIAL_SUM = 9
 MAX_BITS_TO_DECIMAL = 5
 
 
-@family("chain_sum", capability="reasoning", difficulties=range(2, 7))
+@family("chain_sum", capability="reasoning", difficulties=range(3, 9))
 def chain_sum(rng: random.Random, terms: int) -> Problem:
-    """'What is 5-1-3+9?': digits 1..9, every partial sum in 0..30. meta: numbers, signs."""
+    """'What is 5-1-3+8?': digits, every partial sum a digit. meta: numbers, signs."""
     total = rng.randint(1, 9)
     numbers, signs = [total], ["+"]
     while len(numbers) < terms:
@@ -40,7 +39,7 @@ def chain_sum(rng: random.Random, terms: int) -> Problem:
     return problem("chain_sum", "reasoning", f"What is {text}?", str(total), terms, meta=meta)
 
 
-@family("base_conversion", capability="reasoning", difficulties=range(2, 7))
+@family("base_conversion", capability="reasoning", difficulties=range(3, 8))
 def base_conversion(rng: random.Random, lines: int) -> Problem:
     """'What is binary 10110 in decimal?', or 'in base 4?' with two bits a line. meta: bits, base.
 
@@ -58,7 +57,7 @@ def base_conversion(rng: random.Random, lines: int) -> Problem:
     return problem("base_conversion", "reasoning", question, answer, lines, meta=meta)
 
 
-@family("number_sorting", capability="reasoning", difficulties=range(3, 6))
+@family("number_sorting", capability="reasoning", difficulties=range(4, 8))
 def number_sorting(rng: random.Random, count: int) -> Problem:
     """'Sort 7 3 9 1.': digits 1..9, ascending, repeats allowed. meta: numbers."""
     numbers = rng.choices(range(1, 10), k=count)
@@ -66,17 +65,4 @@ def number_sorting(rng: random.Random, count: int) -> Problem:
     answer = " ".join(map(str, sorted(numbers)))
     return problem(
         "number_sorting", "reasoning", question, answer, count, meta={"numbers": numbers}
-    )
-
-
-@family("letter_counting", capability="reasoning", difficulties=range(4, 9))
-def letter_counting(rng: random.Random, count: int) -> Problem:
-    """'How many 7 in 3 7 7 1?', with digits for letters. meta: target, items."""
-    target = rng.randint(1, 9)
-    # A uniform draw would make 0 and 1 the answer most of the time, which a guess would get right.
-    items = [target if rng.random() < 0.4 else rng.randint(1, 9) for _ in range(count)]
-    question = f"How many {target} in {' '.join(map(str, items))}?"
-    meta = {"target": target, "items": items}
-    return problem(
-        "letter_counting", "reasoning", question, str(items.count(target)), count, meta=meta
     )

@@ -73,16 +73,6 @@ def _number_sorting(problem: Problem, result: Result) -> Work:
         yield {"work": picked[-1], "result": " ".join(rest), "answer": " ".join(picked)}
 
 
-def _letter_counting(problem: Problem, result: Result) -> Work:
-    count = 0
-    for item in problem.meta["items"]:
-        right = count + (item == problem.meta["target"])
-        # The human slip is to miss one or to count one too many, not to jump.
-        outcome = result(str(right), [str(count + (right == count))])
-        yield {"work": str(item), "result": outcome, "answer": outcome}
-        count = int(outcome)
-
-
 TAKE = "take {work} get {result}"
 # What does the work, and its lines in three surface styles.
 METHODS: dict[str, tuple[Callable[[Problem, Result], Work], tuple[str, str, str]]] = {
@@ -92,10 +82,6 @@ METHODS: dict[str, tuple[Callable[[Problem, Result], Work], tuple[str, str, str]
     "number_sorting": (
         _number_sorting,
         ("{work}:{result}", "{work} then {result}", "take {work} left {result}"),
-    ),
-    "letter_counting": (
-        _letter_counting,
-        ("{work} {result}", "{work} makes {result}", TAKE),
     ),
 }
 
@@ -168,7 +154,7 @@ def check(problem: Problem, answer: str) -> bool:
         return True
     if problem.family == "number_sorting":
         return re.split(r"[\s,]+", answer.strip("[] ")) == problem.answer.split()
-    if problem.family in ("chain_sum", "base_conversion", "letter_counting"):
+    if problem.family in ("chain_sum", "base_conversion"):
         return _reasoning_gym(problem.family)(answer, {"answer": problem.answer}) == 1.0
     return False
 
