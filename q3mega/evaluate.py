@@ -9,8 +9,9 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from q3mega.rollout.episodes import run_episodes
 from q3mega.rollout.tools import Environment
 
 Mode = Literal["think", "no_think"]
+_T = TypeVar("_T")
 Z95 = 1.959964
 MAX_TOKENS = 160  # of an answer to a held-out problem
 
@@ -236,14 +238,24 @@ def budget_curve(
     return curve, min(shares, key=lambda s: s["value"])
 
 
+def _texts(kind: str, seed: int, n: int, heldout: bool = False) -> list[str]:
+    return list(itertools.islice(corpus.documents(kind, seed, heldout=heldout), n))
+
+
+def _drawn_once(draw: Callable[[], list[_T]]) -> list[_T]:
+    """What the first data-parallel rank draws, on all: reading real text takes each seconds."""
+    return parallel.gather_over_data(draw() if parallel.data_rank() == 0 else [])
+
+
 def loss_by_kind(
     engine: Engine, tokenizer: Tokenizer, kinds: Iterable[str], sequence: int, seed: int
 ) -> dict[str, dict[str, float]]:
     """Nats a token on documents of each kind that training has not read."""
     results = {}
     for kind in kinds:
-        texts = itertools.islice(corpus.documents(kind, seed, heldout=True), 48)
-        tokens = [ids[:sequence] for ids in tokenizer.encode_batch(list(texts)) if len(ids) > 1]
+        draw = partial(_texts, kind, seed, 48, heldout=True)
+        texts = tokenizer.encode_batch(_drawn_once(draw))
+        tokens = [ids[:sequence] for ids in texts if len(ids) > 1]
         mine = [Sample(t, [0.0] + [1.0] * (len(t) - 1)) for t in tokens][
             parallel.data_rank() :: parallel.data_size()
         ]
@@ -278,10 +290,8 @@ def expert_load(
 
     hooks = [router.register_forward_hook(count(i)) for i, router in enumerate(routers)]
     for kind in kinds:
-        texts = itertools.islice(corpus.documents(kind, seed), 32)
-        samples = [
-            Sample(t[:256], [0.0] * len(t[:256])) for t in tokenizer.encode_batch(list(texts))
-        ]
+        texts = tokenizer.encode_batch(_drawn_once(partial(_texts, kind, seed, 32)))
+        samples = [Sample(t[:256], [0.0] * len(t[:256])) for t in texts]
         engine.evaluate(pack(samples, 4096), lambda head, batch: None)
     for hook in hooks:
         hook.remove()
@@ -298,9 +308,16 @@ def retrieval(
 
     Teacher-forced arg-max on every token of the value, which is what greedy decoding would give.
     """
+    samples = _drawn_once(partial(_haystacks, tokenizer, length, documents, seed))
+    mine = samples[parallel.data_rank() :: parallel.data_size()]
+    parts = engine.evaluate(pack(mine, max(map(len, samples))), _read_back)
+    return proportion(hit for part in parallel.gather_over_data(parts) for hit in part)
+
+
+def _haystacks(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Sample]:
     rng = random.Random(seed)
     hay, samples = corpus.haystack(rng), []
-    for _ in range(documents):
+    for _ in range(n):
         beginning, value = corpus.needle(rng)
         line = tokenizer.encode(f"{beginning}{value}.\n")
         asked, answer = tokenizer.encode(beginning), tokenizer.encode(value)
@@ -311,9 +328,7 @@ def retrieval(
         straw.insert(rng.randint(0, len(straw)), line)
         prompt = [t for part in straw for t in part] + asked
         samples.append(Sample(prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer)))
-    mine = samples[parallel.data_rank() :: parallel.data_size()]
-    parts = engine.evaluate(pack(mine, max(map(len, samples))), _read_back)
-    return proportion(hit for part in parallel.gather_over_data(parts) for hit in part)
+    return samples
 
 
 def _read_back(head: Head, batch: Batch) -> list[bool]:

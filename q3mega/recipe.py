@@ -62,6 +62,7 @@ class ModelSpec(Section):
     experts: NonNegativeInt = 0
     topk: PositiveInt = 2
     moe_ffn: NonNegativeInt = 0
+    balance: NonNegativeFloat = 1e-3  # coefficient of the experts' load-balancing loss
     tied: bool = True
     rope_base: PositiveFloat = 1e4
 
@@ -177,7 +178,7 @@ class Extension(Section):
     factor: PositiveFloat = 4.0
     chunk_size: PositiveInt
     local_size: PositiveInt
-    documents: PositiveInt = 100  # of the retrieval evaluation, four questions each
+    documents: PositiveInt = 400  # of the retrieval evaluation, one pass key each
 
 
 class Pretrain(StageConfig, PretrainSettings):

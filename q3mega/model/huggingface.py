@@ -245,6 +245,7 @@ def config_of(shape: Qwen3Shape, rope_base: float, tokens: dict[str, int]) -> An
         num_experts=shape.experts,
         num_experts_per_tok=shape.topk,
         norm_topk_prob=True,
+        router_aux_loss_coef=shape.balance,
         **common,
     )
 
@@ -268,6 +269,7 @@ def shape_of(folder: str | Path) -> Qwen3Shape:
         experts=c.get("num_experts", c.get("num_local_experts", 0)),
         topk=c.get("num_experts_per_tok", 8),
         moe_ffn=c.get("moe_intermediate_size", 0),
+        balance=c.get("router_aux_loss_coef", Qwen3Shape.balance),
         rope_base=rope.get("rope_theta", c.get("rope_theta", 1e6)),
         max_positions=c["max_position_embeddings"],
         norm_eps=c["rms_norm_eps"],

@@ -95,7 +95,7 @@ def transformer_config(
             "moe_router_topk": shape.topk,
             "moe_ffn_hidden_size": shape.moe_ffn,
             "moe_router_load_balancing_type": "global_aux_loss",  # Qwen3's global-batch balance
-            "moe_aux_loss_coeff": 1e-2,
+            "moe_aux_loss_coeff": shape.balance,
             "moe_router_dtype": "fp32",
             "moe_router_pre_softmax": False,  # softmax over the chosen ones: norm_topk_prob
             "moe_grouped_gemm": False,

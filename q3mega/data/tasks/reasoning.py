@@ -10,7 +10,7 @@ Distinct problems by difficulty, both sides of the split:
 | family          | difficulty                     | range | problems, lowest difficulty first |
 |-----------------|--------------------------------|-------|------------------------------|
 | chain_sum       | terms                          | 3..8  | 9^difficulty, 729 and up     |
-| base_conversion | bits (decimal), pairs (base 4) | 3..7  | 36, 136, 528, 2,048, 8,192   |
+| base_conversion | bits (decimal), pairs (base 4) | 3..6  | 36, 136, 528, 2,048          |
 | number_sorting  | digits to sort                 | 4..7  | 9^difficulty, 6,561 and up   |
 """
 
@@ -39,7 +39,7 @@ def chain_sum(rng: random.Random, terms: int) -> Problem:
     return problem("chain_sum", "reasoning", f"What is {text}?", str(total), terms, meta=meta)
 
 
-@family("base_conversion", capability="reasoning", difficulties=range(3, 8))
+@family("base_conversion", capability="reasoning", difficulties=range(3, 7))
 def base_conversion(rng: random.Random, lines: int) -> Problem:
     """'What is binary 10110 in decimal?', or 'in base 4?' with two bits a line. meta: bits, base.
 
