@@ -301,14 +301,16 @@ def expert_load(
     }
 
 
-def retrieval(
-    engine: Engine, tokenizer: Tokenizer, length: int, documents: int, seed: int
-) -> dict[str, float]:
-    """Share of pass keys read back: one needle anywhere in `length` tokens of real text.
+def haystacks(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Sample]:
+    """n documents of `length` tokens of real text, one pass key anywhere, asked for at the end."""
+    return _drawn_once(partial(_haystacks, tokenizer, length, n, seed))
+
+
+def retrieval(engine: Engine, samples: Sequence[Sample]) -> dict[str, float]:
+    """Share of the pass keys of `haystacks` that are read back.
 
     Teacher-forced arg-max on every token of the value, which is what greedy decoding would give.
     """
-    samples = _drawn_once(partial(_haystacks, tokenizer, length, documents, seed))
     mine = samples[parallel.data_rank() :: parallel.data_size()]
     parts = engine.evaluate(pack(mine, max(map(len, samples))), _read_back)
     return proportion(hit for part in parallel.gather_over_data(parts) for hit in part)

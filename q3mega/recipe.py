@@ -29,8 +29,7 @@ from q3mega.model.sizes import QWEN3, Qwen3Shape
 from q3mega.sections import Section, explain, field_names, override, parse_yaml, short
 
 Kind = Literal[
-    "prose", "code", "science", "facts", "worked", "direct", "chat", "copies",
-    "retrieval", "retrieval_long",
+    "prose", "code", "science", "facts", "worked", "direct", "chat", "retrieval", "retrieval_long",
 ]  # fmt: skip
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]

@@ -26,9 +26,9 @@ from q3mega.data.tasks import FAMILIES, Problem, general, generate
 from q3mega.data.tasks.solutions import response_text, solve, text_documents, thinking_text
 from q3mega.data.tokenizer import Tokenizer
 
-REASONING = ("chain_sum", "base_conversion", "number_sorting")
-# Of the pre-training problems: chain sums take the longest to learn.
+# The reasoning families and their shares of the pre-training problems.
 SHARES = {"chain_sum": 0.5, "base_conversion": 0.27, "number_sorting": 0.23}
+REASONING = tuple(SHARES)
 MOST_TEXTS = 600  # real documents of a kind: at laptop scale a mixture reads no more
 WITHOUT_TOOLS = [f for f in general.GENERAL if FAMILIES[f].capability != "agent"]
 VALUES = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of pass keys

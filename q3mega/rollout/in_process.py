@@ -45,7 +45,8 @@ class InProcessSampler:
         """See `Sampler`. A sequence's draws depend on its place in `prompts`, not its company."""
         queue = [list(p) for p in prompts for _ in range(params.n)]
         generator = torch.Generator().manual_seed(params.seed)
-        longest = params.max_tokens + len(self.tokenizer.encode(params.stop_thinking))
+        stop_thinking = self.tokenizer.encode(params.stop_thinking)
+        longest = params.max_tokens + len(stop_thinking)
         uniform = torch.rand(len(queue), longest, generator=generator)
         done: list[Completion] = []
         module = self.engine.chunks[0]
@@ -53,24 +54,33 @@ class InProcessSampler:
         module.eval()
         for start in range(0, len(queue), self.max_batch):
             part = slice(start, start + self.max_batch)
-            done += self._run(queue[part], uniform[part], params)
+            done += self._run(queue[part], uniform[part], params, stop_thinking)
         module.train(training)
         return [done[i : i + params.n] for i in range(0, len(done), params.n)]
 
     def _run(
-        self, prompts: list[list[int]], uniform: Tensor, params: SamplingParams
+        self,
+        prompts: list[list[int]],
+        uniform: Tensor,
+        params: SamplingParams,
+        stop_thinking: list[int],
     ) -> list[Completion]:
         state = self.engine.chunks[0].attention_state
         longest = max(map(len, prompts))
         cache = KVCache(longest + uniform.shape[1])
         state.cache = cache
         try:
-            return self._decode(prompts, uniform, params, cache)
+            return self._decode(prompts, uniform, params, stop_thinking, cache)
         finally:
             state.cache = None
 
     def _decode(
-        self, prompts: list[list[int]], uniform: Tensor, params: SamplingParams, cache: KVCache
+        self,
+        prompts: list[list[int]],
+        uniform: Tensor,
+        params: SamplingParams,
+        stop_thinking: list[int],
+        cache: KVCache,
     ) -> list[Completion]:
         batch = collate([Sample(p, [0.0] * len(p)) for p in prompts])
         [head] = self.engine.evaluate([batch], lambda head, _: head)
@@ -110,7 +120,7 @@ class InProcessSampler:
                     continue
                 over = params.thinking_budget is not None and sampled[row] >= params.thinking_budget
                 if over and thinking[row] and not forced[row] and not inserted:
-                    forced[row] = self.tokenizer.encode(params.stop_thinking)
+                    forced[row] = list(stop_thinking)
                 finished[row] = sampled[row] >= params.max_tokens and not forced[row]
                 if not finished[row]:
                     alive.append(i)

@@ -86,10 +86,10 @@ def evaluation(stage: Stage, engine: Engine) -> dict[str, Any]:
         far = extended(trained, config.sequence, x.factor, x.chunk_size, x.local_size)
         lengths = {"1x": config.sequence, f"{x.factor:g}x": int(config.sequence * x.factor)}
         for times, length in lengths.items():
+            seed = stage.seed("retrieval", length)
+            samples = evaluate.haystacks(stage.tokenizer, length, x.documents, seed)
             for name, positions in (("rope", trained), ("yarn_dca", far)):
                 engine.positions = positions
-                results[f"retrieval_{times}_{name}"] = evaluate.retrieval(
-                    engine, stage.tokenizer, length, x.documents, stage.seed("retrieval", length)
-                )
+                results[f"retrieval_{times}_{name}"] = evaluate.retrieval(engine, samples)
         engine.positions = trained
     return results

@@ -1,6 +1,7 @@
 """Pre-training documents and their mixture."""
 
 import itertools
+from typing import get_args
 
 import pytest
 
@@ -9,6 +10,7 @@ from q3mega import device  # noqa: F401
 # isort: split
 from q3mega.data import corpus
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
+from q3mega.recipe import Kind
 
 MIXTURE = {"facts": 0.5, "worked": 0.3, "direct": 0.2}
 
@@ -60,3 +62,7 @@ def test_a_document_has_one_pass_key_three_times():
     for text in itertools.islice(corpus.documents("retrieval", 0), 50):
         keys = [line for line in text.split("\n") if "code @" in line]
         assert len(keys) == 3 and len(set(keys)) == 1
+
+
+def test_a_recipe_may_name_the_kinds_that_there_are():
+    assert sorted(get_args(Kind)) == sorted([*corpus.TEXTS, *corpus.KINDS])

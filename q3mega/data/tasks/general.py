@@ -1,4 +1,4 @@
-r"""The tasks of general RL: five capabilities, two or three tasks each, for a tiny model.
+r"""The tasks of general RL: five capabilities, two tasks each, for a tiny model.
 
 `respond(problem, rng, skill)` writes an assistant turn that does the task with probability `skill`
 and otherwise fails the way a half-trained model does: wrong count, marker missing, prose for a tool
