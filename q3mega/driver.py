@@ -239,6 +239,12 @@ def _failure(stage: str, code: int, log: Path, size: int) -> Exception:
     return StageFailed("\n".join([f"{stage} failed ({how}), see {log}", *lines[-15:]]))
 
 
+def _at_work(folder: Path) -> Path:
+    """The stage's folder, or that part of it (a student, a comparison) whose record is newest."""
+    written = [p for p in (folder, *folder.iterdir()) if (p / "metrics.jsonl").exists()]
+    return max(written, key=lambda p: (p / "metrics.jsonl").stat().st_mtime_ns, default=folder)
+
+
 def recent_metrics(folder: Path) -> list[dict[str, Any]]:
     """The last whole lines of metrics.jsonl that count steps, at most twenty, oldest first."""
     try:
@@ -290,9 +296,11 @@ class _Progress:
     def show(self, stage: str, folder: Path, state: str) -> None:
         now = time.monotonic()
         elapsed = now - self.started.setdefault(stage, now)
-        records = recent_metrics(folder)
+        part = _at_work(folder)
+        records = recent_metrics(part)
         last = records[-1] if records else {}
-        row = [f"{last['step']}/{last.get('total', '?')}" if last else ""]
+        name = "" if part == folder else f"{part.name} "
+        row = [f"{name}{last['step']}/{last.get('total', '?')}" if last else ""]
         for key in ("reward", "loss"):
             if isinstance(value := last.get(key), int | float):
                 row.append(f"{key} {value:.4f}")

@@ -58,7 +58,8 @@ if how == "crash" and rank == 0:
 if how == "no_done":
     sys.exit(0)
 if rank == 0:
-    metrics = folder / "metrics.jsonl"
+    metrics = folder / ("student" if how == "part" else "") / "metrics.jsonl"
+    metrics.parent.mkdir(exist_ok=True)
     done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
     with open(metrics, "a") as file:
         for step in range(done + 1, 11):
@@ -228,6 +229,20 @@ def test_killing_the_driver_ends_the_stage_and_a_new_run_goes_on(
     assert [record["step"] for record in records] == list(range(1, 11))
     assert len({record["pid"] for record in records[:4]}) == 1
     assert records[4]["pid"] != records[3]["pid"]
+
+
+def test_progress_follows_the_part_that_is_at_work(
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("BEHAVE", "cold_start:part")
+    go(recipe, tmp_path / "run")
+    *_, general, cold = [
+        line for line in capsys.readouterr().out.splitlines() if "  done  " in line
+    ]
+    assert "  10/10  " in general and "  student 10/10  " in cold
 
 
 def test_only_whole_lines_count(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement
 from q3mega.train.reinforcement import Rollout
 
+FOLLOW = 1 / 4  # of the general prompts are conversations with random mode flags
 CALL_SHARE = 0.3  # of an agent task's reward is for the call, the rest for the final answer
 HELD_OUT_PAIRS = 400
 
@@ -99,8 +100,9 @@ def prompts(stage: Stage, step: int) -> list[Problem]:
                 meta=problem.meta | {"mode": "think"},
             )
         )
+    others = [f for f in general.GENERAL if f != "think_follow"]
     for i in range(config.prompts - reasoning):
-        family = general.GENERAL[(step * 7 + i) % len(general.GENERAL)]
+        family = "think_follow" if rng.random() < FOLLOW else others[(step * 7 + i) % len(others)]
         problem = general.draw(rng, [family])
         if family != "think_follow":
             turns = tuple(flagged(problem, "no_think"))

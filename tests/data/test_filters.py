@@ -5,7 +5,7 @@ from q3mega.data.tasks import generate, problem
 from q3mega.data.tasks.solutions import check, response_text, solve, thinking_text
 from q3mega.data.tasks.tutor import FLAWS, candidates, unsuitable_queries
 
-FAMILIES = ("chain_sum", "base_conversion", "number_sorting")
+FAMILIES = ("chain_sum", "modular_product", "number_sorting")
 VALIDATION = {f: generate(f, 50, seed=9, heldout=True) for f in FAMILIES}
 TEXTS = {p.question for problems in VALIDATION.values() for p in problems}
 # 5-1-3+9 and what a teacher could say to it.

@@ -1,28 +1,31 @@
 r"""Three families of the reasoning stages, small enough for a model of under a million parameters.
 
-Each has the semantics of the reasoning-gym generator of the same name, in a wording short enough
+Two have the semantics of the reasoning-gym generator of the same name, in a wording short enough
 for a tokenizer of 512 entries. They are drawn here and not by reasoning-gym because its settings
-cannot keep partial sums in a range, nor ask for distinct problems; its verifiers judge the answers
+cannot keep partial sums in a range, nor ask for distinct problems; its verifier judges the sums
 (`solutions.check`) and its own problems are solved in the tests. Answers are given as \boxed{...}.
+Modular arithmetic is not among its generators. What the three share: a line of the work needs the
+line above and one item of the question, and every line of a family has the same few facts.
 
 Distinct problems by difficulty, both sides of the split:
 
-| family          | difficulty                     | range | problems, lowest difficulty first |
-|-----------------|--------------------------------|-------|------------------------------|
-| chain_sum       | terms                          | 3..8  | 9^difficulty, 729 and up     |
-| base_conversion | bits (decimal), pairs (base 4) | 3..6  | 36, 136, 528, 2,048          |
-| number_sorting  | digits to sort                 | 4..7  | 9^difficulty, 6,561 and up   |
+| family          | difficulty     | range | problems, lowest difficulty first |
+|-----------------|----------------|-------|-----------------------------------|
+| chain_sum       | terms          | 3..10 | 9^difficulty, 729 and up          |
+| modular_product | factors        | 3..10 | 7^difficulty, 343 and up          |
+| number_sorting  | digits to sort | 3..6  | 9^difficulty, 729 and up          |
 """
 
+import math
 import random
 
 from q3mega.data.tasks.base import Problem, family, problem
 
 MAX_PARTIAL_SUM = 9
-MAX_BITS_TO_DECIMAL = 5
+FACTORS = (2, 3, 4, 6, 7, 8, 9)
 
 
-@family("chain_sum", capability="reasoning", difficulties=range(3, 9))
+@family("chain_sum", capability="reasoning", difficulties=range(3, 11))
 def chain_sum(rng: random.Random, terms: int) -> Problem:
     """'What is 5-1-3+8?': digits, every partial sum a digit. meta: numbers, signs."""
     total = rng.randint(1, 9)
@@ -39,25 +42,20 @@ def chain_sum(rng: random.Random, terms: int) -> Problem:
     return problem("chain_sum", "reasoning", f"What is {text}?", str(total), terms, meta=meta)
 
 
-@family("base_conversion", capability="reasoning", difficulties=range(3, 7))
-def base_conversion(rng: random.Random, lines: int) -> Problem:
-    """'What is binary 10110 in decimal?', or 'in base 4?' with two bits a line. meta: bits, base.
+@family("modular_product", capability="reasoning", difficulties=range(3, 11))
+def modular_product(rng: random.Random, factors: int) -> Problem:
+    """'What is 7*8*3 mod 10?', the last digit of the product. meta: numbers.
 
-    Numbers of up to five bits are too few (30) for a run, so half the draws ask for base 4.
+    Without 5, whose products end in 0 or 5 whatever comes before.
     """
-    base = rng.choice((10, 4)) if lines <= MAX_BITS_TO_DECIMAL else 4
-    length = lines if base == 10 else 2 * lines
-    value = rng.randrange(2 ** (length - 1), 2**length)
-    answer = (
-        str(value) if base == 10 else "".join(str(value >> 2 * i & 3) for i in range(lines))[::-1]
-    )
-    name = "decimal" if base == 10 else "base 4"
-    question = f"What is binary {value:b} in {name}?"
-    meta = {"bits": f"{value:b}", "base": base}
-    return problem("base_conversion", "reasoning", question, answer, lines, meta=meta)
+    numbers = rng.choices(FACTORS, k=factors)
+    answer = str(math.prod(numbers) % 10)
+    question = f"What is {'*'.join(map(str, numbers))} mod 10?"
+    meta = {"numbers": numbers}
+    return problem("modular_product", "reasoning", question, answer, factors, meta=meta)
 
 
-@family("number_sorting", capability="reasoning", difficulties=range(4, 8))
+@family("number_sorting", capability="reasoning", difficulties=range(3, 7))
 def number_sorting(rng: random.Random, count: int) -> Problem:
     """'Sort 7 3 9 1.': digits 1..9, ascending, repeats allowed. meta: numbers."""
     numbers = rng.choices(range(1, 10), k=count)

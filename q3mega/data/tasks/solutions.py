@@ -2,8 +2,9 @@ r"""Worked solutions, one line a step, with human slips on request; and the chec
 
 A slip replaces the right result of one step by a wrong one, and everything after it follows from
 the wrong result: text like this teaches a base model the method and leaves reinforcement learning
-something to do. Every line states what the next line needs, so no step looks back further than the
-question and the line above.
+something to do. The wrong results are as people's are, off by one or the neighbour in the table:
+one or two to a step, so that a model which has read them samples them. Every line states what the
+next line needs, so no step looks back further than the question and the line above.
 """
 
 import random
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from q3mega.data.tasks.base import Problem
+from q3mega.data.tasks.reasoning import FACTORS
 from q3mega.errors import UserError
 
 # result(right, alternatives) is `right`, or now and then one of the alternatives: the slip.
@@ -30,45 +32,34 @@ class Solution:
     correct: bool
 
 
-def _near(value: int) -> list[str]:
-    return [str(wrong) for wrong in (value - 2, value - 1, value + 1, value + 2) if wrong >= 0]
-
-
 def _chain_sum(problem: Problem, result: Result) -> Work:
     numbers, signs = problem.meta["numbers"], problem.meta["signs"]
     total = numbers[0]
     for number, sign in zip(numbers[1:], signs[1:], strict=True):
         right = total + number if sign == "+" else total - number
-        outcome = result(str(right), _near(right))
+        outcome = result(str(right), [d for d in (str(right - 1), str(right + 1)) if len(d) == 1])
         yield {"work": f"{total}{sign}{number}", "result": outcome, "answer": outcome}
         total = int(outcome)
 
 
-def _to_decimal(problem: Problem, result: Result) -> Work:
-    value, *bits = map(int, problem.meta["bits"])
-    yield {"work": str(value), "result": str(value), "answer": str(value)}
-    for bit in bits:
-        right = value + value + bit
-        outcome = result(str(right), _near(right))
-        yield {"work": f"{value}+{value}+{bit}", "result": outcome, "answer": outcome}
-        value = int(outcome)
-
-
-def _to_base_4(problem: Problem, result: Result) -> Work:
-    bits = problem.meta["bits"]
-    digits = ""
-    for pair in (bits[i : i + 2] for i in range(0, len(bits), 2)):
-        right = str(int(pair, 2))
-        digits += result(right, [d for d in "0123" if d != right])
-        yield {"work": pair, "result": digits, "answer": digits}
+def _modular_product(problem: Problem, result: Result) -> Work:
+    product, *factors = problem.meta["numbers"]
+    for factor in factors:
+        right = product * factor % 10
+        place = FACTORS.index(factor)
+        beside = (FACTORS[place - 1], FACTORS[(place + 1) % len(FACTORS)])
+        wrong = {product * other % 10 for other in beside} - {right}
+        outcome = result(str(right), sorted(map(str, wrong)))
+        yield {"work": f"{product}*{factor}", "result": outcome, "answer": outcome}
+        product = int(outcome)
 
 
 def _number_sorting(problem: Problem, result: Result) -> Work:
     rest = [str(number) for number in problem.meta["numbers"]]
     picked: list[str] = []
     while rest:
-        right = min(rest)
-        picked.append(result(right, [number for number in rest if number != right]))
+        right, *others = sorted(set(rest))
+        picked.append(result(right, others[:1]))
         rest.remove(picked[-1])
         yield {"work": picked[-1], "result": " ".join(rest), "answer": " ".join(picked)}
 
@@ -77,8 +68,7 @@ TAKE = "take {work} get {result}"
 # What does the work, and its lines in three surface styles.
 METHODS: dict[str, tuple[Callable[[Problem, Result], Work], tuple[str, str, str]]] = {
     "chain_sum": (_chain_sum, ("{work}={result}", "{work} is {result}", TAKE)),
-    "base_conversion/10": (_to_decimal, ("{work}={result}", "{work} is {result}", TAKE)),
-    "base_conversion/4": (_to_base_4, ("{work}:{result}", "{work} makes {result}", TAKE)),
+    "modular_product": (_modular_product, ("{work}={result}", "{work} is {result}", TAKE)),
     "number_sorting": (
         _number_sorting,
         ("{work}:{result}", "{work} then {result}", "take {work} left {result}"),
@@ -94,12 +84,10 @@ def solve(
     slip: probability of a wrong result in each step; it needs `rng`. style: 0, 1 or 2.
     Raises UserError where there is no method for the family, or an argument is out of range.
     """
-    key = problem.family
-    if key == "base_conversion":
-        key += f"/{problem.meta['base']}"
-    if key not in METHODS:
-        raise UserError(f"family={key!r} has no worked solution; solvable: {', '.join(METHODS)}")
-    work, styles = METHODS[key]
+    family = problem.family
+    if family not in METHODS:
+        raise UserError(f"family={family!r} has no worked solution; solvable: {', '.join(METHODS)}")
+    work, styles = METHODS[family]
     if not 0 <= style < len(styles):
         raise UserError(f"style={style}: give 0..{len(styles) - 1}")
     if not 0 <= slip <= 1 or (slip and rng is None):
@@ -134,11 +122,11 @@ def boxed(text: str) -> str | None:
 
 
 @cache
-def _reasoning_gym(family: str) -> Callable[[str, dict[str, str]], float]:
+def _same_number() -> Callable[[str, dict[str, str]], float]:
     # Imported at first use: it takes over a second, and most answers match exactly.
     import reasoning_gym
 
-    return reasoning_gym.get_score_answer_fn(family)
+    return reasoning_gym.get_score_answer_fn("chain_sum")
 
 
 def check(problem: Problem, answer: str) -> bool:
@@ -154,8 +142,8 @@ def check(problem: Problem, answer: str) -> bool:
         return True
     if problem.family == "number_sorting":
         return re.split(r"[\s,]+", answer.strip("[] ")) == problem.answer.split()
-    if problem.family in ("chain_sum", "base_conversion"):
-        return _reasoning_gym(problem.family)(answer, {"answer": problem.answer}) == 1.0
+    if problem.family in ("chain_sum", "modular_product"):
+        return _same_number()(answer, {"answer": problem.answer}) == 1.0
     return False
 
 
