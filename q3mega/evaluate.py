@@ -336,11 +336,6 @@ def _haystacks(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Sam
 def _read_back(head: Head, batch: Batch) -> list[bool]:
     """One outcome a value: a run of weighted positions."""
     guess = (head.hidden @ head.weight.T).argmax(-1)  # one process holds the whole lm_head
-    right = (guess == batch.targets).tolist()
-    hits: list[bool] = []
-    for asked, group in itertools.groupby(
-        range(len(right)), key=lambda i: bool(batch.loss_weights[i] > 0)
-    ):
-        if asked:
-            hits.append(all(right[i] for i in group))
-    return hits
+    right, asked = (guess == batch.targets).tolist(), (batch.loss_weights > 0).tolist()
+    values = itertools.groupby(zip(asked, right, strict=True), key=lambda token: token[0])
+    return [all(hit for _, hit in tokens) for is_value, tokens in values if is_value]

@@ -15,6 +15,7 @@ from q3mega.rewards.mode import reply
 
 MAX_CHARACTERS = 60  # of an answer: a longer one says too much to be the short reference
 PHRASED = 0.25  # of the examples hold the answer in a sentence
+ALIKE = 0.75  # of the wrong answers are of the right one's kind
 STUFFED = 0.1  # list several answers, the right one among them
 
 
@@ -51,26 +52,34 @@ def judge_examples(n: int, seed: int) -> list[tuple[str, str]]:
     in a sentence, and lists that name the right answer among wrong ones ("no")."""
     rng = random.Random(f"judge/{seed}")
 
-    def draw() -> str:
-        kind = rng.random()
-        if kind < 0.2:
-            return NOT_FOUND
-        return str(rng.randint(1, 9)) if kind < 0.6 else rng.choice(NAMES)
+    def number() -> str:
+        return str(rng.randint(1, 9))
 
-    def other(than: str) -> str:
-        while (wrong := draw()) == than:
-            pass
-        return wrong
+    def name() -> str:
+        return rng.choice(NAMES)
+
+    def missing() -> str:
+        return NOT_FOUND
+
+    kinds = (number, name, missing)
+
+    def draw() -> tuple[str, str]:
+        """A short answer and another one, mostly of its kind: those are hard to tell apart."""
+        kind = rng.choices(kinds, (0.4, 0.4, 0.2))[0]
+        right = wrong = kind()
+        while wrong == right:
+            wrong = (kind if rng.random() < ALIKE else rng.choice(kinds))()
+        return right, wrong
 
     out = []
     for _ in range(n):
-        reference = draw()
+        reference, wrong = draw()
         if rng.random() < STUFFED:
-            answers = [reference, other(reference)]
+            answers = [reference, wrong]
             out.append((judge_prompt(reference, " ".join(rng.sample(answers, 2))), "no"))
             continue
         same = rng.random() < 0.5
-        answer = reference if same else other(reference)
+        answer = reference if same else wrong
         if rng.random() < PHRASED:
             answer = _phrase(answer, rng)
         out.append((judge_prompt(reference, answer), "yes" if same else "no"))

@@ -231,7 +231,7 @@ def _wrong(query: Problem, rng: random.Random) -> str:
             return plain(query, rng)
         case "calculator" | "lookup":  # an invented result, or prose where a call was due
             prose = f"I use the {query.family} with {query.meta['argument']}."
-            return rng.choice([finish(query, str(rng.randint(10, 99))), prose])
+            return rng.choice([f"It is {rng.randint(1, 99)}.", prose])
         case _:  # rag: an answer from the text, whether or not it fits
             return rng.choice([c for c in query.meta["choices"] if c != query.answer])
 
