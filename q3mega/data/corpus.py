@@ -32,7 +32,7 @@ REASONING = tuple(SHARES)
 MOST_TEXTS = 600  # real documents of a kind: at laptop scale a mixture reads no more
 WITHOUT_TOOLS = [f for f in general.GENERAL if FAMILIES[f].capability != "agent"]
 VALUES = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of pass keys
-SLIP = 0.27  # of the worked steps are wrong: a base model that knows the way and stumbles on it
+SLIP = 0.2  # of the worked steps are wrong: a base model that knows the way and stumbles on it
 
 
 @functools.cache

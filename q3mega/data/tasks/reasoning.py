@@ -11,8 +11,8 @@ Distinct problems by difficulty, both sides of the split:
 
 | family          | difficulty     | range | problems, lowest difficulty first |
 |-----------------|----------------|-------|-----------------------------------|
-| chain_sum       | terms          | 3..10 | 9^difficulty, 729 and up          |
-| modular_product | factors        | 3..10 | 7^difficulty, 343 and up          |
+| chain_sum       | terms          | 5..12 | 9^difficulty, 59,049 and up       |
+| modular_product | factors        | 5..12 | 7^difficulty, 16,807 and up       |
 | number_sorting  | digits to sort | 3..6  | 9^difficulty, 729 and up          |
 """
 
@@ -25,7 +25,7 @@ MAX_PARTIAL_SUM = 9
 FACTORS = (2, 3, 4, 6, 7, 8, 9)
 
 
-@family("chain_sum", capability="reasoning", difficulties=range(3, 11))
+@family("chain_sum", capability="reasoning", difficulties=range(5, 13))
 def chain_sum(rng: random.Random, terms: int) -> Problem:
     """'What is 5-1-3+8?': digits, every partial sum a digit. meta: numbers, signs."""
     total = rng.randint(1, 9)
@@ -42,7 +42,7 @@ def chain_sum(rng: random.Random, terms: int) -> Problem:
     return problem("chain_sum", "reasoning", f"What is {text}?", str(total), terms, meta=meta)
 
 
-@family("modular_product", capability="reasoning", difficulties=range(3, 11))
+@family("modular_product", capability="reasoning", difficulties=range(5, 13))
 def modular_product(rng: random.Random, factors: int) -> Problem:
     """'What is 7*8*3 mod 10?', the last digit of the product. meta: numbers.
 
