@@ -4,8 +4,8 @@ Two have the semantics of the reasoning-gym generator of the same name, in a wor
 for a tokenizer of 512 entries. They are drawn here and not by reasoning-gym because its settings
 cannot keep partial sums in a range, nor ask for distinct problems; its verifier judges the sums
 (`solutions.check`) and its own problems are solved in the tests. Answers are given as \boxed{...}.
-Modular arithmetic is not among its generators. What the three share: a line of the work needs the
-line above and one item of the question, and every line of a family has the same few facts.
+Modular arithmetic is not among its generators. What the three share: a line of the work needs no
+more than the line above and one item of the question, and few facts serve all lines of a family.
 
 Distinct problems by difficulty, both sides of the split:
 
