@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/distill_loss.h"
+#include "cpu/dual_chunk_attention.h"
 #include "cpu/linear_logprob.h"
 
 namespace py = pybind11;
@@ -13,6 +14,19 @@ template <class T>
 T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
+
+// (sequences, heads, kv_heads, dim, cu_q, cu_k, q_offset, chunk, clamp, cosine, sine, scale), then
+// the operands of one of the two.
+using Sizes = int64_t;
+#define Q3MEGA_DUAL_CHUNK                                                                       \
+    Sizes sequences, Sizes heads, Sizes kv_heads, Sizes dim, Address cu_q, Address cu_k,        \
+        Sizes q_offset, Sizes chunk, Sizes clamp, Address cosine, Address sine, float scale
+
+#define Q3MEGA_SHAPE                                                                            \
+    q3mega::DualChunk {                                                                         \
+        sequences, heads, kv_heads, dim, at<const int64_t>(cu_q), at<const int64_t>(cu_k),      \
+            q_offset, chunk, clamp, at<const float>(cosine), at<const float>(sine), scale       \
+    }
 
 }  // namespace
 
@@ -50,4 +64,19 @@ PYBIND11_MODULE(_cpu, m) {
                                     static_cast<q3mega::Divergence>(kind), beta,
                                     at<const float>(own), at<const float>(g));
     });
+    m.def("dual_chunk_forward",
+          [](Q3MEGA_DUAL_CHUNK, Address q, Address k, Address v, Address out, Address lse) {
+              py::gil_scoped_release free;
+              q3mega::dual_chunk_forward(Q3MEGA_SHAPE, at<const float>(q), at<const float>(k),
+                                         at<const float>(v), at<float>(out), at<float>(lse));
+          });
+    m.def("dual_chunk_backward",
+          [](Q3MEGA_DUAL_CHUNK, Address q, Address k, Address v, Address out, Address lse,
+             Address d_out, Address d_q, Address d_k, Address d_v) {
+              py::gil_scoped_release free;
+              q3mega::dual_chunk_backward(Q3MEGA_SHAPE, at<const float>(q), at<const float>(k),
+                                          at<const float>(v), at<const float>(out),
+                                          at<const float>(lse), at<const float>(d_out),
+                                          at<float>(d_q), at<float>(d_k), at<float>(d_v));
+          });
 }

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from q3mega import ops
-from q3mega.ops import cpu
+from q3mega.ops.cpu import lm_head
 
 VARIANTS = ("grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo")
 KINDS = ("forward_kl", "reverse_kl", "jsd")
@@ -37,7 +37,7 @@ def sized(n: int, v: int, h: int, seed: int) -> tuple[list[torch.Tensor], torch.
 @pytest.fixture(params=[1, 7, 10**6], ids=lambda rows: f"blocks of {rows}")
 def blocks(request, monkeypatch):
     """The buffer holds so many rows of a vocabulary of 37."""
-    monkeypatch.setattr(cpu, "BUFFER_BYTES", request.param * 37 * 4)
+    monkeypatch.setattr(lm_head, "BUFFER_BYTES", request.param * 37 * 4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -233,3 +233,71 @@ def operands() -> dict[str, tuple]:
 def test_opcheck(name: str) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(getattr(torch.ops.q3mega, name), operands()[name], test_utils=tests)
+
+
+# -- attention -----------------------------------------------------------------------------------
+
+
+def attend(lengths: list[int], heads: tuple[int, int], dim: int, seed: int = 0, **settings) -> None:
+    """Forward and backward of packed sequences, cpu in fp32 against the reference in fp64."""
+    n, borders = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
+    leaves = randn(seed, (n, heads[0], dim), (n, heads[1], dim), (n, heads[1], dim))
+    (pull,) = randn(seed + 1, (n, heads[0], dim))
+    scales = {k: 1 + 0.1 * x for k, x in zip(("q_scale", "k_scale"), randn(seed + 2, (n,), (n,)), strict=True)}  # fmt: skip
+
+    def run(backend, q, k, v):
+        out = ops.dual_chunk_attention(
+            q, k, v, cu_seqlens=borders, rope_theta=100.0, backend=backend, **scales, **settings
+        )
+        return (out * pull).sum(), out.detach()
+
+    both(run, *leaves, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[1], [9, 1, 200, 64], [65], [300], [130, 129]])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"chunk_size": 10**6, "local_size": 1},
+        {"chunk_size": 48, "local_size": 16},
+        {"chunk_size": 100, "local_size": 1},
+        {"chunk_size": 64, "local_size": 0},
+        {"chunk_size": 7, "local_size": 6},
+        {"chunk_size": 64, "local_size": 16, "clamp_at": 63, "softmax_scale": 0.3},
+    ],
+    ids=str,
+)
+def test_attention(lengths, sizes) -> None:
+    attend(lengths, (4, 2), 8, **sizes)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4), heads=st.integers(1, 3),
+    group=st.integers(1, 3), half=st.integers(1, 20), chunk=st.integers(1, 70), data=st.data(),
+)  # fmt: skip
+def test_attention_of_random_shapes(lengths, heads, group, half, chunk, data) -> None:
+    local = data.draw(st.integers(0, chunk - 1))
+    attend(lengths, (heads * group, heads), 2 * half, 3, chunk_size=chunk, local_size=local)
+
+
+@pytest.mark.parametrize("cut", [1, 30, 64, 149])
+def test_attention_in_pieces_is_attention_at_once(cut) -> None:
+    q, k, v = randn(4, (150, 4, 8), (150, 2, 8), (150, 2, 8))
+    settings = {"chunk_size": 48, "local_size": 16, "backend": "cpu"}
+    whole = ops.dual_chunk_attention(q, k, v, **settings)
+    first = ops.dual_chunk_attention(q[:cut], k[:cut], v[:cut], **settings)
+    rest = ops.dual_chunk_attention(q[cut:], k, v, q_offset=cut, **settings)
+    torch.testing.assert_close(torch.cat([first, rest]), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_does_not_depend_on_the_number_of_threads() -> None:
+    leaves = [x.requires_grad_() for x in randn(5, (200, 4, 8), (200, 2, 8), (200, 2, 8))]
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            out = ops.dual_chunk_attention(*leaves, chunk_size=48, local_size=16, backend="cpu")
+            found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
