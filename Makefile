@@ -1,16 +1,20 @@
-# make demo: the whole recipe on this machine; make test: the whole suite. Both set up .venv first.
+# make demo: the whole recipe on this machine; make test: the whole suite; make bench: the operators
+# beside plain PyTorch. All set up .venv first.
 # megatron-core's CPU build of torch is at hand on Python 3.11, so that version is preferred.
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
-NATIVE := $(wildcard csrc/data/*.cpp)
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: .venv/.ready
 	.venv/bin/q3mega run examples/laptop.yaml --run-dir runs/laptop
 
 test: .venv/.ready
 	.venv/bin/pytest
+
+bench: .venv/.ready
+	.venv/bin/python benchmarks/operators.py
 
 lint: .venv/.ready
 	.venv/bin/ruff check .
@@ -20,7 +24,7 @@ lint: .venv/.ready
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f q3mega/_data.*.so
+	rm -f q3mega/_*.so
 
 # torch first: nothing after it may pick another build. megatron-core and emerging-optimizers
 # declare Python 3.12 but run on 3.11, so they come by themselves, without their requirements,

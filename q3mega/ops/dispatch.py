@@ -1,22 +1,30 @@
 """Which backend serves which operator, and why not the others.
 
 An operator's front in this package is its definition, the "reference"; faster backends register
-here as they are built. Asking for one that is not there raises with the reason.
+here, each with a test of what it can serve. Asking for one that cannot raises with the reason.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 OPERATORS = ("dual_chunk_attention", "linear_logprob", "grpo_loss", "distill_loss")
 NAMES = ("reference", "cpu", "triton", "cuda")
-_BACKENDS: dict[tuple[str, str], Callable[..., Any]] = {}
+Serves = Callable[[Tensor], str | None]
+_BACKENDS: dict[tuple[str, str], tuple[Callable[..., Any], Serves]] = {}
 
 
-def register(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: this function is `backend`'s implementation of `op`."""
+def register(
+    op: str, backend: str, serves: Serves = lambda x: None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: this function is `backend`'s implementation of `op`.
+
+    serves(the first operand) says why it cannot take it, or None.
+    """
 
     def add(fn: Callable[..., Any]) -> Callable[..., Any]:
-        _BACKENDS[op, backend] = fn
+        _BACKENDS[op, backend] = fn, serves
         return fn
 
     return add
@@ -27,11 +35,11 @@ def backends(op: str) -> dict[str, str]:
     return {n: "ok" if (op, n) in _BACKENDS else f"no {n} backend of {op} is built" for n in NAMES}
 
 
-def resolve(op: str, backend: str | None) -> Callable[..., Any]:
-    """The implementation that `backend` names; None picks the best one available."""
-    if backend is None:
-        backend = next(n for n in reversed(NAMES) if (op, n) in _BACKENDS)
-    if (op, backend) not in _BACKENDS:
-        reason = backends(op).get(backend, f"choose one of {', '.join(NAMES)}")
-        raise RuntimeError(f"backend={backend!r} of {op} is not available: {reason}")
-    return _BACKENDS[op, backend]
+def resolve(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
+    """The implementation that `backend` names; None picks the best one that can take `x`."""
+    for name in reversed(NAMES) if backend is None else (backend,):
+        fn, serves = _BACKENDS.get((op, name), (None, None))
+        reason = serves(x) if serves else backends(op).get(name, f"choose one of {', '.join(NAMES)}")
+        if fn is not None and reason is None:
+            return fn
+    raise RuntimeError(f"backend={backend!r} of {op} is not available: {reason}")

@@ -20,7 +20,10 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 class DistillOutput(NamedTuple):
-    """loss: differentiable sum of per_token times loss_weights; per_token (N,) detached."""
+    """loss: differentiable sum of per_token times loss_weights.
+
+    per_token (N,): detached, 0 at tokens without weight.
+    """
 
     loss: Tensor
     per_token: Tensor
@@ -69,7 +72,7 @@ def distill_loss(
         )
     if loss_weights is None:
         loss_weights = student_hidden.new_ones(len(student_hidden), dtype=torch.float32)
-    return resolve("distill_loss", backend)(
+    return resolve("distill_loss", backend, student_hidden)(
         student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_topk,
         divergence, beta, temperature, loss_weights, tail, valid_vocab, tp_group,
     )  # fmt: skip
@@ -101,13 +104,11 @@ def _reference(
         logp = vocab.log_probs(h, weight, temperature, valid_vocab, group)
         column, here = vocab.shard_index(ids, weight, group)
         student = vocab.total(logp.gather(1, column) * here, group)
-        teacher = teacher.to(student.dtype)
+        teacher = bucketed(teacher.to(student.dtype), tail)
         if tail:
             student = torch.cat([student, _rest(logp, column, here, group)], 1)
-            rest = -teacher.exp().sum(1, keepdim=True).clamp(max=1 - 1e-7)
-            teacher = torch.cat([teacher, rest.log1p()], 1)
         else:
-            student, teacher = student.log_softmax(1), teacher.log_softmax(1)
+            student = student.log_softmax(1)
         return _divergence(student, teacher, divergence, beta).sum(-1)
 
     if topk is None:
@@ -115,8 +116,36 @@ def _reference(
         per_token = vocab.by_rows(full, (hidden, teacher_hidden.detach()), weight)
     else:
         per_token = vocab.by_rows(top, (hidden, topk[0], topk[1].detach()), weight)
-    per_token = per_token * temperature**2
+    per_token = torch.where(w != 0, per_token * temperature**2, 0.0)
     return DistillOutput((per_token * w).sum(), per_token.detach())
+
+
+def bucketed(teacher: Tensor, tail: bool) -> Tensor:
+    """(n, K) log-probabilities as a whole distribution: with a bucket for the rest, or rescaled."""
+    if not tail:
+        return teacher.log_softmax(1)
+    rest = -teacher.exp().sum(1, keepdim=True).clamp(max=1 - 1e-7)
+    return torch.cat([teacher, rest.log1p()], 1)
+
+
+def bucket_terms(
+    student: Tensor, teacher: Tensor, kind: Divergence, beta: float
+) -> tuple[Tensor, Tensor]:
+    """(value (n,), slope (n, B)) of log-probabilities over B buckets.
+
+    slope: a logit's gradient is its probability times the slope of its bucket. With f' the
+    derivative by a bucket's mass it is f' minus the mean of f' under the student.
+    """
+    q = student.exp()
+    if kind == "forward_kl":
+        by_mass = -(teacher - student).exp()
+    elif kind == "reverse_kl":
+        by_mass = student - teacher
+    else:
+        mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+        by_mass = (1 - beta) * (student - mixture)
+    value = _divergence(student, teacher, kind, beta).sum(-1)
+    return value, by_mass - (q * by_mass).sum(-1, keepdim=True)
 
 
 def _rest(logp: Tensor, column: Tensor, here: Tensor, group: dist.ProcessGroup | None) -> Tensor:

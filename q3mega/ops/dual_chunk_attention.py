@@ -65,7 +65,7 @@ def dual_chunk_attention(
         )
     if inv_freq is None:
         inv_freq = rotary.inv_freq(q.shape[-1], rope_theta).to(q.device)
-    return resolve("dual_chunk_attention", backend)(
+    return resolve("dual_chunk_attention", backend, q)(
         q,
         k,
         v,

@@ -10,7 +10,7 @@ plus kl_coef times a KL estimate to a reference, minus entropy_coef times the en
 four differ in the weights alone, which are the caller's. Log ratios are held within +-20.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -28,14 +28,45 @@ SAPO_TAU = (1.0, 1.05)
 
 
 class GrpoOutput(NamedTuple):
-    """loss: differentiable sum. The rest is detached: logprobs, entropy, kl (N,), the last 0 at
-    tokens without weight, and the share of weighted tokens whose policy gradient was clipped away.
+    """loss: differentiable sum. The rest is detached: logprobs, entropy, kl (N,), 0 at tokens
+    without weight, and the share of weighted tokens whose policy gradient was clipped away.
     """
 
     loss: Tensor
     logprobs: Tensor
     entropy: Tensor
     clip_fraction: Tensor
+    kl: Tensor
+
+
+class Rows(NamedTuple):
+    """What stands beside each token, (N,) each."""
+
+    advantages: Tensor
+    old: Tensor
+    weights: Tensor
+    ref: Tensor | None
+    rollout: Tensor | None
+
+
+class Settings(NamedTuple):
+    """The choice of loss: what every backend takes as it is."""
+
+    variant: Variant
+    clip: tuple[float, float]
+    dual_clip: float | None
+    kl_coef: float
+    kl_estimator: Estimator
+    entropy_coef: float
+    tis_cap: float | None
+
+
+class TokenTerms(NamedTuple):
+    """Per token, before the weights: loss, its derivative by log p, was it clipped, KL estimate."""
+
+    loss: Tensor
+    g_logprob: Tensor
+    clipped: Tensor
     kl: Tensor
 
 
@@ -87,39 +118,40 @@ def grpo_loss(
         raise UserError(f"tis_cap={tis_cap} corrects for the sampler: give rollout_logprobs")
     if kl_coef and ref_logprobs is None:
         raise UserError(f"kl_coef={kl_coef} pulls to a reference policy: give ref_logprobs")
-    return resolve("grpo_loss", backend)(
-        hidden, weight, targets, advantages, old_logprobs, loss_weights, ref_logprobs,
-        rollout_logprobs, variant, (clip_low, clip_high), clip_ratio_c, kl_coef, kl_estimator,
-        entropy_coef, tis_cap, temperature, seq_ids, valid_vocab, tp_group,
-    )  # fmt: skip
+    rows = Rows(advantages, old_logprobs, loss_weights, ref_logprobs, rollout_logprobs)
+    clip = clip_low, clip_high
+    settings = Settings(
+        variant, clip, clip_ratio_c, kl_coef, kl_estimator, entropy_coef, tis_cap
+    )
+    return resolve("grpo_loss", backend, hidden)(
+        hidden, weight, targets, rows, settings, temperature, seq_ids, valid_vocab, tp_group
+    )
 
 
 @register("grpo_loss", "reference")
-def _reference(
+def _reference(*operands: Any) -> GrpoOutput:
+    return composed(*operands, "reference")
+
+
+def composed(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    advantages: Tensor,
-    old: Tensor,
-    w: Tensor,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    variant: Variant,
-    clip: tuple[float, float],
-    dual_clip: float | None,
-    kl_coef: float,
-    kl_estimator: Estimator,
-    entropy_coef: float,
-    tis_cap: float | None,
+    rows: Rows,
+    settings: Settings,
     temperature: float,
     seq_ids: Tensor | None,
     valid_vocab: int | None,
     group: dist.ProcessGroup | None,
+    backend: str,
 ) -> GrpoOutput:
+    """The loss in plain PyTorch on `backend`'s log-probabilities: its definition."""
     logp, entropy = linear_logprob(
         hidden, weight, targets, temperature=temperature, valid_vocab=valid_vocab,
-        tp_group=group, backend="reference",
+        tp_group=group, backend=backend,
     )  # fmt: skip
+    variant, clip, dual_clip, kl_coef, kl_estimator, entropy_coef, tis_cap = settings
+    advantages, old, w, ref, rollout = rows
     active = w != 0
 
     def known(x: Tensor) -> Tensor:
@@ -141,7 +173,52 @@ def _reference(
         loss = loss - entropy_coef * entropy
     share = (clipped & active).sum() / active.sum().clamp(min=1)
     total = (loss * w).sum()
-    return GrpoOutput(total, logp.detach(), entropy.detach(), share, kl.detach())
+    shown = (known(x).detach() for x in (logp, entropy))
+    return GrpoOutput(total, *shown, share, kl.detach())
+
+
+def token_terms(
+    logp: Tensor,
+    entropy: Tensor,
+    advantages: Tensor,
+    old: Tensor,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    settings: Settings,
+) -> TokenTerms:
+    """The same for weighted tokens, with the derivative in closed form (KERNELS: section B.1).
+
+    For every variant whose ratio is the token's own, so not for gspo's.
+    """
+    variant, (low, high), dual_clip, kl_coef, estimator, entropy_coef, tis_cap = settings
+    log_ratio = logp - old
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    loss, clipped = _policy(variant, ratio, logp, advantages, (low, high), dual_clip)
+    if variant == "cispo":
+        g = -ratio.clamp(max=high) * advantages
+    else:
+        g = -ratio * advantages * (log_ratio.abs() <= MAX_LOG_RATIO)
+        if variant == "sapo":
+            tau = torch.where(advantages < 0, SAPO_TAU[1], SAPO_TAU[0])
+            share = torch.sigmoid(tau * (ratio - 1))
+            g = 4 * share * (1 - share) * g
+        else:
+            g = g.masked_fill(clipped, 0.0)
+    if tis_cap is not None and rollout is not None:
+        trust = (old - rollout).exp().clamp(max=tis_cap)
+        loss, g = loss * trust, g * trust
+    kl = torch.zeros_like(logp)
+    if ref is not None:
+        d = ref - logp
+        kl = _kl(d, estimator)
+        if estimator == "k1":
+            slope = torch.ones_like(d)
+        elif estimator == "k2":
+            slope = -d
+        else:
+            slope = (1 - d.exp()) * (d.abs() <= MAX_LOG_RATIO)
+        loss, g = loss + kl_coef * kl, g + kl_coef * slope
+    return TokenTerms(loss - entropy_coef * entropy, g, clipped, kl)
 
 
 def _policy(

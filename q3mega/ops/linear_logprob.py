@@ -35,7 +35,7 @@ def linear_logprob(
     that do not fit, RuntimeError for a backend that is not there.
     """
     vocab.check(hidden, weight, temperature, targets=targets)
-    return resolve("linear_logprob", backend)(
+    return resolve("linear_logprob", backend, hidden)(
         hidden, weight, targets, temperature, valid_vocab, tp_group
     )
 
@@ -64,7 +64,7 @@ class _LinearLogprob(torch.autograd.Function):
             top = z.amax(1)
             e = z.sub_(top[:, None]).exp()
             stats[rows] = torch.stack([top, e.sum(1), z.mul_(e).sum(1), target], 1)
-        m, s, t, z_y = _merge(stats, group)
+        m, s, t, z_y = merge(stats, group)
         entropy = s.log() - t / s
         ctx.save_for_backward(hidden, weight, column, here, m + s.log(), entropy)
         ctx.settings = temperature, valid_vocab, group
@@ -103,7 +103,7 @@ class _LinearLogprob(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype), None, None, None, None
 
 
-def _merge(stats: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+def merge(stats: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
     """(m, s, t, z_y) of the whole vocabulary, each (N,), from the ranks' (N, 4): one all-gather."""
     if group is None or not len(stats):
         return stats.unbind(1)

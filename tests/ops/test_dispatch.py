@@ -15,9 +15,9 @@ def test_every_operator_has_a_reference_and_a_reason_for_the_rest(op: str) -> No
     for name, reason in served.items():
         if reason != "ok":
             with pytest.raises(RuntimeError, match=f"{name}.*{op}.*{reason}"):
-                dispatch.resolve(op, name)
+                dispatch.resolve(op, name, torch.zeros(1))
     with pytest.raises(RuntimeError, match="choose one of"):
-        dispatch.resolve(op, "abacus")
+        dispatch.resolve(op, "abacus", torch.zeros(1))
 
 
 def test_a_forced_reference_is_the_definition() -> None:

@@ -149,13 +149,14 @@ def test_clip_fraction_counts_lost_gradients(a, ratio, clipped):
     assert bool(torch.autograd.grad(out.loss, one[0])[0].any()) is not bool(clipped)
 
 
-def test_outputs_beside_the_loss_are_detached():
+def test_outputs_beside_the_loss_are_detached_and_zero_at_masked_tokens():
     inputs, rows = operands()
     out = ops.grpo_loss(*inputs, **rows)
     assert out.loss.requires_grad and not any(x.requires_grad for x in out[1:])
-    logp, entropy = logprobs(*inputs)
-    torch.testing.assert_close(out.logprobs, logp.detach())
-    torch.testing.assert_close(out.entropy, entropy.detach())
+    counts = rows["loss_weights"] != 0
+    logp, entropy = (x.detach() * counts for x in logprobs(*inputs))
+    torch.testing.assert_close(out.logprobs, logp)
+    torch.testing.assert_close(out.entropy, entropy)
     del rows["ref_logprobs"]
     assert not ops.grpo_loss(*inputs, **rows).kl.any()
 

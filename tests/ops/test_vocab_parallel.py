@@ -1,4 +1,4 @@
-"""Two processes that each hold half of the lm_head equal one process, in values and gradients."""
+"""Processes that each hold a part of the lm_head equal one process, in values and gradients."""
 
 import os
 import subprocess
@@ -11,54 +11,60 @@ import torch.distributed as dist
 
 from q3mega import ops
 
-N, V, H = 12, 10, 6
+N, V, H = 12, 12, 6
 
 
 @pytest.mark.dist
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("backend", "world"), [("reference", 2), ("reference", 4), ("cpu", 2), ("cpu", 4)]
+)
+def test_processes_equal_one(tmp_path: Path, backend: str, world: int) -> None:
     root = str(Path(ops.__file__).resolve().parents[2])
     env = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path / "store")],
+            [sys.executable, __file__, str(rank), str(world), backend, str(tmp_path / "store")],
             env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for rank in range(2)
+        for rank in range(world)
     ]  # fmt: skip
     try:
         logs = [w.communicate(timeout=120)[0] for w in workers]
     finally:
         for w in workers:
             w.kill()
-    assert [w.returncode for w in workers] == [0, 0], "\n".join(logs)
+    assert [w.returncode for w in workers] == [0] * world, "\n".join(logs)
 
 
-def worker(rank: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def worker(rank: int, world: int, backend: str, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     group = dist.group.WORLD
     g = torch.Generator().manual_seed(0)
 
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    near = 2e-4 if backend == "cpu" else 1e-11
+
     def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=g)
+        return torch.randn(*shape, dtype=dtype, generator=g)
 
     hidden, weight, t_hidden, t_weight = randn(N, H), 2 * randn(V, H), randn(N, H), randn(V, H)
-    half = slice(rank * V // 2, (rank + 1) * V // 2)
+    part = slice(rank * V // world, (rank + 1) * V // world)
     columns = {k: 0.3 * randn(N) for k in ("advantages", "old_logprobs", "ref_logprobs")}
-    columns["loss_weights"] = torch.rand(N, generator=g).double() * (torch.arange(N) % 4 > 0)
+    columns["loss_weights"] = torch.rand(N, generator=g).to(dtype) * (torch.arange(N) % 4 > 0)
     top = randn(N, V).log_softmax(-1).topk(3)
 
     def compare(op, valid: int | None) -> None:
         results = []
-        for w, t, tp in ((weight, t_weight, None), (weight[half], t_weight[half], group)):
+        for w, t, tp in ((weight, t_weight, None), (weight[part], t_weight[part], group)):
             h, w = hidden.clone().requires_grad_(), w.clone().requires_grad_()
-            outs = op(h, w, t, valid_vocab=valid, tp_group=tp)
+            outs = op(h, w, t, valid_vocab=valid, tp_group=tp, backend=backend)
             loss = sum((o * torch.arange(1, o.numel() + 1)).sum() for o in outs if o.requires_grad)
             loss.backward()
-            cut = half if tp is None else slice(None)
+            cut = part if tp is None else slice(None)
             results.append([*(o.detach() for o in outs), h.grad, w.grad[cut]])
-        torch.testing.assert_close(*results, atol=1e-11, rtol=1e-11)
+        torch.testing.assert_close(*results, atol=near, rtol=near)
 
-    for valid in (None, 8, 4):  # 4: the second rank holds padding alone
+    for valid in (None, 8, 4):  # 4: the last ranks hold padding alone
         targets = torch.randint(valid or V, (N,), generator=g)
 
         def logprob(h, w, t, targets=targets, **kw):
@@ -93,9 +99,9 @@ def worker(rank: int, store: str) -> None:
                     )
 
                 compare(topk, valid)
-    ops.linear_logprob(hidden[:0], weight[half], targets[:0], tp_group=group)
+    ops.linear_logprob(hidden[:0], weight[part], targets[:0], tp_group=group)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), sys.argv[2])
+    worker(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,441 @@
+"""The C++ CPU backend of the lm-head operators: ATen's GEMM and our row kernels, no (N, V) logits.
+
+One buffer of logits is filled again and again by blocks of rows: fresh pages would cost more than
+the arithmetic on them. `grpo_loss` and `distill_loss` know their gradients as soon as they know the
+logits, so forward and backward are one pass of three GEMMs (KERNELS: mode F); the backward only
+scales what the forward left. `linear_logprob` learns its gradients later and computes the logits
+again (mode R, four GEMMs). Rows that can get no gradient never reach a gradient's GEMM.
+
+All are registered with torch.library: fakes and autograd, so they also run under torch.compile.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, all_reduce
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from q3mega import _cpu
+from q3mega.ops import vocab
+from q3mega.ops.dispatch import register
+from q3mega.ops.distill_loss import DistillOutput, bucket_terms, bucketed
+from q3mega.ops.grpo_loss import GrpoOutput, Rows, Settings, composed, token_terms
+from q3mega.ops.linear_logprob import merge
+
+BUFFER_BYTES = 160 << 20  # of logits at once: 256 rows of Qwen3's vocabulary, where dW is amortised
+
+
+def serves(x: Tensor) -> str | None:
+    """Why not, or None: the kernels compute in fp32 on a CPU."""
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device}"
+    return "fp64 is the reference's" if x.dtype == torch.float64 else None
+
+
+class _Head:
+    """An lm_head (or this rank's shard) and the buffer in which its logits come and go."""
+
+    def __init__(
+        self, weight: Tensor, temperature: float, valid: int, group: str, rows: int
+    ) -> None:
+        self.weight, self.temperature = weight, temperature
+        self.group: ProcessGroup | None = _resolve_process_group(group) if group else None
+        self.first, self.stride = vocab.offset(weight, self.group), len(weight)
+        valid = self.first + self.stride if valid < 0 else valid
+        self.columns = min(max(valid - self.first, 0), self.stride)
+        self.step = max(1, min(rows, BUFFER_BYTES // (4 * self.stride)))
+        self.buffer = weight.new_empty(self.step, self.stride)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, V) of n <= step rows, in the buffer."""
+        z = self.buffer[: len(hidden)]
+        return torch.mm(hidden / self.temperature, self.weight.T, out=z)
+
+    def column(self, ids: Tensor) -> Tensor:
+        """Where this shard holds the ids; -1 where it does not."""
+        column = ids - self.first
+        return torch.where((column >= 0) & (column < self.columns), column, -1).contiguous()
+
+    def stats(self, z: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(log p of the column, entropy, log-sum-exp), each (n,), over the whole vocabulary."""
+        stats = z.new_empty(len(z), 4)
+        _cpu.row_stats(z.data_ptr(), *self.shape(z), column.data_ptr(), stats.data_ptr())
+        m, s, t, z_y = merge(stats, self.group)
+        log_mass = s.log()
+        return z_y - m - log_mass, log_mass - t / s, m + log_mass
+
+    def gradient(
+        self, z: Tensor, column: Tensor, lse: Tensor, entropy: Tensor, g: Tensor, g_entropy: Tensor
+    ) -> None:
+        """z becomes the gradient of sum g log p + g_entropy H with respect to it."""
+        lse, entropy, g, g_entropy = (x.contiguous() for x in (lse, entropy, g, g_entropy))
+        _cpu.row_gradient(
+            z.data_ptr(), *self.shape(z), column.data_ptr(), lse.data_ptr(), entropy.data_ptr(),
+            g.data_ptr(), g_entropy.data_ptr() if g_entropy.any() else 0,
+        )  # fmt: skip
+
+    def shape(self, z: Tensor) -> tuple[int, int, int]:
+        return len(z), self.stride, self.columns
+
+
+class _Gradients:
+    """d_hidden (N, H) and d_weight (V, H), filled block by block; empty where not wanted."""
+
+    def __init__(self, hidden: Tensor, head: _Head, wanted: tuple[bool, bool]) -> None:
+        self.head, (self.of_hidden, self.of_weight) = head, wanted
+        self.hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
+        self.weight = torch.zeros_like(head.weight) if wanted[1] else hidden.new_empty(0)
+
+    def add(self, rows: Tensor, hidden: Tensor, dz: Tensor) -> None:
+        """dz (n, V): the loss's gradient with respect to hidden / temperature @ weight.T."""
+        if self.of_hidden:
+            self.hidden[rows] = (dz @ self.head.weight).div_(self.head.temperature)
+        if self.of_weight:
+            self.weight.addmm_(dz.T, hidden / self.head.temperature)
+
+    def done(self) -> tuple[Tensor, Tensor]:
+        if self.head.group is not None and self.of_hidden:
+            all_reduce(self.hidden, group=self.head.group)
+        return self.hidden, self.weight
+
+
+def _blocks(index: Tensor, head: _Head) -> Iterator[Tensor]:
+    return iter(index.split(head.step)) if len(index) else iter(())
+
+
+def _options(valid_vocab: int | None, group: ProcessGroup | None) -> tuple[int, str]:
+    return -1 if valid_vocab is None else valid_vocab, group.group_name if group else ""
+
+
+def _wanted(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
+    grads = torch.is_grad_enabled()
+    return grads and hidden.requires_grad, grads and weight.requires_grad
+
+
+# -- linear_logprob ------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("q3mega::linear_logprob", mutates_args=())
+def _logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, valid: int, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = _Head(weight, temperature, valid, group, len(hidden))
+    column = head.column(targets)
+    out = hidden.new_empty(3, len(hidden))
+    for rows in _blocks(torch.arange(len(hidden)), head):
+        out[:, rows] = torch.stack(head.stats(head.logits(hidden[rows]), column[rows]))
+    return out[0].clone(), out[1].clone(), out[2].clone()
+
+
+@_logprob.register_fake
+def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(hidden.new_empty(len(hidden)) for _ in range(3))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("q3mega::linear_logprob_backward", mutates_args=())
+def _logprob_backward(
+    g: Tensor, g_entropy: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: Tensor,
+    lse: Tensor, temperature: float, valid: int, group: str, of_hidden: bool, of_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    active = ((g != 0) | (g_entropy != 0)).nonzero()[:, 0]
+    head = _Head(weight, temperature, valid, group, len(active))
+    gradients, column = _Gradients(hidden, head, (of_hidden, of_weight)), head.column(targets)
+    for rows in _blocks(active, head):
+        h, c = hidden[rows], column[rows]
+        z = head.logits(h)
+        head.gradient(z, c, lse[rows], entropy[rows], g[rows], g_entropy[rows])
+        gradients.add(rows, h, z)
+    return gradients.done()
+
+
+@_logprob_backward.register_fake
+def _(g: Tensor, g_entropy: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
+    return _fake_gradients(hidden, weight, rest[-2], rest[-1])
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, *wanted: bool) -> tuple[Tensor, Tensor]:
+    of_hidden, of_weight = wanted
+    return (
+        torch.empty_like(hidden) if of_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if of_weight else hidden.new_empty(0),
+    )
+
+
+def _keep_logprob(ctx: Any, inputs: Any, output: Any) -> None:
+    hidden, weight, targets, *ctx.options = inputs
+    ctx.save_for_backward(hidden, weight, targets, *output[1:])
+
+
+def _pull_logprob(ctx: Any, g: Tensor, g_entropy: Tensor, _: Tensor) -> Any:
+    wanted = ctx.needs_input_grad[:2]
+    found = _logprob_backward(g, g_entropy, *ctx.saved_tensors, *ctx.options, *wanted)
+    d_hidden, d_weight = (d if want else None for d, want in zip(found, wanted, strict=True))
+    return d_hidden, d_weight, None, None, None, None
+
+
+_logprob.register_autograd(_pull_logprob, setup_context=_keep_logprob)
+
+
+@register("linear_logprob", "cpu", serves)
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    valid_vocab: int | None,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    operands = hidden.float().contiguous(), weight.float().contiguous(), targets
+    logprob, entropy, _ = _logprob(*operands, temperature, *_options(valid_vocab, group))
+    return logprob, entropy
+
+
+# -- grpo_loss -----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("q3mega::grpo_loss", mutates_args=())
+def _grpo(
+    hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor, old: Tensor, w: Tensor,
+    ref: Tensor | None, rollout: Tensor | None, variant: str, clip_low: float, clip_high: float,
+    dual_clip: float | None, kl_coef: float, kl_estimator: str, entropy_coef: float,
+    tis_cap: float | None, temperature: float, valid: int, group: str, of_hidden: bool,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    head = _Head(weight, temperature, valid, group, len(hidden))
+    gradients, column = _Gradients(hidden, head, (of_hidden, of_weight)), head.column(targets)
+    settings = Settings(
+        variant, (clip_low, clip_high), dual_clip, kl_coef, kl_estimator, entropy_coef, tis_cap
+    )  # type: ignore[arg-type]
+    logprobs, entropy, kl = hidden.new_zeros(3, len(hidden)).unbind()
+    loss, clipped = hidden.new_zeros((), dtype=torch.float64), 0
+    counts = w != 0
+    learns = counts & ((advantages != 0) | bool(kl_coef or entropy_coef))
+    learns &= of_hidden or of_weight
+    for mask, learning in ((learns, True), (counts & ~learns, False)):
+        for rows in _blocks(mask.nonzero()[:, 0], head):
+            h, c = hidden[rows], column[rows]
+            z = head.logits(h)
+            logprobs[rows], entropy[rows], lse = head.stats(z, c)
+            token = token_terms(
+                logprobs[rows], entropy[rows], advantages[rows], old[rows],
+                None if ref is None else ref[rows],
+                None if rollout is None else rollout[rows], settings,
+            )  # fmt: skip
+            weights = w[rows]
+            loss += (token.loss * weights).sum(dtype=torch.float64)
+            clipped += int(token.clipped.sum())
+            kl[rows] = token.kl
+            if learning:
+                head.gradient(
+                    z, c, lse, entropy[rows], token.g_logprob * weights, -entropy_coef * weights
+                )
+                gradients.add(rows, h, z)
+    share = hidden.new_tensor(clipped / max(1, int(counts.sum())))
+    return loss.float(), logprobs.clone(), entropy.clone(), share, kl.clone(), *gradients.done()
+
+
+@_grpo.register_fake
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
+    n = len(hidden)
+    return (
+        hidden.new_empty(()), hidden.new_empty(n), hidden.new_empty(n), hidden.new_empty(()),
+        hidden.new_empty(n), *_fake_gradients(hidden, weight, rest[-2], rest[-1]),
+    )  # fmt: skip
+
+
+def _keep_gradients(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.inputs = len(inputs)
+    ctx.save_for_backward(*output[-2:])
+
+
+def _pull_gradients(ctx: Any, g: Tensor, *_: Any) -> Any:
+    scaled = [d * g if want else None for d, want in zip(ctx.saved_tensors, ctx.needs_input_grad)]  # noqa: B905
+    return *scaled, *[None] * (ctx.inputs - 2)
+
+
+_grpo.register_autograd(_pull_gradients, setup_context=_keep_gradients)
+
+
+@register("grpo_loss", "cpu", serves)
+def _grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    rows: Rows,
+    settings: Settings,
+    temperature: float,
+    seq_ids: Tensor | None,
+    valid_vocab: int | None,
+    group: ProcessGroup | None,
+) -> GrpoOutput:
+    if settings.variant.startswith("gspo"):  # a token's gradient hangs on its sequence: mode R
+        return composed(
+            hidden, weight, targets, rows, settings, temperature, seq_ids, valid_vocab, group, "cpu"
+        )
+    wanted = _wanted(hidden, weight)
+    operands = (
+        hidden.float().contiguous(), weight.float().contiguous(), targets,
+        *(None if x is None else x.detach().float() for x in rows),
+    )  # fmt: skip
+    variant, clip, *others = settings
+    out = _grpo(*operands, variant, *clip, *others, temperature, *_options(valid_vocab, group), *wanted)  # fmt: skip
+    return GrpoOutput(out[0], *(x.detach() for x in out[1:5]))
+
+
+# -- distill_loss --------------------------------------------------------------------------------
+
+_KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+
+
+@torch.library.custom_op("q3mega::distill_loss", mutates_args=())
+def _distill(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, w: Tensor,
+    divergence: str, beta: float, temperature: float, valid: int, group: str, of_hidden: bool,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    head = _Head(weight, temperature, valid, group, len(hidden))
+    teacher = _Head(teacher_weight, temperature, valid, group, len(hidden))
+    gradients, kind = _Gradients(hidden, head, (of_hidden, of_weight)), _KINDS[divergence]
+    per_token = hidden.new_zeros(len(hidden))
+    for rows in _blocks((w != 0).nonzero()[:, 0], head):
+        h, t = head.logits(hidden[rows]), teacher.logits(teacher_hidden[rows])
+        nowhere = torch.full((len(rows),), -1)
+        (_, _, lse), (_, _, lse_t) = head.stats(h, nowhere), teacher.stats(t, nowhere)
+        lse, lse_t = lse.contiguous(), lse_t.contiguous()
+        pair = h.data_ptr(), t.data_ptr(), *head.shape(h), lse.data_ptr(), lse_t.data_ptr()
+        sums = h.new_empty(len(rows), 2)
+        _cpu.divergence_sums(*pair, kind, beta, sums.data_ptr())
+        if head.group is not None:
+            all_reduce(sums, group=head.group)
+        first, second = sums.unbind(1)
+        jsd = divergence == "jsd"
+        per_token[rows] = beta * first + (1 - beta) * second if jsd else first
+        if of_hidden or of_weight:
+            own, g = (second if jsd else first).contiguous(), w[rows]
+            _cpu.divergence_gradient(*pair, kind, beta, own.data_ptr(), g.data_ptr())
+            gradients.add(rows, hidden[rows], h)
+    return _squared(temperature, w, per_token, gradients)
+
+
+def _squared(
+    temperature: float, w: Tensor, per_token: Tensor, gradients: _Gradients
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, per_token, d_hidden, d_weight), all times temperature squared."""
+    per_token = per_token * temperature**2
+    found = (d.mul_(temperature**2) if temperature != 1 else d for d in gradients.done())
+    return (per_token * w).sum(), per_token, *found
+
+
+@_distill.register_fake
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
+    outs = hidden.new_empty(()), hidden.new_empty(len(hidden))
+    return *outs, *_fake_gradients(hidden, weight, rest[-2], rest[-1])
+
+
+_distill.register_autograd(_pull_gradients, setup_context=_keep_gradients)
+
+
+@torch.library.custom_op("q3mega::distill_topk", mutates_args=())
+def _distill_topk(
+    hidden: Tensor, weight: Tensor, ids: Tensor, teacher: Tensor, w: Tensor, divergence: str,
+    beta: float, temperature: float, valid: int, group: str, of_hidden: bool, of_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Teacher (N, K + 1), the last the rest. One bucket an id, and one for the rest: outside the ids a logit matters by its mass alone."""
+    head = _Head(weight, temperature, valid, group, len(hidden))
+    gradients = _Gradients(hidden, head, (of_hidden, of_weight))
+    per_token, column = hidden.new_zeros(len(hidden)), head.column(ids)
+    for rows in _blocks((w != 0).nonzero()[:, 0], head):
+        h, c = hidden[rows], column[rows]
+        z, nowhere = head.logits(h), torch.full((len(rows),), -1)
+        lse = head.stats(z, nowhere)[2]
+        here, places = c >= 0, c.clamp(min=0)
+        logits = torch.where(here, z.gather(1, places), 0.0)
+        if head.group is not None:
+            all_reduce(logits, group=head.group)
+        row, pick = here.nonzero(as_tuple=True)
+        z[row, c[row, pick]] = vocab.MASKED
+        rest = head.stats(z, nowhere)[2]  # summed, not one minus the ids: see distill_loss
+        student = torch.cat([logits, rest[:, None]], 1) - lse[:, None]
+        per_token[rows], slope = bucket_terms(student, teacher[rows], divergence, beta)
+        slope = (slope * w[rows, None]).contiguous()
+        head.gradient(z, nowhere, lse, lse, -slope[:, -1], torch.zeros_like(lse))
+        inside = student[:, :-1].exp() * slope[:, :-1]
+        z[row, c[row, pick]] = inside[row, pick]
+        gradients.add(rows, h, z)
+    return _squared(temperature, w, per_token, gradients)
+
+
+@torch.library.custom_op("q3mega::distill_renormalised", mutates_args=())
+def _distill_renormalised(
+    hidden: Tensor, weight: Tensor, ids: Tensor, teacher: Tensor, w: Tensor, divergence: str,
+    beta: float, temperature: float, group: str, of_hidden: bool, of_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Only the ids' own rows of the lm_head are read: no GEMM over the vocabulary."""
+    head = _Head(weight, temperature, -1, group, 1)
+    gradients = _Gradients(hidden, head, (of_hidden, of_weight))
+    per_token, column = hidden.new_zeros(len(hidden)), head.column(ids)
+    step = max(1, BUFFER_BYTES // 4 // (4 * ids.shape[1] * hidden.shape[1]))
+    for rows in (w != 0).nonzero()[:, 0].split(step):
+        h, here, places = hidden[rows] / temperature, column[rows] >= 0, column[rows].clamp(min=0)
+        picked = weight[places]
+        logits = torch.einsum("nkh,nh->nk", picked, h) * here
+        if head.group is not None:
+            all_reduce(logits, group=head.group)
+        student = logits.log_softmax(1)
+        per_token[rows], slope = bucket_terms(student, teacher[rows], divergence, beta)
+        dz = student.exp() * slope * w[rows, None] * here
+        if of_hidden:
+            gradients.hidden[rows] = torch.einsum("nk,nkh->nh", dz, picked).div_(temperature)
+        if of_weight:
+            outer = dz[:, :, None] * h[:, None]
+            gradients.weight.index_add_(0, places.flatten(), outer.flatten(0, 1))
+    return _squared(temperature, w, per_token, gradients)
+
+
+for _op in (_distill_topk, _distill_renormalised):
+
+    @_op.register_fake
+    def _(hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
+        outs = hidden.new_empty(()), hidden.new_empty(len(hidden))
+        return *outs, *_fake_gradients(hidden, weight, rest[-2], rest[-1])
+
+    _op.register_autograd(_pull_gradients, setup_context=_keep_gradients)
+
+
+@register("distill_loss", "cpu", serves)
+def _distill_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    topk: tuple[Tensor, Tensor] | None,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    w: Tensor,
+    tail: bool,
+    valid_vocab: int | None,
+    group: ProcessGroup | None,
+) -> DistillOutput:
+    wanted = _wanted(hidden, weight)
+    student = hidden.float().contiguous(), weight.float().contiguous()
+    w = w.detach().float().contiguous()
+    how = w, divergence, beta, temperature
+    if topk is None:
+        assert teacher_hidden is not None and teacher_weight is not None
+        with torch.no_grad():
+            teacher = teacher_hidden.float().contiguous(), teacher_weight.float().contiguous()
+        out = _distill(*student, *teacher, *how, *_options(valid_vocab, group), *wanted)
+    else:
+        ids, logprobs = topk[0], bucketed(topk[1].detach().float(), tail)
+        if tail:
+            out = _distill_topk(
+                *student, ids, logprobs, *how, *_options(valid_vocab, group), *wanted
+            )
+        else:
+            out = _distill_renormalised(
+                *student, ids, logprobs, *how, *_options(valid_vocab, group)[1:], *wanted
+            )
+    return DistillOutput(out[0], out[1].detach())
