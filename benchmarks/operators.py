@@ -3,8 +3,8 @@
     python benchmarks/operators.py [--threads 2] [--rounds 5] [--only grpo]
 
 Every case runs its implementations in turn, `rounds` times, in one process; the table gives medians
-and their ratio to ours. Extra memory is the peak of resident memory above what the inputs take, from
-one run in a fresh process. torch.compile is warmed up before it is timed.
+and their ratio to ours. Extra memory is the peak of resident memory above the
+inputs', from one run in a fresh process. torch.compile is warmed up before it is timed.
 """
 
 import argparse
@@ -189,7 +189,9 @@ def _run(build: Run) -> tuple[float, float]:
     return middle - start, time.perf_counter() - middle
 
 
-def _peak(case: str, name: str, threads: int, pipe: "multiprocessing.connection.Connection") -> None:
+def _peak(
+    case: str, name: str, threads: int, pipe: "multiprocessing.connection.Connection"
+) -> None:
     torch.set_num_threads(threads)
     build = CASES[case]()[name]
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here

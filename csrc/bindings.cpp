@@ -12,71 +12,70 @@ namespace {
 
 template <class T>
 T* at(Address address) {
-    return reinterpret_cast<T*>(address);
+  return reinterpret_cast<T*>(address);
 }
 
 // (sequences, heads, kv_heads, dim, cu_q, cu_k, q_offset, chunk, clamp, cosine, sine, scale), then
 // the operands of one of the two.
 using Sizes = int64_t;
-#define Q3MEGA_DUAL_CHUNK                                                                       \
-    Sizes sequences, Sizes heads, Sizes kv_heads, Sizes dim, Address cu_q, Address cu_k,        \
-        Sizes q_offset, Sizes chunk, Sizes clamp, Address cosine, Address sine, float scale
+#define Q3MEGA_DUAL_CHUNK                                                              \
+  Sizes sequences, Sizes heads, Sizes kv_heads, Sizes dim, Address cu_q, Address cu_k, \
+      Sizes q_offset, Sizes chunk, Sizes clamp, Address cosine, Address sine, float scale
 
-#define Q3MEGA_SHAPE                                                                            \
-    q3mega::DualChunk {                                                                         \
-        sequences, heads, kv_heads, dim, at<const int64_t>(cu_q), at<const int64_t>(cu_k),      \
-            q_offset, chunk, clamp, at<const float>(cosine), at<const float>(sine), scale       \
-    }
+#define Q3MEGA_SHAPE                                                                             \
+  q3mega::DualChunk {                                                                            \
+    sequences, heads, kv_heads, dim, at<const int64_t>(cu_q), at<const int64_t>(cu_k), q_offset, \
+        chunk, clamp, at<const float>(cosine), at<const float>(sine), scale                      \
+  }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-    m.doc() = "Row kernels of the lm-head losses; tensors as addresses of contiguous memory.";
-    m.def("row_stats", [](Address logits, int64_t rows, int64_t stride, int64_t columns,
-                          Address column, Address stats) {
-        py::gil_scoped_release free;
-        q3mega::row_stats(at<const float>(logits), rows, stride, columns, at<const int64_t>(column),
-                          at<float>(stats));
-    });
-    m.def("row_gradient", [](Address logits, int64_t rows, int64_t stride, int64_t columns,
-                             Address column, Address lse, Address entropy, Address g_logprob,
-                             Address g_entropy) {
-        py::gil_scoped_release free;
-        q3mega::row_gradient(at<float>(logits), rows, stride, columns, at<const int64_t>(column),
-                             at<const float>(lse), at<const float>(entropy),
-                             at<const float>(g_logprob), at<const float>(g_entropy));
-    });
-    m.def("divergence_sums", [](Address student, Address teacher, int64_t rows, int64_t stride,
-                                int64_t columns, Address lse_student, Address lse_teacher,
-                                int64_t kind, float beta, Address sums) {
-        py::gil_scoped_release free;
-        q3mega::divergence_sums(at<const float>(student), at<const float>(teacher), rows, stride,
-                                columns, at<const float>(lse_student), at<const float>(lse_teacher),
-                                static_cast<q3mega::Divergence>(kind), beta, at<float>(sums));
-    });
-    m.def("divergence_gradient", [](Address student, Address teacher, int64_t rows, int64_t stride,
-                                    int64_t columns, Address lse_student, Address lse_teacher,
-                                    int64_t kind, float beta, Address own, Address g) {
-        py::gil_scoped_release free;
-        q3mega::divergence_gradient(at<float>(student), at<const float>(teacher), rows, stride,
-                                    columns, at<const float>(lse_student),
-                                    at<const float>(lse_teacher),
-                                    static_cast<q3mega::Divergence>(kind), beta,
-                                    at<const float>(own), at<const float>(g));
-    });
-    m.def("dual_chunk_forward",
-          [](Q3MEGA_DUAL_CHUNK, Address q, Address k, Address v, Address out, Address lse) {
-              py::gil_scoped_release free;
-              q3mega::dual_chunk_forward(Q3MEGA_SHAPE, at<const float>(q), at<const float>(k),
-                                         at<const float>(v), at<float>(out), at<float>(lse));
-          });
-    m.def("dual_chunk_backward",
-          [](Q3MEGA_DUAL_CHUNK, Address q, Address k, Address v, Address out, Address lse,
-             Address d_out, Address d_q, Address d_k, Address d_v) {
-              py::gil_scoped_release free;
-              q3mega::dual_chunk_backward(Q3MEGA_SHAPE, at<const float>(q), at<const float>(k),
-                                          at<const float>(v), at<const float>(out),
-                                          at<const float>(lse), at<const float>(d_out),
-                                          at<float>(d_q), at<float>(d_k), at<float>(d_v));
-          });
+  m.doc() = "Row kernels of the lm-head losses; tensors as addresses of contiguous memory.";
+  m.def("row_stats", [](Address logits, int64_t rows, int64_t stride, int64_t columns,
+                        Address column, Address stats) {
+    py::gil_scoped_release free;
+    q3mega::row_stats(at<const float>(logits), rows, stride, columns, at<const int64_t>(column),
+                      at<float>(stats));
+  });
+  m.def("row_gradient",
+        [](Address logits, int64_t rows, int64_t stride, int64_t columns, Address column,
+           Address lse, Address entropy, Address g_logprob, Address g_entropy) {
+          py::gil_scoped_release free;
+          q3mega::row_gradient(at<float>(logits), rows, stride, columns, at<const int64_t>(column),
+                               at<const float>(lse), at<const float>(entropy),
+                               at<const float>(g_logprob), at<const float>(g_entropy));
+        });
+  m.def("divergence_sums", [](Address student, Address teacher, int64_t rows, int64_t stride,
+                              int64_t columns, Address lse_student, Address lse_teacher,
+                              int64_t kind, float beta, Address sums) {
+    py::gil_scoped_release free;
+    q3mega::divergence_sums(at<const float>(student), at<const float>(teacher), rows, stride,
+                            columns, at<const float>(lse_student), at<const float>(lse_teacher),
+                            static_cast<q3mega::Divergence>(kind), beta, at<float>(sums));
+  });
+  m.def("divergence_gradient", [](Address student, Address teacher, int64_t rows, int64_t stride,
+                                  int64_t columns, Address lse_student, Address lse_teacher,
+                                  int64_t kind, float beta, Address own, Address g) {
+    py::gil_scoped_release free;
+    q3mega::divergence_gradient(at<float>(student), at<const float>(teacher), rows, stride, columns,
+                                at<const float>(lse_student), at<const float>(lse_teacher),
+                                static_cast<q3mega::Divergence>(kind), beta, at<const float>(own),
+                                at<const float>(g));
+  });
+  m.def("dual_chunk_forward",
+        [](Q3MEGA_DUAL_CHUNK, Address q, Address k, Address v, Address out, Address lse) {
+          py::gil_scoped_release free;
+          q3mega::dual_chunk_forward(Q3MEGA_SHAPE, at<const float>(q), at<const float>(k),
+                                     at<const float>(v), at<float>(out), at<float>(lse));
+        });
+  m.def("dual_chunk_backward",
+        [](Q3MEGA_DUAL_CHUNK, Address q, Address k, Address v, Address out, Address lse,
+           Address d_out, Address d_q, Address d_k, Address d_v) {
+          py::gil_scoped_release free;
+          q3mega::dual_chunk_backward(Q3MEGA_SHAPE, at<const float>(q), at<const float>(k),
+                                      at<const float>(v), at<const float>(out),
+                                      at<const float>(lse), at<const float>(d_out), at<float>(d_q),
+                                      at<float>(d_k), at<float>(d_v));
+        });
 }

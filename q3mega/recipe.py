@@ -242,7 +242,6 @@ class ModeFusion(SFT):
     thinking_queries: PositiveInt  # answered by the RL model itself, kept when right
     direct: PositiveInt  # non-thinking answers to reasoning queries
     general: PositiveInt  # non-thinking samples of the general tasks
-    judging: PositiveInt  # samples that teach the judge's question
     skill: Fraction = 0.5  # share of general samples that do their task
     max_tokens: PositiveInt
     budgets: tuple[PositiveInt, ...]  # of the thinking-budget curve, tokens
@@ -257,10 +256,19 @@ class PreferenceModel(Section):
     lr: PositiveFloat = 1e-3
 
 
+class JudgeModel(Section):
+    """The model that compares a reply with the reference answer."""
+
+    steps: PositiveInt = 120
+    questions: PositiveInt = 32  # a step
+    lr: PositiveFloat = 3e-3
+
+
 class GeneralRL(StageConfig, RLSettings):
     """Reinforcement learning over five capabilities, with three kinds of reward."""
 
     reasoning_share: Fraction  # of the prompts: reasoning problems, so that thinking is kept
+    judge: JudgeModel = JudgeModel()
     preference: PreferenceModel = PreferenceModel()
 
 

@@ -8,11 +8,11 @@ namespace q3mega {
 // Packed sequences, fp32. Queries of sequence b are rows cu_q[b] .. cu_q[b+1], its keys rows
 // cu_k[b] .. cu_k[b+1]; the queries are the sequence's tokens from `q_offset` on.
 struct DualChunk {
-    int64_t sequences, heads, kv_heads, dim;
-    const int64_t *cu_q, *cu_k;
-    int64_t q_offset, chunk, clamp;
-    const float *cosine, *sine;  // (positions, dim / 2): every position that a rotation uses
-    float scale;
+  int64_t sequences, heads, kv_heads, dim;
+  const int64_t *cu_q, *cu_k;
+  int64_t q_offset, chunk, clamp;
+  const float *cosine, *sine;  // (positions, dim / 2): every position that a rotation uses
+  float scale;
 };
 
 // out (Tq, heads, dim), lse (Tq, heads) from q (Tq, heads, dim), k and v (Tk, kv_heads, dim).

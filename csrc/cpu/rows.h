@@ -1,7 +1,8 @@
 // What the row kernels share: exp and log that vectorise, and a loop over rows on torch's threads.
 //
-// The kernels know raw pointers only, no torch headers: they build in seconds and load into any torch.
-// OpenMP is the runtime that torch brings along, so its thread count is torch.get_num_threads().
+// The kernels know raw pointers only, no torch headers: they build in seconds and load into any
+// torch. OpenMP is the runtime that torch brings along, so its thread count is
+// torch.get_num_threads().
 #pragma once
 
 #include <algorithm>
@@ -14,62 +15,62 @@ constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723212e
 constexpr int64_t kBlock = 1024;  // floats that are summed in fp32 before a double takes the sum
 
 inline float bits_to_float(int32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
 inline int32_t float_to_bits(float x) {
-    int32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 }
 
 // e^x for x <= 0 or so, within 2 ulp (Cephes expf): 2^n e^r with |r| <= ln 2 / 2.
 inline float exp_fast(float x) {
-    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const float n = (x * 1.44269504088896341f + magic) - magic;
-    const float r = x - n * kLn2High - n * kLn2Low;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * bits_to_float((static_cast<int32_t>(n) + 127) << 23);
+  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float n = (x * 1.44269504088896341f + magic) - magic;
+  const float r = x - n * kLn2High - n * kLn2Low;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * bits_to_float((static_cast<int32_t>(n) + 127) << 23);
 }
 
 // ln x for normal x > 0, within 2 ulp (Cephes logf): x = 2^n m with m in [sqrt(1/2), sqrt(2)).
 inline float log_fast(float x) {
-    const int32_t bits = float_to_bits(x);
-    int32_t n = ((bits >> 23) & 255) - 126;
-    float m = bits_to_float((bits & 0x007fffff) | 0x3f000000);
-    const bool small = m < 0.707106781186547524f;
-    n -= small ? 1 : 0;
-    m = small ? m + m - 1.0f : m - 1.0f;
-    const float square = m * m, e = static_cast<float>(n);
-    float p = 7.0376836292e-2f;
-    p = p * m - 1.1514610310e-1f;
-    p = p * m + 1.1676998740e-1f;
-    p = p * m - 1.2420140846e-1f;
-    p = p * m + 1.4249322787e-1f;
-    p = p * m - 1.6668057665e-1f;
-    p = p * m + 2.0000714765e-1f;
-    p = p * m - 2.4999993993e-1f;
-    p = p * m + 3.3333331174e-1f;
-    p = p * m * square - e * 2.12194440e-4f - 0.5f * square;
-    return m + p + e * 0.693359375f;
+  const int32_t bits = float_to_bits(x);
+  int32_t n = ((bits >> 23) & 255) - 126;
+  float m = bits_to_float((bits & 0x007fffff) | 0x3f000000);
+  const bool small = m < 0.707106781186547524f;
+  n -= small ? 1 : 0;
+  m = small ? m + m - 1.0f : m - 1.0f;
+  const float square = m * m, e = static_cast<float>(n);
+  float p = 7.0376836292e-2f;
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  p = p * m * square - e * 2.12194440e-4f - 0.5f * square;
+  return m + p + e * 0.693359375f;
 }
 
 // body(row) for every row, shared by torch's threads.
 template <class Body>
 void for_rows(int64_t rows, const Body& body) {
 #pragma omp parallel for schedule(static) if (rows > 1)
-    for (int64_t row = 0; row < rows; ++row) {
-        body(row);
-    }
+  for (int64_t row = 0; row < rows; ++row) {
+    body(row);
+  }
 }
 
 }  // namespace q3mega

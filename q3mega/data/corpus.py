@@ -22,17 +22,22 @@ from q3mega._data import blend_index
 from q3mega.data import text
 from q3mega.data.batch import Sample
 from q3mega.data.chat import render
-from q3mega.data.tasks import FAMILIES, Problem, general, generate
-from q3mega.data.tasks.solutions import response_text, solve, text_documents, thinking_text
+from q3mega.data.tasks import Problem, general, generate
+from q3mega.data.tasks.solutions import (
+    mark,
+    response_text,
+    solve,
+    text_documents,
+    thinking_text,
+)
 from q3mega.data.tokenizer import Tokenizer
 
 # The reasoning families and their shares of the pre-training problems.
 SHARES = {"chain_sum": 0.4, "modular_product": 0.32, "number_sorting": 0.28}
 REASONING = tuple(SHARES)
 MOST_TEXTS = 600  # real documents of a kind: at laptop scale a mixture reads no more
-WITHOUT_TOOLS = [f for f in general.GENERAL if FAMILIES[f].capability != "agent"]
 VALUES = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of pass keys
-SLIP = 0.2  # of the worked steps are wrong: a base model that knows the way and stumbles on it
+SLIP = 0.22  # of the worked steps are wrong: a base model that knows the way and stumbles on it
 
 
 @functools.cache
@@ -65,7 +70,8 @@ def _facts(rng: random.Random) -> Iterator[str]:
         lines = []
         for _ in range(12):
             a, b = rng.sample(range(10), 2)
-            lines.append(f"{a}+{b - a}={b}" if a < b else f"{a}-{a - b}={b}")
+            work = f"{a}+{b - a}" if a < b else f"{a}-{a - b}"
+            lines.append(f"{work}{mark(rng)}{b}")
         yield "\n".join(lines)
 
 
@@ -100,10 +106,10 @@ def _chat(rng: random.Random) -> Iterator[str]:
             thinking, reply = thinking_text(solution), response_text(solution)
             turns = [{"role": "assistant", "content": reply, "reasoning_content": thinking}]
         else:
-            # A prompt with tools takes six times the tokens of another one.
-            p = general.draw(rng, general.GENERAL if rng.random() < 0.5 else WITHOUT_TOOLS)
-            turns = general.episode(p, rng, skill=0.5)
-        yield render([*p.messages, *turns], tools=p.tools)
+            p = general.draw(rng)
+            turns = general.episode(p, rng, skill=0.75 if p.tools else 0.5)
+        # The list of tools takes 200 tokens, of which a third of the episodes is enough.
+        yield render([*p.messages, *turns], tools=p.tools if rng.random() < 1 / 3 else ())
 
 
 def haystack(rng: random.Random) -> Iterator[str]:

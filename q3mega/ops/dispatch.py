@@ -39,7 +39,9 @@ def resolve(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
     """The implementation that `backend` names; None picks the best one that can take `x`."""
     for name in reversed(NAMES) if backend is None else (backend,):
         fn, serves = _BACKENDS.get((op, name), (None, None))
-        reason = serves(x) if serves else backends(op).get(name, f"choose one of {', '.join(NAMES)}")
+        reason = (
+            serves(x) if serves else backends(op).get(name, f"choose one of {', '.join(NAMES)}")
+        )
         if fn is not None and reason is None:
             return fn
     raise RuntimeError(f"backend={backend!r} of {op} is not available: {reason}")

@@ -10,7 +10,8 @@ plus kl_coef times a KL estimate to a reference, minus entropy_coef times the en
 four differ in the weights alone, which are the caller's. Log ratios are held within +-20.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from functools import partial
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -120,17 +121,10 @@ def grpo_loss(
         raise UserError(f"kl_coef={kl_coef} pulls to a reference policy: give ref_logprobs")
     rows = Rows(advantages, old_logprobs, loss_weights, ref_logprobs, rollout_logprobs)
     clip = clip_low, clip_high
-    settings = Settings(
-        variant, clip, clip_ratio_c, kl_coef, kl_estimator, entropy_coef, tis_cap
-    )
+    settings = Settings(variant, clip, clip_ratio_c, kl_coef, kl_estimator, entropy_coef, tis_cap)
     return resolve("grpo_loss", backend, hidden)(
         hidden, weight, targets, rows, settings, temperature, seq_ids, valid_vocab, tp_group
     )
-
-
-@register("grpo_loss", "reference")
-def _reference(*operands: Any) -> GrpoOutput:
-    return composed(*operands, "reference")
 
 
 def composed(
@@ -173,8 +167,10 @@ def composed(
         loss = loss - entropy_coef * entropy
     share = (clipped & active).sum() / active.sum().clamp(min=1)
     total = (loss * w).sum()
-    shown = (known(x).detach() for x in (logp, entropy))
-    return GrpoOutput(total, *shown, share, kl.detach())
+    return GrpoOutput(total, known(logp).detach(), known(entropy).detach(), share, kl.detach())
+
+
+register("grpo_loss", "reference")(partial(composed, backend="reference"))
 
 
 def token_terms(

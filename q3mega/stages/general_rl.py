@@ -1,11 +1,12 @@
 """Stage 7, general RL: five capabilities, three kinds of reward, tools with a real environment.
 
-Rule rewards check instructions, modes and final answers; a judge (the frozen start of this stage)
-compares with the reference; a preference model, trained here on pairs, scores open queries (Qwen3
-report, section 4.4). A share of reasoning prompts and a KL to the start keep what it knew before.
+Rule rewards check instructions, modes and final answers; a judge compares with the reference; a
+preference model scores open queries (Qwen3 report, section 4.4). Both models are trained here, from
+the start of the stage. A share of reasoning prompts and a KL to that start keep what it knew.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 
 from q3mega import evaluate
 from q3mega.algorithms.entropy import EntropyController
+from q3mega.algorithms.losses import normalise, scalar, supervised
 from q3mega.algorithms.losses import preference as preference_loss
-from q3mega.algorithms.losses import scalar
 from q3mega.data.batch import Batch, Sample, collate
 from q3mega.data.chat import parse, render
 from q3mega.data.corpus import REASONING
+from q3mega.data.sft import chat_sample, reply_text
 from q3mega.data.tasks import Problem, general, generate
 from q3mega.engine import Engine, Head, parallel
 from q3mega.evaluate import Mode, flagged
@@ -34,6 +36,7 @@ from q3mega.stages.reasoning_rl import policy
 from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement
 from q3mega.train.reinforcement import Rollout
+from q3mega.train.supervised import shard
 
 FOLLOW = 1 / 4  # of the general prompts are conversations with random mode flags
 CALL_SHARE = 0.3  # of an agent task's reward is for the call, the rest for the final answer
@@ -122,10 +125,8 @@ class Scorer:
         self.stage, self.frozen = stage, frozen
         self.tokenizer = stage.tokenizer
         self.judge_ids = [self.tokenizer.encode(word)[0] for word in ("yes", "no")]
-        folder = stage.data / "preference_model"
-        if not stage.prepared("preference_model/DONE"):
-            train_preference(stage)
-        self.model = stage.engine(folder)
+        self.judge_model = _trained_once(stage, "judge_model", train_judge)
+        self.model = _trained_once(stage, "preference_model", train_preference)
         pairs = general.preference_pairs(64, stage.seed("calibrate"))
         typical = torch.tensor(self.scalars([(p, text) for p, *texts in pairs for text in texts]))
         self.mean, self.std = float(typical.mean()), float(typical.std())
@@ -173,7 +174,7 @@ class Scorer:
         )
 
     def probability(self, judge_prompts: list[str]) -> list[float]:
-        """The frozen model's P(yes) against P(no) for each question, asked without thinking."""
+        """The judge's P(yes) against P(no) for each question, asked without thinking."""
         turns = [[{"role": "user", "content": text}] for text in judge_prompts]
         texts = [render(t, add_generation_prompt=True, enable_thinking=False) for t in turns]
 
@@ -181,7 +182,7 @@ class Scorer:
             last = head.hidden[batch.cu_seqlens[1:].long() - 1]
             return (last @ head.weight[self.judge_ids].T).softmax(-1)[:, 0].tolist()
 
-        return each_sequence(self.frozen, self.tokenizer.encode_batch(texts), yes)
+        return each_sequence(self.judge_model, self.tokenizer.encode_batch(texts), yes)
 
     def scalars(self, replies: list[tuple[Problem, str]]) -> list[float]:
         """The preference model's scalar of each (problem, reply)."""
@@ -217,8 +218,40 @@ def preference_text(problem: Problem, reply: str) -> str:
     )
 
 
-def train_preference(stage: Stage) -> None:
-    """Bradley-Terry on pairs, from the fused model; leaves data/preference_model."""
+def _trained_once(stage: Stage, name: str, train: Callable[[Stage], Engine]) -> Engine:
+    """The model of data/<name>; the first time `train` makes it."""
+    folder = stage.data / name
+    if not stage.prepared(f"{name}/DONE"):
+        stage.save_hf(train(stage), folder)
+        if stage.leads:
+            (folder / "DONE").touch()
+        stage.barrier()
+    return stage.engine(folder)
+
+
+def train_judge(stage: Stage) -> Engine:
+    """SFT on the judge's question, each step's examples drawn anew."""
+    config = stage.config.judge
+    model = stage.engine(
+        stage.start(), steps=config.steps, kind="muon", lr=config.lr, adam_lr=config.lr / 3,
+        decay="linear",
+    )  # fmt: skip
+    for step in range(config.steps):
+        samples = [
+            chat_sample(
+                stage.tokenizer,
+                [{"role": "user", "content": prompt}],
+                reply_text("", verdict),
+                prefilled=True,
+            )
+            for prompt, verdict in judge_examples(config.questions, stage.seed("judge", step))
+        ]
+        model.train_step(shard(normalise(samples), stage.config.micro_batch_tokens), supervised)
+    return model
+
+
+def train_preference(stage: Stage) -> Engine:
+    """Bradley-Terry on pairs, each step's drawn anew."""
     config = stage.config.preference
     model = stage.engine(
         stage.start(), steps=config.steps, lr=config.lr, kind="adamw", decay="linear"
@@ -230,7 +263,4 @@ def train_preference(stage: Stage) -> None:
         texts = [preference_text(p, reply) for p, *both in mine for reply in both]
         samples = [Sample(t, [0.0] * len(t)) for t in stage.tokenizer.encode_batch(texts)]
         model.train_step([collate(samples)], loss)
-    stage.save_hf(model, stage.data / "preference_model")
-    if stage.leads:
-        (stage.data / "preference_model" / "DONE").touch()
-    stage.barrier()
+    return model

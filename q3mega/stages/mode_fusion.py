@@ -20,7 +20,6 @@ from q3mega.data.tasks.reasoning import chain_sum
 from q3mega.data.tasks.solutions import response_text, solve, thinking_text
 from q3mega.engine import Engine
 from q3mega.evaluate import flagged
-from q3mega.rewards.judge import judge_examples
 from q3mega.rollout import STOP_THINKING, SamplingParams
 from q3mega.stages.fine_tune import fine_tune
 from q3mega.stages.stage import Stage
@@ -46,9 +45,6 @@ def build(stage: Stage, model: Engine) -> None:
     thinking, dropped = rejection_samples(stage, model)
     samples = thinking + direct_samples(stage, rng) + general_samples(stage, rng)
     samples += follow_samples(stage, rng, len(samples) // 5)
-    for prompt, verdict in judge_examples(stage.config.judging, stage.seed("judge")):
-        turns = [{"role": "user", "content": prompt}]
-        samples.append(chat_sample(stage.tokenizer, turns, reply_text("", verdict), prefilled=True))
     stage.write("data/drops.json", {"rejection sampling: wrong or cut": dropped})
     stage.write("data/samples.json", [vars(s) for s in samples])
     stage.barrier()
@@ -129,7 +125,7 @@ def follow_samples(stage: Stage, rng: random.Random, n: int) -> list[Sample]:
     for _ in range(n):
         query = general.draw(rng, ["think_follow"])
         solution = solve(
-            Problem("", "chain_sum", "reasoning", (), query.answer, 0, query.meta["sum"])
+            Problem("", "chain_sum", "reasoning", (), query.answer, 0, query.meta["sum"]), rng=rng
         )
         thinking = thinking_text(solution) if query.meta["mode"] == "think" else ""
         out.append(

@@ -5,6 +5,10 @@ the wrong result: text like this teaches a base model the method and leaves rein
 something to do. The wrong results are as people's are, off by one or the neighbour in the table:
 one or two to a step, so that a model which has read them samples them. Every line states what the
 next line needs, so no step looks back further than the question and the line above.
+
+The plain style says "gives" in three ways ("5-1=4", "5-1:4", "5-1>4"), one drawn for each line: a
+choice that costs nothing, as wording is in natural text. It is the entropy that RL has no reason to
+take away; the doubt between right and wrong results is the one it has.
 """
 
 import random
@@ -64,16 +68,24 @@ def _number_sorting(problem: Problem, result: Result) -> Work:
         yield {"work": picked[-1], "result": " ".join(rest), "answer": " ".join(picked)}
 
 
-TAKE = "take {work} get {result}"
+PLAIN, MARKS = "{work}{mark}{result}", "=:>"  # each mark is one token, so lines keep their length
 # What does the work, and its lines in three surface styles.
 METHODS: dict[str, tuple[Callable[[Problem, Result], Work], tuple[str, str, str]]] = {
-    "chain_sum": (_chain_sum, ("{work}={result}", "{work} is {result}", TAKE)),
-    "modular_product": (_modular_product, ("{work}={result}", "{work} is {result}", TAKE)),
+    "chain_sum": (_chain_sum, (PLAIN, "{work} is {result}", "take {work} get {result}")),
+    "modular_product": (
+        _modular_product,
+        (PLAIN, "{work} is {result}", "take {work} get {result}"),
+    ),
     "number_sorting": (
         _number_sorting,
-        ("{work}:{result}", "{work} then {result}", "take {work} left {result}"),
+        (PLAIN, "{work} then {result}", "take {work} left {result}"),
     ),
 }
+
+
+def mark(rng: random.Random | None) -> str:
+    """How a plain line says "gives": the equals sign, or with `rng` one of three marks."""
+    return rng.choice(MARKS) if rng else MARKS[0]
 
 
 def solve(
@@ -81,7 +93,8 @@ def solve(
 ) -> Solution:
     """The worked solution of a problem of the reasoning families.
 
-    slip: probability of a wrong result in each step; it needs `rng`. style: 0, 1 or 2.
+    slip: probability of a wrong result in each step; it needs `rng`. style: 0, 1 or 2. With `rng`
+    each line of style 0 draws its mark.
     Raises UserError where there is no method for the family, or an argument is out of range.
     """
     family = problem.family
@@ -100,7 +113,7 @@ def solve(
 
     lines, answer = [], ""
     for fields in work(problem, result):
-        lines.append(styles[style].format(**fields).strip())
+        lines.append(styles[style].format(mark=mark(rng), **fields).strip())
         answer = fields["answer"]
     return Solution(lines, answer, check(problem, answer))
 

@@ -37,16 +37,21 @@ class Candidate:
     flaw: str | None
 
 
+def _sound(query: Problem, rng: random.Random) -> Candidate:
+    right = solve(query, rng=rng)
+    return Candidate(thinking_text(right), response_text(right), None)
+
+
 def _slipped(query: Problem, rng: random.Random) -> Solution:
     """A solution with a wrong answer; a list of one repeated digit has none and stays right."""
     tries = (solve(query, rng=rng, slip=SLIP) for _ in range(100))
-    return next((s for s in tries if not s.correct), solve(query))
+    return next((s for s in tries if not s.correct), solve(query, rng=rng))
 
 
 def _flawed(
     flaw: str, query: Problem, rng: random.Random, validation: Sequence[Problem]
 ) -> Candidate:
-    right = solve(query)
+    right = solve(query, rng=rng)
     steps, response = list(right.steps), response_text(right)
     if flaw == "wrong_answer":
         wrong = _slipped(query, rng)
@@ -86,10 +91,10 @@ def candidates(
     """
     rng = random.Random(f"tutor/{query.id}/{seed}")
     flaws = FLAWS if validation else FLAWS[:-1]
-    right = solve(query)
-    sound = Candidate(thinking_text(right), response_text(right), None)
     return [
-        _flawed(rng.choice(flaws), query, rng, validation) if rng.random() < flawed else sound
+        _flawed(rng.choice(flaws), query, rng, validation)
+        if rng.random() < flawed
+        else _sound(query, rng)
         for _ in range(n)
     ]
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q3mega import _cpu
+from q3mega._cpu import dual_chunk_backward, dual_chunk_forward
 from q3mega.ops.cpu.lm_head import serves
 from q3mega.ops.dispatch import register
 
@@ -36,7 +36,7 @@ def _attention(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     _keep, problem = _problem(q, k, inv_freq, cu_seqlens, chunk, clamp, scale, offset)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
-    _cpu.dual_chunk_forward(*problem, *(x.data_ptr() for x in (q, k, v, out, lse)))
+    dual_chunk_forward(*problem, *(x.data_ptr() for x in (q, k, v, out, lse)))
     return out, lse
 
 
@@ -54,7 +54,7 @@ def _backward(
     _keep, problem = _problem(q, k, inv_freq, cu_seqlens, chunk, clamp, scale, offset)
     grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     operands = q, k, v, out, lse, d_out, *grads
-    _cpu.dual_chunk_backward(*problem, *(x.data_ptr() for x in operands))
+    dual_chunk_backward(*problem, *(x.data_ptr() for x in operands))
     return grads
 
 

@@ -10,18 +10,26 @@ All are registered with torch.library: fakes and autograd, so they also run unde
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from q3mega import _cpu
+from q3mega._cpu import divergence_gradient, divergence_sums, row_gradient, row_stats
 from q3mega.ops import vocab
 from q3mega.ops.dispatch import register
-from q3mega.ops.distill_loss import DistillOutput, bucket_terms, bucketed
-from q3mega.ops.grpo_loss import GrpoOutput, Rows, Settings, composed, token_terms
+from q3mega.ops.distill_loss import DistillOutput, Divergence, bucket_terms, bucketed
+from q3mega.ops.grpo_loss import (
+    Estimator,
+    GrpoOutput,
+    Rows,
+    Settings,
+    Variant,
+    composed,
+    token_terms,
+)
 from q3mega.ops.linear_logprob import merge
 
 BUFFER_BYTES = 160 << 20  # of logits at once: 256 rows of Qwen3's vocabulary, where dW is amortised
@@ -41,7 +49,7 @@ class _Head:
         self, weight: Tensor, temperature: float, valid: int, group: str, rows: int
     ) -> None:
         self.weight, self.temperature = weight, temperature
-        self.group: ProcessGroup | None = _resolve_process_group(group) if group else None
+        self.group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
         self.first, self.stride = vocab.offset(weight, self.group), len(weight)
         valid = self.first + self.stride if valid < 0 else valid
         self.columns = min(max(valid - self.first, 0), self.stride)
@@ -61,7 +69,7 @@ class _Head:
     def stats(self, z: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(log p of the column, entropy, log-sum-exp), each (n,), over the whole vocabulary."""
         stats = z.new_empty(len(z), 4)
-        _cpu.row_stats(z.data_ptr(), *self.shape(z), column.data_ptr(), stats.data_ptr())
+        row_stats(z.data_ptr(), *self.shape(z), column.data_ptr(), stats.data_ptr())
         m, s, t, z_y = merge(stats, self.group)
         log_mass = s.log()
         return z_y - m - log_mass, log_mass - t / s, m + log_mass
@@ -71,7 +79,7 @@ class _Head:
     ) -> None:
         """z becomes the gradient of sum g log p + g_entropy H with respect to it."""
         lse, entropy, g, g_entropy = (x.contiguous() for x in (lse, entropy, g, g_entropy))
-        _cpu.row_gradient(
+        row_gradient(
             z.data_ptr(), *self.shape(z), column.data_ptr(), lse.data_ptr(), entropy.data_ptr(),
             g.data_ptr(), g_entropy.data_ptr() if g_entropy.any() else 0,
         )  # fmt: skip
@@ -206,8 +214,9 @@ def _grpo(
     head = _Head(weight, temperature, valid, group, len(hidden))
     gradients, column = _Gradients(hidden, head, (of_hidden, of_weight)), head.column(targets)
     settings = Settings(
-        variant, (clip_low, clip_high), dual_clip, kl_coef, kl_estimator, entropy_coef, tis_cap
-    )  # type: ignore[arg-type]
+        cast(Variant, variant), (clip_low, clip_high), dual_clip, kl_coef,
+        cast(Estimator, kl_estimator), entropy_coef, tis_cap,
+    )  # fmt: skip
     logprobs, entropy, kl = hidden.new_zeros(3, len(hidden)).unbind()
     loss, clipped = hidden.new_zeros((), dtype=torch.float64), 0
     counts = w != 0
@@ -280,7 +289,8 @@ def _grpo_loss(
         *(None if x is None else x.detach().float() for x in rows),
     )  # fmt: skip
     variant, clip, *others = settings
-    out = _grpo(*operands, variant, *clip, *others, temperature, *_options(valid_vocab, group), *wanted)  # fmt: skip
+    options = temperature, *_options(valid_vocab, group)
+    out = _grpo(*operands, variant, *clip, *others, *options, *wanted)
     return GrpoOutput(out[0], *(x.detach() for x in out[1:5]))
 
 
@@ -306,7 +316,7 @@ def _distill(
         lse, lse_t = lse.contiguous(), lse_t.contiguous()
         pair = h.data_ptr(), t.data_ptr(), *head.shape(h), lse.data_ptr(), lse_t.data_ptr()
         sums = h.new_empty(len(rows), 2)
-        _cpu.divergence_sums(*pair, kind, beta, sums.data_ptr())
+        divergence_sums(*pair, kind, beta, sums.data_ptr())
         if head.group is not None:
             all_reduce(sums, group=head.group)
         first, second = sums.unbind(1)
@@ -314,7 +324,7 @@ def _distill(
         per_token[rows] = beta * first + (1 - beta) * second if jsd else first
         if of_hidden or of_weight:
             own, g = (second if jsd else first).contiguous(), w[rows]
-            _cpu.divergence_gradient(*pair, kind, beta, own.data_ptr(), g.data_ptr())
+            divergence_gradient(*pair, kind, beta, own.data_ptr(), g.data_ptr())
             gradients.add(rows, hidden[rows], h)
     return _squared(temperature, w, per_token, gradients)
 
@@ -324,8 +334,10 @@ def _squared(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, per_token, d_hidden, d_weight), all times temperature squared."""
     per_token = per_token * temperature**2
-    found = (d.mul_(temperature**2) if temperature != 1 else d for d in gradients.done())
-    return (per_token * w).sum(), per_token, *found
+    d_hidden, d_weight = gradients.done()
+    if temperature != 1:
+        d_hidden, d_weight = d_hidden.mul_(temperature**2), d_weight.mul_(temperature**2)
+    return (per_token * w).sum(), per_token, d_hidden, d_weight
 
 
 @_distill.register_fake
@@ -342,7 +354,10 @@ def _distill_topk(
     hidden: Tensor, weight: Tensor, ids: Tensor, teacher: Tensor, w: Tensor, divergence: str,
     beta: float, temperature: float, valid: int, group: str, of_hidden: bool, of_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Teacher (N, K + 1), the last the rest. One bucket an id, and one for the rest: outside the ids a logit matters by its mass alone."""
+    """Teacher (N, K + 1), the last of each row the rest: one bucket an id, and one for the rest.
+
+    Outside the ids a logit matters by its mass alone.
+    """
     head = _Head(weight, temperature, valid, group, len(hidden))
     gradients = _Gradients(hidden, head, (of_hidden, of_weight))
     per_token, column = hidden.new_zeros(len(hidden)), head.column(ids)
@@ -358,7 +373,9 @@ def _distill_topk(
         z[row, c[row, pick]] = vocab.MASKED
         rest = head.stats(z, nowhere)[2]  # summed, not one minus the ids: see distill_loss
         student = torch.cat([logits, rest[:, None]], 1) - lse[:, None]
-        per_token[rows], slope = bucket_terms(student, teacher[rows], divergence, beta)
+        per_token[rows], slope = bucket_terms(
+            student, teacher[rows], cast(Divergence, divergence), beta
+        )
         slope = (slope * w[rows, None]).contiguous()
         head.gradient(z, nowhere, lse, lse, -slope[:, -1], torch.zeros_like(lse))
         inside = student[:, :-1].exp() * slope[:, :-1]
@@ -384,7 +401,9 @@ def _distill_renormalised(
         if head.group is not None:
             all_reduce(logits, group=head.group)
         student = logits.log_softmax(1)
-        per_token[rows], slope = bucket_terms(student, teacher[rows], divergence, beta)
+        per_token[rows], slope = bucket_terms(
+            student, teacher[rows], cast(Divergence, divergence), beta
+        )
         dz = student.exp() * slope * w[rows, None] * here
         if of_hidden:
             gradients.hidden[rows] = torch.einsum("nk,nkh->nh", dz, picked).div_(temperature)
