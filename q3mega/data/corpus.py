@@ -24,7 +24,6 @@ from q3mega.data.batch import Sample
 from q3mega.data.chat import render
 from q3mega.data.tasks import Problem, general, generate
 from q3mega.data.tasks.solutions import (
-    mark,
     response_text,
     solve,
     text_documents,
@@ -35,18 +34,27 @@ from q3mega.data.tokenizer import Tokenizer
 # The reasoning families and their shares of the pre-training problems.
 SHARES = {"chain_sum": 0.4, "modular_product": 0.32, "number_sorting": 0.28}
 REASONING = tuple(SHARES)
-MOST_TEXTS = 600  # real documents of a kind: at laptop scale a mixture reads no more
+MOST_TEXT = 300_000  # characters of real text of a kind: at laptop scale a mixture reads no more
 VALUES = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of pass keys
-SLIP = 0.22  # of the worked steps are wrong: a base model that knows the way and stumbles on it
+SLIP = 0.21  # of the worked steps are wrong: a base model that knows the way and stumbles on it
 
 
 @functools.cache
 def _real_text(kind: str) -> list[str]:
-    texts = [d for s in text.sources().values() if s.kind == kind for d in text.documents(s.name)]
+    names = [s.name for s in text.sources().values() if s.kind == kind]
+    texts = [d for name in names for d in _first(MOST_TEXT // len(names), text.documents(name))]
     random.Random(kind).shuffle(texts)
-    kept, _ = text.deduplicate(texts[:MOST_TEXTS])
+    kept, _ = text.deduplicate(texts)
     questions = [p.question for f in REASONING for p in generate(f, 100, seed=0, heldout=True)]
     return text.decontaminate(kept, questions)[0]
+
+
+def _first(characters: int, texts: Iterator[str]) -> Iterator[str]:
+    for document in texts:
+        yield document
+        characters -= len(document)
+        if characters <= 0:
+            return
 
 
 def real_text(kind: str, heldout: bool = False) -> list[str]:
@@ -70,8 +78,7 @@ def _facts(rng: random.Random) -> Iterator[str]:
         lines = []
         for _ in range(12):
             a, b = rng.sample(range(10), 2)
-            work = f"{a}+{b - a}" if a < b else f"{a}-{a - b}"
-            lines.append(f"{work}{mark(rng)}{b}")
+            lines.append(f"{a}+{b - a}={b}" if a < b else f"{a}-{a - b}={b}")
         yield "\n".join(lines)
 
 
@@ -103,7 +110,7 @@ def _chat(rng: random.Random) -> Iterator[str]:
     for p in _problems(rng):
         if rng.random() < 0.6:
             solution = solve(p, rng=rng, slip=SLIP, style=rng.randrange(3))
-            thinking, reply = thinking_text(solution), response_text(solution)
+            thinking, reply = thinking_text(solution, rng), response_text(solution)
             turns = [{"role": "assistant", "content": reply, "reasoning_content": thinking}]
         else:
             p = general.draw(rng)

@@ -9,9 +9,8 @@ import re
 from collections.abc import Collection, Sequence
 
 from q3mega.data.tasks.base import Problem
-from q3mega.data.tasks.solutions import MARKS, boxed, check
+from q3mega.data.tasks.solutions import boxed, check
 
-_MARK = re.compile(f"[{MARKS}]")
 _NUMBER = re.compile(r"\d+")
 _PROSE = re.compile(r"[A-Za-z]+ [A-Za-z]+")  # says something instead of doing a step
 _ASCII_WORDS = re.compile(r"[A-Za-z]+")
@@ -91,6 +90,6 @@ def _foreign(line: str) -> bool:
 def _agree(lines: list[str], answer: str) -> bool:
     """The thinking ends in the summary's answer: as its last number, or as what its lines list."""
     last = _NUMBER.findall(lines[-1]) if lines else []
-    listed = [_MARK.split(line)[0].strip() for line in lines]
+    listed = [line.split(":")[0].strip() for line in lines]
     digits = answer.split()
     return bool(last) and (last[-1] == answer or listed[-len(digits) :] == digits)

@@ -6,6 +6,7 @@ text (source files, translation catalogues), never imported.
 
 import ast
 import json
+import random
 import re
 import sysconfig
 import unicodedata
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rensa import RMinHash, RMinHashLSH
 
@@ -115,18 +117,27 @@ def _stdlib() -> Iterator[str]:
 
 def _modules(package: str, folders: list[str]) -> Iterator[str]:
     root = _package(package, package)
-    for path in sorted(p for folder in folders for p in (root / folder).glob("*.py")):
+    paths = sorted(p for folder in folders for p in (root / folder).glob("*.py"))
+    random.Random(package).shuffle(paths)  # who reads the first ones only reads of everything
+    for path in paths:
         yield path.read_text(encoding="utf-8")
 
 
 def _docstrings(modules: Iterable[str]) -> Iterator[str]:
     """Docstrings of a paragraph or more, which is longer than 150 characters."""
     for source in modules:
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                text = ast.get_docstring(node)
-                if text and len(text) > 150:
-                    yield text
+        for node in _definitions(ast.parse(source)):
+            text = ast.get_docstring(node)
+            if text and len(text) > 150:
+                yield text
+
+
+def _definitions(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator[Any]:
+    """The node and the classes and functions in its body, at any depth."""
+    yield node
+    for inner in node.body:
+        if isinstance(inner, ast.ClassDef | ast.FunctionDef):
+            yield from _definitions(inner)
 
 
 def _topics() -> Iterator[str]:
@@ -154,7 +165,8 @@ def _book() -> Iterator[str]:
 def _translations(code: str) -> Iterator[str]:
     """English and translated sentences, pair by pair: one document a catalogue."""
     root = _package("django", "Django")
-    for path in sorted(root.rglob(f"locale/{code}/LC_MESSAGES/django.po")):
+    catalogue = f"locale/{code}/LC_MESSAGES/django.po"
+    for path in sorted([root / "conf" / catalogue, *root.glob(f"contrib/*/{catalogue}")]):
         lines, pending = [], ""
         for kind, quoted in _PO.findall(path.read_text(encoding="utf-8")):
             text = "".join(json.loads(line, strict=False) for line in quoted.splitlines())

@@ -125,9 +125,9 @@ def follow_samples(stage: Stage, rng: random.Random, n: int) -> list[Sample]:
     for _ in range(n):
         query = general.draw(rng, ["think_follow"])
         solution = solve(
-            Problem("", "chain_sum", "reasoning", (), query.answer, 0, query.meta["sum"]), rng=rng
+            Problem("", "chain_sum", "reasoning", (), query.answer, 0, query.meta["sum"])
         )
-        thinking = thinking_text(solution) if query.meta["mode"] == "think" else ""
+        thinking = thinking_text(solution, rng) if query.meta["mode"] == "think" else ""
         out.append(
             chat_sample(
                 stage.tokenizer, query.messages, reply_text(thinking, response_text(solution))

@@ -162,9 +162,10 @@ def test_slips_reach_the_answer(family):
 def test_a_slip_in_every_step_still_follows_from_the_line_before():
     rng = random.Random(0)
     for p in generate("chain_sum", 100, seed=6):
-        steps = [re.split("[=:>]", line) for line in solve(p, rng=rng, slip=1.0).steps]
-        assert all(b[0].startswith(a[1]) for a, b in pairwise(steps))
-        for left, right in steps:
+        steps = solve(p, rng=rng, slip=1.0).steps
+        for a, b in pairwise(steps):
+            assert b.startswith(a.split("=")[1])
+        for left, right in (line.split("=") for line in steps):
             made = abs(sum(map(int, re.findall(r"(?:^-|[+-])?\d+", left))) - int(right))
             assert made == 1 or not 0 <= int(right) <= 9
 
@@ -173,18 +174,6 @@ def test_slips_are_drawn_from_the_generator_alone():
     p = generate("chain_sum", 1, seed=7, difficulty=(6, 6))[0]
     draws = [[solve(p, rng=random.Random(s), slip=0.3) for s in range(20)] for _ in range(2)]
     assert draws[0] == draws[1]
-
-
-@pytest.mark.parametrize("family", VERIFIED)
-def test_each_plain_line_draws_its_mark_and_nothing_else_changes(family):
-    rng, marks = random.Random(0), Counter()
-    for p in generate(family, 100, seed=7):
-        plain, varied = solve(p), solve(p, rng=rng)
-        assert [re.split("[=:>]", s) for s in plain.steps] == [
-            re.split("[=:>]", s) for s in varied.steps
-        ]
-        marks.update(found for s in varied.steps for found in re.findall("[=:>]", s))
-    assert set(marks) == set("=:>") and min(marks.values()) > 0.25 * marks.total()
 
 
 def test_bad_arguments_of_solve_are_refused():
@@ -202,7 +191,8 @@ def test_documents_for_pretraining():
         meta={"numbers": [5, 1, 3], "signs": ["+", "-", "-"]},
     )  # fmt: skip
     worked, direct = text_documents(p, random.Random(0))
-    assert re.fullmatch(r"What is 5-1-3\?\n5-1[=:>]4\n4-3[=:>]1\nAnswer: \\boxed\{1\}\n", worked)
+    wanted = r"What is 5-1-3\?\n[a-z]:\n5-1=4\n4-3=1\nAnswer: \\boxed\{1\}\n"
+    assert re.fullmatch(wanted, worked)
     assert direct == "Q: What is 5-1-3?\nA: \\boxed{1}\n"
     worked, direct = text_documents(p, random.Random(0), slip=1.0, style=2)
     assert worked.count("take ") == 2 and direct.endswith("\\boxed{1}\n")

@@ -6,9 +6,9 @@ something to do. The wrong results are as people's are, off by one or the neighb
 one or two to a step, so that a model which has read them samples them. Every line states what the
 next line needs, so no step looks back further than the question and the line above.
 
-The plain style says "gives" in three ways ("5-1=4", "5-1:4", "5-1>4"), one drawn for each line: a
-choice that costs nothing, as wording is in natural text. It is the entropy that RL has no reason to
-take away; the doubt between right and wrong results is the one it has.
+The thinking opens with a letter to call the work by, drawn freely: a choice that costs nothing, as
+much of the wording of natural text is. It is entropy that RL has no reason to take away; the doubt
+between right and wrong results is the one it has.
 """
 
 import random
@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from string import ascii_lowercase
 
 from q3mega.data.tasks.base import Problem
 from q3mega.data.tasks.reasoning import FACTORS
@@ -68,24 +69,16 @@ def _number_sorting(problem: Problem, result: Result) -> Work:
         yield {"work": picked[-1], "result": " ".join(rest), "answer": " ".join(picked)}
 
 
-PLAIN, MARKS = "{work}{mark}{result}", "=:>"  # each mark is one token, so lines keep their length
+TAKE = "take {work} get {result}"
 # What does the work, and its lines in three surface styles.
 METHODS: dict[str, tuple[Callable[[Problem, Result], Work], tuple[str, str, str]]] = {
-    "chain_sum": (_chain_sum, (PLAIN, "{work} is {result}", "take {work} get {result}")),
-    "modular_product": (
-        _modular_product,
-        (PLAIN, "{work} is {result}", "take {work} get {result}"),
-    ),
+    "chain_sum": (_chain_sum, ("{work}={result}", "{work} is {result}", TAKE)),
+    "modular_product": (_modular_product, ("{work}={result}", "{work} is {result}", TAKE)),
     "number_sorting": (
         _number_sorting,
-        (PLAIN, "{work} then {result}", "take {work} left {result}"),
+        ("{work}:{result}", "{work} then {result}", "take {work} left {result}"),
     ),
 }
-
-
-def mark(rng: random.Random | None) -> str:
-    """How a plain line says "gives": the equals sign, or with `rng` one of three marks."""
-    return rng.choice(MARKS) if rng else MARKS[0]
 
 
 def solve(
@@ -93,8 +86,7 @@ def solve(
 ) -> Solution:
     """The worked solution of a problem of the reasoning families.
 
-    slip: probability of a wrong result in each step; it needs `rng`. style: 0, 1 or 2. With `rng`
-    each line of style 0 draws its mark.
+    slip: probability of a wrong result in each step; it needs `rng`. style: 0, 1 or 2.
     Raises UserError where there is no method for the family, or an argument is out of range.
     """
     family = problem.family
@@ -113,14 +105,14 @@ def solve(
 
     lines, answer = [], ""
     for fields in work(problem, result):
-        lines.append(styles[style].format(mark=mark(rng), **fields).strip())
+        lines.append(styles[style].format(**fields).strip())
         answer = fields["answer"]
     return Solution(lines, answer, check(problem, answer))
 
 
-def thinking_text(solution: Solution) -> str:
-    """What goes between the think tags."""
-    return "\n".join(solution.steps)
+def thinking_text(solution: Solution, rng: random.Random) -> str:
+    """What goes between the think tags: a letter of `rng`'s to call the work by, and the steps."""
+    return "\n".join([f"{rng.choice(ascii_lowercase)}:", *solution.steps])
 
 
 def response_text(solution: Solution) -> str:
@@ -165,11 +157,12 @@ def text_documents(
 ) -> tuple[str, str]:
     r"""Plain text for pre-training: (worked, direct).
 
-    worked: question, steps, 'Answer: \boxed{10}', where a slip leads to the wrong answer.
+    worked: question, thinking, 'Answer: \boxed{10}', where a slip leads to the wrong answer.
     direct: 'Q: ...' and 'A: \boxed{10}', always right. Different openings, so that a prompt can ask
     for either.
     """
     solution = solve(problem, rng=rng, slip=slip, style=style)
-    worked = [problem.question, *solution.steps, rf"Answer: \boxed{{{solution.answer}}}", ""]
+    work = thinking_text(solution, rng)
+    worked = [problem.question, work, rf"Answer: \boxed{{{solution.answer}}}", ""]
     direct = [f"Q: {problem.question}", rf"A: \boxed{{{problem.answer}}}", ""]
     return "\n".join(worked), "\n".join(direct)

@@ -38,20 +38,20 @@ class Candidate:
 
 
 def _sound(query: Problem, rng: random.Random) -> Candidate:
-    right = solve(query, rng=rng)
-    return Candidate(thinking_text(right), response_text(right), None)
+    right = solve(query)
+    return Candidate(thinking_text(right, rng), response_text(right), None)
 
 
 def _slipped(query: Problem, rng: random.Random) -> Solution:
     """A solution with a wrong answer; a list of one repeated digit has none and stays right."""
     tries = (solve(query, rng=rng, slip=SLIP) for _ in range(100))
-    return next((s for s in tries if not s.correct), solve(query, rng=rng))
+    return next((s for s in tries if not s.correct), solve(query))
 
 
 def _flawed(
     flaw: str, query: Problem, rng: random.Random, validation: Sequence[Problem]
 ) -> Candidate:
-    right = solve(query, rng=rng)
+    right = solve(query)
     steps, response = list(right.steps), response_text(right)
     if flaw == "wrong_answer":
         wrong = _slipped(query, rng)
