@@ -1,1 +1,13 @@
-"""Triton kernels, one file an operator; installed as q3mega.kernels."""
+"""Triton kernels, one file an operator; installed as q3mega.kernels.
+
+They take and return tensors on one device, contiguous, and check nothing: `q3mega.ops` does.
+"""
+
+import triton
+
+MOST = 4096  # columns of a row that a program of eight warps holds at once
+
+
+def block_of(columns: int) -> int:
+    """Columns a block: a power of two, no more than a program holds."""
+    return max(16, min(MOST, triton.next_power_of_2(columns)))

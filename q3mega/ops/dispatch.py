@@ -7,6 +7,7 @@ here, each with a test of what it can serve. Asking for one that cannot raises w
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 OPERATORS = ("dual_chunk_attention", "linear_logprob", "grpo_loss", "distill_loss")
@@ -31,17 +32,25 @@ def register(
 
 
 def backends(op: str) -> dict[str, str]:
-    """Backend name -> "ok", or why it does not serve `op` here."""
-    return {n: "ok" if (op, n) in _BACKENDS else f"no {n} backend of {op} is built" for n in NAMES}
+    """Backend name -> "ok", or why it does not serve `op` on this machine's best device."""
+    x = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
+    return {name: _reason(op, name, x) or "ok" for name in NAMES}
+
+
+def _reason(op: str, name: str, x: Tensor) -> str | None:
+    """Why the backend cannot take `x`, or None."""
+    if name not in NAMES:
+        return f"choose one of {', '.join(NAMES)}"
+    _, serves = _BACKENDS.get((op, name), (None, lambda _: f"no {name} backend of {op} is built"))
+    return serves(x)
 
 
 def resolve(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
     """The implementation that `backend` names; None picks the best one that can take `x`."""
-    for name in reversed(NAMES) if backend is None else (backend,):
-        fn, serves = _BACKENDS.get((op, name), (None, None))
-        reason = (
-            serves(x) if serves else backends(op).get(name, f"choose one of {', '.join(NAMES)}")
-        )
-        if fn is not None and reason is None:
-            return fn
+    best = ("cuda", "triton", "reference") if x.is_cuda else ("cpu", "reference")
+    reason = None
+    for name in best if backend is None else (backend,):
+        reason = _reason(op, name, x)
+        if reason is None:
+            return _BACKENDS[op, name][0]
     raise RuntimeError(f"backend={backend!r} of {op} is not available: {reason}")

@@ -1,6 +1,7 @@
 """Rotary position angles: RoPE (arXiv 2104.09864) and YaRN's interpolation (2309.00071)."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,8 +43,28 @@ def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:
     Angles are fp64 products of inv_freq (D / 2,): in fp32 they are off by 0.01 rad at position
     262,144. Half-precision x is rotated in fp32 and rounded once.
     """
-    angle = position.double()[:, None, None] * inv_freq.double()
+    angle = position.double()[:, None] * inv_freq.double()
     work = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = angle.cos().to(work), angle.sin().to(work)
-    first, second = x.to(work).chunk(2, -1)
+    return _turn(x, angle.cos().to(work), angle.sin().to(work))
+
+
+class Turns(NamedTuple):
+    """How dual-chunk attention turns queries and keys, for kernels that look angles up."""
+
+    offset: int  # of the first query's token
+    chunk: int
+    clamp: int
+    scale: float
+    cos: Tensor  # (positions, D / 2) fp32, of every position that a rotation uses
+    sin: Tensor
+
+
+def turn(x: Tensor, position: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` by tables (positions, D / 2)."""
+    return _turn(x, cos[position], sin[position])
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos[:, None], sin[:, None]
+    first, second = x.to(cos.dtype).chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

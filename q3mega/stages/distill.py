@@ -9,6 +9,7 @@ the same start, all against the FLOPs of sampling, teacher and training.
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,12 +245,16 @@ def curve(folder: Path, cost: Callable[[dict[str, float]], float]) -> dict[str, 
 
 
 def compare_rl(stage: Stage, source: Path) -> dict[str, Any]:
-    """RL from the same start, on problems drawn like the prompts of distillation."""
+    """RL from the same start, on problems drawn and flagged like distillation's thinking prompts."""
     config = stage.config.compare_rl
     engine = stage.engine(
         source, steps=config.steps * config.updates, lr=stage.config.compare_rl_lr
     )
-    pool = [p for p, _ in problems(stage, 2000, "rl")]
+    pool = [
+        replace(p, messages=tuple(flagged(p, mode)))
+        for p, mode in problems(stage, 2000, "rl")
+        if mode == "think"
+    ]
     watch = watcher(stage, engine, stage.log(config.steps, "rl"), config.steps)
     reasoning_rl.learn(stage, engine, pool, config, part="rl", watch=watch)
     return pass_rates(stage, engine)

@@ -44,7 +44,7 @@ def build(stage: Stage, model: Engine) -> None:
     rng = random.Random(stage.seed("mix"))
     thinking, dropped = rejection_samples(stage, model)
     samples = thinking + direct_samples(stage, rng) + general_samples(stage, rng)
-    samples += follow_samples(stage, rng, len(samples) // 5)
+    samples += follow_samples(stage, rng, len(samples) // 4)
     stage.write("data/drops.json", {"rejection sampling: wrong or cut": dropped})
     stage.write("data/samples.json", [vars(s) for s in samples])
     stage.barrier()

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from q3mega import ops
-from q3mega.ops.cpu import lm_head
+from q3mega.ops import fused_lm_head as lm_head
 
 VARIANTS = ("grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo")
 KINDS = ("forward_kl", "reverse_kl", "jsd")
@@ -212,18 +212,18 @@ def operands() -> dict[str, tuple]:
     logprobs, ids = randn(18, (9, 37))[0].log_softmax(-1).topk(4)
     grpo = (
         hidden, weight, targets, rows["advantages"], rows["old_logprobs"], w, None, None, "grpo",
-        0.2, 0.2, None, 0.0, "k3", 0.01, None, 1.0, -1, "", True, True,
+        0.2, 0.2, None, 0.0, "k3", 0.01, None, 1.0, -1, "", "cpu", True, True,
     )  # fmt: skip
     how = w, "jsd", 0.5, 1.0
     return {
-        "linear_logprob": (hidden, weight, targets, 1.0, -1, ""),
+        "linear_logprob": (hidden, weight, targets, 1.0, -1, "", "cpu"),
         "grpo_loss": grpo,
-        "distill_loss": (hidden, weight, teacher, head, *how, -1, "", True, True),
+        "distill_loss": (hidden, weight, teacher, head, *how, -1, "", "cpu", True, True),
         "distill_topk": (
             hidden, weight, ids, ops.distill_loss.__globals__["bucketed"](logprobs, True), *how,
-            -1, "", True, True,
+            -1, "", "cpu", True, True,
         ),
-        "distill_renormalised": (hidden, weight, ids, logprobs, *how, "", True, True),
+        "distill_renormalised": (hidden, weight, ids, logprobs, *how, "", "cpu", True, True),
     }  # fmt: skip
 
 

@@ -2,9 +2,9 @@ r"""Worked solutions, one line a step, with human slips on request; and the chec
 
 A slip replaces the right result of one step by a wrong one, and everything after it follows from
 the wrong result: text like this teaches a base model the method and leaves reinforcement learning
-something to do. The wrong results are as people's are, off by one or the neighbour in the table:
-one or two to a step, so that a model which has read them samples them. Every line states what the
-next line needs, so no step looks back further than the question and the line above.
+something to do. The wrong results are as people's are, a count that stops one short or the line
+beside in the table: one to a step, so that a model which has read them samples them. Every line
+states what the next line needs, so no step looks back further than the question and the line above.
 
 The thinking opens with a letter to call the work by, drawn freely: a choice that costs nothing, as
 much of the wording of natural text is. It is entropy that RL has no reason to take away; the doubt
@@ -22,8 +22,8 @@ from q3mega.data.tasks.base import Problem
 from q3mega.data.tasks.reasoning import FACTORS
 from q3mega.errors import UserError
 
-# result(right, alternatives) is `right`, or now and then one of the alternatives: the slip.
-Result = Callable[[str, list[str]], str]
+# result(right, wrong) is `right`, or now and then `wrong`: the slip. None: this step has none.
+Result = Callable[[str, str | None], str]
 # Fields of the lines, in the order of the work; the generator returns the answer they lead to.
 Work = Iterator[dict[str, str]]
 
@@ -42,7 +42,8 @@ def _chain_sum(problem: Problem, result: Result) -> Work:
     total = numbers[0]
     for number, sign in zip(numbers[1:], signs[1:], strict=True):
         right = total + number if sign == "+" else total - number
-        outcome = result(str(right), [d for d in (str(right - 1), str(right + 1)) if len(d) == 1])
+        short = right - 1 if sign == "+" else right + 1  # counted on, or back, one too few
+        outcome = result(str(right), str(short) if 0 <= short <= 9 else None)
         yield {"work": f"{total}{sign}{number}", "result": outcome, "answer": outcome}
         total = int(outcome)
 
@@ -51,10 +52,8 @@ def _modular_product(problem: Problem, result: Result) -> Work:
     product, *factors = problem.meta["numbers"]
     for factor in factors:
         right = product * factor % 10
-        place = FACTORS.index(factor)
-        beside = (FACTORS[place - 1], FACTORS[(place + 1) % len(FACTORS)])
-        wrong = {product * other % 10 for other in beside} - {right}
-        outcome = result(str(right), sorted(map(str, wrong)))
+        beside = product * FACTORS[FACTORS.index(factor) - 1] % 10
+        outcome = result(str(right), str(beside) if beside != right else None)
         yield {"work": f"{product}*{factor}", "result": outcome, "answer": outcome}
         product = int(outcome)
 
@@ -64,7 +63,7 @@ def _number_sorting(problem: Problem, result: Result) -> Work:
     picked: list[str] = []
     while rest:
         right, *others = sorted(set(rest))
-        picked.append(result(right, others[:1]))
+        picked.append(result(right, others[0] if others else None))
         rest.remove(picked[-1])
         yield {"work": picked[-1], "result": " ".join(rest), "answer": " ".join(picked)}
 
@@ -98,10 +97,9 @@ def solve(
     if not 0 <= slip <= 1 or (slip and rng is None):
         raise UserError(f"slip={slip}: give a probability, and with it a random generator (rng)")
 
-    def result(right: str, alternatives: list[str]) -> str:
-        if rng is not None and alternatives and rng.random() < slip:
-            return rng.choice(alternatives)
-        return right
+    def result(right: str, wrong: str | None) -> str:
+        slips = rng is not None and wrong is not None and rng.random() < slip
+        return wrong if wrong is not None and slips else right
 
     lines, answer = [], ""
     for fields in work(problem, result):

@@ -1,0 +1,101 @@
+"""Divergences of a student's distribution to its teacher's, row by row of their logits, in Triton.
+
+Memory-bound passes over two blocks of logits; `csrc/cpu/distill_loss.cpp` computes the same.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from q3mega.kernels import block_of
+
+KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+FORWARD, REVERSE = tl.constexpr(0), tl.constexpr(1)
+
+
+@triton.jit
+def _log_mixture(p, q, beta):
+    """ln of beta p + (1 - beta) q; of 0 a finite number, so that 0 times it is 0."""
+    return tl.log(tl.maximum(beta * p + (1.0 - beta) * q, 1e-38))
+
+
+@triton.jit
+def _terms(lq, lp, beta, KIND: tl.constexpr):
+    """What a column adds to the two sums of a row."""
+    q, p = tl.exp(lq), tl.exp(lp)
+    if KIND == FORWARD:
+        x, y = p * (lp - lq), 0.0 * p
+    elif KIND == REVERSE:
+        x, y = q * (lq - lp), 0.0 * q
+    else:
+        lm = _log_mixture(p, q, beta)
+        x, y = p * (lp - lm), q * (lq - lm)
+    return x, y
+
+
+@triton.jit
+def divergence_sums_kernel(
+    S, T, LSE_S, LSE_T, SUMS, stride, columns, beta, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    first = tl.zeros((BLOCK,), tl.float32)
+    second = tl.zeros((BLOCK,), tl.float32)
+    shift_s, shift_t = tl.load(LSE_S + row), tl.load(LSE_T + row)
+    for start in range(0, columns, BLOCK):
+        v = start + lane
+        lq = tl.load(S + row * stride + v, mask=v < columns, other=0.0) - shift_s
+        lp = tl.load(T + row * stride + v, mask=v < columns, other=0.0) - shift_t
+        x, y = _terms(lq, lp, beta, KIND)
+        first += tl.where(v < columns, x, 0.0)
+        second += tl.where(v < columns, y, 0.0)
+    tl.store(SUMS + 2 * row, tl.sum(first, 0))
+    tl.store(SUMS + 2 * row + 1, tl.sum(second, 0))
+
+
+@triton.jit
+def divergence_gradient_kernel(
+    S, T, LSE_S, LSE_T, OWN, G, stride, columns, beta, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at, inside = row * stride + v, v < columns
+    g, own = tl.load(G + row), tl.load(OWN + row)
+    lq = tl.load(S + at, mask=inside, other=0.0) - tl.load(LSE_S + row)
+    lp = tl.load(T + at, mask=inside, other=0.0) - tl.load(LSE_T + row)
+    q, p = tl.exp(lq), tl.exp(lp)
+    if KIND == FORWARD:
+        dz = g * (q - p)
+    elif KIND == REVERSE:
+        dz = g * q * (lq - lp - own)
+    else:
+        dz = g * (1.0 - beta) * q * (lq - _log_mixture(p, q, beta) - own)
+    tl.store(S + at, tl.where(inside, dz, 0.0), mask=v < stride)
+
+
+def divergence_sums(
+    student: Tensor, teacher: Tensor, columns: int, lse_student: Tensor, lse_teacher: Tensor,
+    divergence: str, beta: float,
+) -> Tensor:  # fmt: skip
+    """(n, 2) sums over the first `columns` of logits (n, V): forward or reverse KL and 0, or of the
+    Jensen-Shannon divergence KL(T || M) and KL(S || M)."""
+    sums = torch.empty(len(student), 2, device=student.device)
+    divergence_sums_kernel[(len(student),)](
+        student, teacher, lse_student, lse_teacher, sums, student.shape[1], columns, beta,
+        KINDS[divergence], block_of(columns), num_warps=8,
+    )  # fmt: skip
+    return sums
+
+
+def divergence_gradient(
+    student: Tensor, teacher: Tensor, columns: int, lse_student: Tensor, lse_teacher: Tensor,
+    divergence: str, beta: float, own: Tensor, g: Tensor,
+) -> None:  # fmt: skip
+    """In place: the gradient of sum g divergence with respect to `student`; own (n,): the part of
+    the row's divergence whose expectation is taken under the student."""
+    block = block_of(student.shape[1])
+    divergence_gradient_kernel[len(student), triton.cdiv(student.shape[1], block)](
+        student, teacher, lse_student, lse_teacher, own, g, student.shape[1], columns, beta,
+        KINDS[divergence], block, num_warps=8,
+    )  # fmt: skip

@@ -1,0 +1,328 @@
+"""Dual-chunk attention in Triton: one pass over the keys, forward and a deterministic backward.
+
+Keys come rotated by their place in their chunk. A query tile lies in one chunk and is rotated anew,
+in fp32, when its chunk distance to the keys changes; running maximum, mass and output go through
+all three phases (flash attention, 2307.08691). The backward recomputes the probabilities from the
+log-sum-exp of the whole row. Two kernels, one stationary in the queries and one in the keys, seven
+GEMMs and no atomics: every sum has one owner and one order.
+
+A head of size D is held as its two halves, each padded to a power of two: rotation pairs d with
+d + D/2, and D need not be a power of two. `csrc/cpu/dual_chunk_attention.cpp` computes the same.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NONE = tl.constexpr(-1e30)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Tiles(NamedTuple):
+    """Rows of a tile: forward and query-stationary backward, and key-stationary backward."""
+
+    queries: int
+    keys: int
+
+
+def tiles(dtype: torch.dtype) -> Tiles:
+    """fp32 tiles take twice the shared memory."""
+    return Tiles(64, 32) if dtype == torch.float32 else Tiles(128, 64)
+
+
+@triton.jit
+def _halves(X, row, head, heads, half, in_rows, HALF: tl.constexpr):
+    """x[row, head] as two (rows, HALF) fp32 halves."""
+    d = tl.arange(0, HALF)
+    at = X + (row.to(tl.int64)[:, None] * heads + head) * (2 * half) + d[None, :]
+    mask = in_rows[:, None] & (d < half)[None, :]
+    return tl.load(at, mask=mask, other=0.0), tl.load(at + half, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(X, a, b, row, head, heads, half, in_rows, HALF: tl.constexpr):
+    d = tl.arange(0, HALF)
+    at = X + (row.to(tl.int64)[:, None] * heads + head) * (2 * half) + d[None, :]
+    mask = in_rows[:, None] & (d < half)[None, :]
+    tl.store(at, a.to(X.dtype.element_ty), mask=mask)
+    tl.store(at + half, b.to(X.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _angle(COS, SIN, position, half, in_rows, HALF: tl.constexpr):
+    d = tl.arange(0, HALF)
+    at = position[:, None] * half + d[None, :]
+    mask = in_rows[:, None] & (d < half)[None, :]
+    return tl.load(COS + at, mask=mask, other=0.0), tl.load(SIN + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _dot(a, b, c, d):
+    """a @ b' + c @ d': a product over both halves. fp32 operands keep their precision."""
+    first = tl.dot(a, tl.trans(b), input_precision="ieee")
+    return tl.dot(c, tl.trans(d), first, input_precision="ieee")
+
+
+@triton.jit
+def _position(place, distance, chunk, clamp):
+    """The rotation of a query at `place` of its chunk for keys `distance` chunks before."""
+    near = tl.where(distance == 0, place, tl.minimum(chunk + place, clamp))
+    return tl.where(distance >= 2, tl.minimum(2 * chunk - 1, clamp), near)
+
+
+@triton.jit
+def _phase(distance: tl.constexpr, token, rows, own, chunk):
+    """The keys [low, high) that are `distance` chunks (2: and more) before the queries."""
+    before = tl.maximum(own - chunk, 0)
+    if distance == 2:
+        low, high = 0 * before, before
+    elif distance == 1:
+        low, high = before, own
+    else:
+        low, high = own, token + rows
+    return low, high
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, OUT, LSE, COS, SIN, TILES, scale, chunk, clamp, heads, kv_heads, half,
+    HALF: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head. K is rotated."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    kv = head // (heads // kv_heads)
+    q_row, rows = tl.load(TILES + 4 * tile), tl.load(TILES + 4 * tile + 1)
+    token, k_row = tl.load(TILES + 4 * tile + 2), tl.load(TILES + 4 * tile + 3)
+    i = tl.arange(0, M)
+    real = i < rows
+    own = token // chunk * chunk
+    a, b = _halves(Q, q_row + i, head, heads, half, real, HALF)
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    m = tl.full((M,), NONE, tl.float32)
+    mass = tl.zeros((M,), tl.float32)
+    out_a = tl.zeros((M, HALF), tl.float32)
+    out_b = tl.zeros((M, HALF), tl.float32)
+    for phase in tl.static_range(3):
+        distance: tl.constexpr = 2 - phase
+        low, high = _phase(distance, token, rows, own, chunk)
+        position = _position(token + i - own, distance, chunk, clamp)
+        c, s = _angle(COS, SIN, position, half, real & (high > low), HALF)
+        qa = (a * c - b * s).to(K.dtype.element_ty)
+        qb = (b * c + a * s).to(K.dtype.element_ty)
+        for start in range(low, high, N):
+            j = start + tl.arange(0, N)
+            ka, kb = _halves(K, k_row + j, kv, kv_heads, half, j < high, HALF)
+            z = _dot(qa, ka, qb, kb) * (scale * LOG2E)
+            z = tl.where((j < high)[None, :] & (j[None, :] <= token + i[:, None]), z, NONE)
+            top = tl.maximum(m, tl.max(z, 1))
+            p = tl.exp2(z - top[:, None])
+            fade = tl.exp2(m - top)
+            mass = mass * fade + tl.sum(p, 1)
+            va, vb = _halves(V, k_row + j, kv, kv_heads, half, j < high, HALF)
+            p = p.to(V.dtype.element_ty)
+            out_a = tl.dot(p, va, out_a * fade[:, None], input_precision="ieee")
+            out_b = tl.dot(p, vb, out_b * fade[:, None], input_precision="ieee")
+            m = top
+    mass = tl.where(real, mass, 1.0)
+    _store(
+        OUT, out_a / mass[:, None], out_b / mass[:, None], q_row + i, head, heads, half, real, HALF
+    )
+    tl.store(LSE + (q_row + i) * heads + head, (m + tl.log2(mass)) / LOG2E, mask=real)
+
+
+@triton.jit
+def query_gradient_kernel(
+    D_OUT, Q, K, V, LSE, DELTA, D_Q, COS, SIN, TILES, scale, chunk, clamp, heads, kv_heads, half,
+    HALF: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries: each phase's gradient is turned back by the phase's angle."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    kv = head // (heads // kv_heads)
+    q_row, rows = tl.load(TILES + 4 * tile), tl.load(TILES + 4 * tile + 1)
+    token, k_row = tl.load(TILES + 4 * tile + 2), tl.load(TILES + 4 * tile + 3)
+    i = tl.arange(0, M)
+    real = i < rows
+    own = token // chunk * chunk
+    a, b = _halves(Q, q_row + i, head, heads, half, real, HALF)
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    go_a, go_b = _halves(D_OUT, q_row + i, head, heads, half, real, HALF)
+    lse = tl.load(LSE + (q_row + i) * heads + head, mask=real, other=0.0) * LOG2E
+    delta = tl.load(DELTA + (q_row + i) * heads + head, mask=real, other=0.0)
+    total_a = tl.zeros((M, HALF), tl.float32)
+    total_b = tl.zeros((M, HALF), tl.float32)
+    for phase in tl.static_range(3):
+        distance: tl.constexpr = 2 - phase
+        low, high = _phase(distance, token, rows, own, chunk)
+        position = _position(token + i - own, distance, chunk, clamp)
+        c, s = _angle(COS, SIN, position, half, real & (high > low), HALF)
+        qa = (a * c - b * s).to(K.dtype.element_ty)
+        qb = (b * c + a * s).to(K.dtype.element_ty)
+        dq_a = tl.zeros((M, HALF), tl.float32)
+        dq_b = tl.zeros((M, HALF), tl.float32)
+        for start in range(low, high, N):
+            j = start + tl.arange(0, N)
+            ka, kb = _halves(K, k_row + j, kv, kv_heads, half, j < high, HALF)
+            va, vb = _halves(V, k_row + j, kv, kv_heads, half, j < high, HALF)
+            z = _dot(qa, ka, qb, kb) * (scale * LOG2E)
+            seen = (j < high)[None, :] & (j[None, :] <= token + i[:, None])
+            p = tl.where(seen, tl.exp2(z - lse[:, None]), 0.0)
+            ds = (p * (_dot(go_a, va, go_b, vb) - delta[:, None])).to(K.dtype.element_ty)
+            dq_a = tl.dot(ds, ka, dq_a, input_precision="ieee")
+            dq_b = tl.dot(ds, kb, dq_b, input_precision="ieee")
+        total_a += dq_a * c + dq_b * s
+        total_b += dq_b * c - dq_a * s
+    _store(D_Q, total_a * scale, total_b * scale, q_row + i, head, heads, half, real, HALF)
+
+
+@triton.jit
+def key_gradient_kernel(
+    D_OUT, Q, K, V, LSE, DELTA, D_K, D_V, COS, SIN, TILES, scale, chunk, clamp, heads, kv_heads,
+    half, HALF: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """dk (of the rotated key) and dv of one tile of keys, over its group of heads."""
+    tile, kv = tl.program_id(0), tl.program_id(1)
+    group = heads // kv_heads
+    k_row, rows = tl.load(TILES + 6 * tile), tl.load(TILES + 6 * tile + 1)
+    token = tl.load(TILES + 6 * tile + 2)  # the tile's first, all of one chunk
+    q_row, first = tl.load(TILES + 6 * tile + 3), tl.load(TILES + 6 * tile + 4)
+    last = first + tl.load(TILES + 6 * tile + 5)  # the queries are tokens [first, last)
+    j = tl.arange(0, N)
+    real = j < rows
+    ka, kb = _halves(K, k_row + j, kv, kv_heads, half, real, HALF)
+    va, vb = _halves(V, k_row + j, kv, kv_heads, half, real, HALF)
+    dk_a = tl.zeros((N, HALF), tl.float32)
+    dk_b = tl.zeros((N, HALF), tl.float32)
+    dv_a = tl.zeros((N, HALF), tl.float32)
+    dv_b = tl.zeros((N, HALF), tl.float32)
+    for head in range(kv * group, (kv + 1) * group):
+        for own in range(token // chunk * chunk, last, chunk):
+            distance = (own - token // chunk * chunk) // chunk
+            begin = tl.maximum(tl.maximum(own, first), token)
+            end = tl.minimum(own + chunk, last)
+            for start in range(begin, end, M):
+                t = start + tl.arange(0, M)
+                live = t < end
+                row = q_row + t - first
+                position = _position(t - own, distance, chunk, clamp)
+                c, s = _angle(COS, SIN, position, half, live, HALF)
+                a, b = _halves(Q, row, head, heads, half, live, HALF)
+                a, b = a.to(tl.float32), b.to(tl.float32)
+                qa = (a * c - b * s).to(K.dtype.element_ty)
+                qb = (b * c + a * s).to(K.dtype.element_ty)
+                go_a, go_b = _halves(D_OUT, row, head, heads, half, live, HALF)
+                lse = tl.load(LSE + row * heads + head, mask=live, other=0.0) * LOG2E
+                delta = tl.load(DELTA + row * heads + head, mask=live, other=0.0)
+                z = _dot(qa, ka, qb, kb) * (scale * LOG2E)
+                seen = live[:, None] & real[None, :] & ((token + j)[None, :] <= t[:, None])
+                p = tl.where(seen, tl.exp2(z - lse[:, None]), 0.0)
+                turned = tl.trans(p.to(V.dtype.element_ty))
+                dv_a = tl.dot(turned, go_a, dv_a, input_precision="ieee")
+                dv_b = tl.dot(turned, go_b, dv_b, input_precision="ieee")
+                ds = p * (_dot(go_a, va, go_b, vb) - delta[:, None])
+                turned = tl.trans(ds.to(K.dtype.element_ty))
+                dk_a = tl.dot(turned, qa, dk_a, input_precision="ieee")
+                dk_b = tl.dot(turned, qb, dk_b, input_precision="ieee")
+    _store(D_K, dk_a * scale, dk_b * scale, k_row + j, kv, kv_heads, half, real, HALF)
+    _store(D_V, dv_a, dv_b, k_row + j, kv, kv_heads, half, real, HALF)
+
+
+def _cut(start: int, stop: int, chunk: int, size: int) -> list[tuple[int, int]]:
+    """(first, count) pieces of tokens [start, stop), of at most `size`, none across a chunk."""
+    pieces = []
+    while start < stop:
+        end = min(start + size, (start // chunk + 1) * chunk, stop)
+        pieces.append((start, end - start))
+        start = end
+    return pieces
+
+
+def query_tiles(
+    cu_q: Sequence[int], cu_k: Sequence[int], offset: int, chunk: int, size: int
+) -> Tensor:
+    """(tiles, 4) int32: first row of q, rows, first token, the sequence's first row of k.
+
+    The last tiles see the most keys and come first.
+    """
+    found = [
+        (q + token - offset, rows, token, k)
+        for q, end, k in zip(cu_q, cu_q[1:], cu_k, strict=False)
+        for token, rows in _cut(offset, offset + end - q, chunk, size)
+    ]
+    found.sort(key=lambda tile: -tile[2])
+    return torch.tensor(found, dtype=torch.int32).reshape(-1, 4)
+
+
+def key_tiles(
+    cu_q: Sequence[int], cu_k: Sequence[int], offset: int, chunk: int, size: int
+) -> Tensor:
+    """(tiles, 6) int32: first row of k, rows, first token, the sequence's first row of q, the token
+    of that row, queries. The first tiles are seen by the most queries."""
+    found = [
+        (k + token, rows, token, q, offset, q_end - q)
+        for q, q_end, k, k_end in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)
+        for token, rows in _cut(0, k_end - k, chunk, size)
+    ]
+    found.sort(key=lambda tile: tile[2])
+    return torch.tensor(found, dtype=torch.int32).reshape(-1, 6)
+
+
+class Shape(NamedTuple):
+    """What the kernels know beside the operands. cu_q, cu_k: borders of the sequences' rows."""
+
+    cu_q: Sequence[int]
+    cu_k: Sequence[int]
+    offset: int
+    chunk: int
+    clamp: int
+    scale: float
+    cos: Tensor  # (positions, D / 2) fp32
+    sin: Tensor
+
+
+def forward(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(out (Tq, Hq, D), log-sum-exp (Tq, Hq) fp32); k (Tk, Hkv, D) rotated, q not."""
+    heads, kv_heads, half = q.shape[1], k.shape[1], q.shape[2] // 2
+    m, n = tiles(q.dtype)
+    work = query_tiles(shape.cu_q, shape.cu_k, shape.offset, shape.chunk, m).to(q.device)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    if len(work):
+        forward_kernel[len(work), heads](
+            q, k, v, out, lse, shape.cos, shape.sin, work, shape.scale, shape.chunk, shape.clamp,
+            heads, kv_heads, half, max(16, triton.next_power_of_2(half)), m, n,
+            num_warps=8, num_stages=2,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    shape: Shape, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk of the rotated key in fp32, dv)."""
+    heads, kv_heads, half = q.shape[1], k.shape[1], q.shape[2] // 2
+    delta = (d_out.float() * out.float()).sum(-1)
+    d_q, d_k, d_v = (
+        torch.empty_like(q),
+        torch.empty_like(k, dtype=torch.float32),
+        torch.empty_like(v),
+    )
+    m, n = tiles(q.dtype)
+    m = min(m, 64)
+    common = (
+        shape.scale, shape.chunk, shape.clamp, heads, kv_heads, half,
+        max(16, triton.next_power_of_2(half)),
+    )  # fmt: skip
+    for kernel, size, cut, grads, count in (
+        (query_gradient_kernel, m, query_tiles, (d_q,), heads),
+        (key_gradient_kernel, n, key_tiles, (d_k, d_v), kv_heads),
+    ):
+        work = cut(shape.cu_q, shape.cu_k, shape.offset, shape.chunk, size).to(q.device)
+        if len(work):
+            kernel[len(work), count](
+                d_out, q, k, v, lse, delta, *grads, shape.cos, shape.sin, work, *common, m, n,
+                num_warps=8, num_stages=2,
+            )  # fmt: skip
+    return d_q, d_k, d_v

@@ -1,0 +1,105 @@
+"""The C++ kernels of csrc/cpu, fp32 on a CPU."""
+
+import torch
+from torch import Tensor
+
+from q3mega import _cpu
+from q3mega.ops.rotary import Turns
+
+KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+
+
+def serves(x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device}"
+    return "fp64 is the reference's" if x.dtype == torch.float64 else None
+
+
+def row_stats(z: Tensor, columns: int, column: Tensor) -> Tensor:
+    """(n, 4): max m, sum e^(z-m), sum e^(z-m)(z-m), z of the target (0 for -1) of z (n, V)."""
+    stats = z.new_empty(len(z), 4)
+    _cpu.row_stats(z.data_ptr(), *z.shape, columns, column.data_ptr(), stats.data_ptr())
+    return stats
+
+
+def row_gradient(
+    z: Tensor,
+    columns: int,
+    column: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    g: Tensor,
+    g_entropy: Tensor | None,
+) -> None:
+    """In place: the gradient of sum g log p + g_entropy H with respect to z (n, V)."""
+    _cpu.row_gradient(
+        z.data_ptr(), *z.shape, columns, column.data_ptr(), lse.data_ptr(), entropy.data_ptr(),
+        g.data_ptr(), 0 if g_entropy is None else g_entropy.data_ptr(),
+    )  # fmt: skip
+
+
+def divergence_sums(
+    student: Tensor,
+    teacher: Tensor,
+    columns: int,
+    lse_student: Tensor,
+    lse_teacher: Tensor,
+    divergence: str,
+    beta: float,
+) -> Tensor:
+    """(n, 2): a KL and 0, or KL(T || M) and KL(S || M), of logits (n, V)."""
+    sums = student.new_empty(len(student), 2)
+    _cpu.divergence_sums(
+        student.data_ptr(), teacher.data_ptr(), *student.shape, columns, lse_student.data_ptr(),
+        lse_teacher.data_ptr(), KINDS[divergence], beta, sums.data_ptr(),
+    )  # fmt: skip
+    return sums
+
+
+def divergence_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    columns: int,
+    lse_student: Tensor,
+    lse_teacher: Tensor,
+    divergence: str,
+    beta: float,
+    own: Tensor,
+    g: Tensor,
+) -> None:
+    """In place: the gradient of sum g divergence with respect to `student`.
+
+    own (n,): the part of a row's divergence whose expectation is the student's.
+    """
+    _cpu.divergence_gradient(
+        student.data_ptr(), teacher.data_ptr(), *student.shape, columns, lse_student.data_ptr(),
+        lse_teacher.data_ptr(), KINDS[divergence], beta, own.data_ptr(), g.data_ptr(),
+    )  # fmt: skip
+
+
+def _shape(turns: Turns, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple[float, ...]:
+    return (
+        len(cu_k) - 1, q.shape[1], *k.shape[1:], cu_q.data_ptr(), cu_k.data_ptr(), turns.offset,
+        turns.chunk, turns.clamp, turns.cos.data_ptr(), turns.sin.data_ptr(), turns.scale,
+    )  # fmt: skip
+
+
+def attention_forward(
+    turns: Turns, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(out, log-sum-exp (T, Hq)) of un-rotated q (T, Hq, D), k and v (T, Hkv, D)."""
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+    pointers = (x.data_ptr() for x in (q, k, v, out, lse))
+    _cpu.dual_chunk_forward(*_shape(turns, q, k, cu_q, cu_k), *pointers)
+    return out, lse
+
+
+def attention_backward(
+    turns: Turns, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor, cu_k: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv)."""
+    grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    pointers = (x.data_ptr() for x in (q, k, v, out, lse, d_out, *grads))
+    _cpu.dual_chunk_backward(*_shape(turns, q, k, cu_q, cu_k), *pointers)
+    return grads
