@@ -17,7 +17,7 @@ FORWARD, REVERSE = tl.constexpr(0), tl.constexpr(1)
 @triton.jit
 def _log_mixture(p, q, beta):
     """ln of beta p + (1 - beta) q; of 0 a finite number, so that 0 times it is 0."""
-    return tl.log(tl.maximum(beta * p + (1.0 - beta) * q, 1e-38))
+    return tl.log(tl.maximum(beta * p + (1.0 - beta) * q, 1e-37))
 
 
 @triton.jit

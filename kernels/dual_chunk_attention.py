@@ -23,15 +23,22 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Tiles(NamedTuple):
-    """Rows of a tile: forward and query-stationary backward, and key-stationary backward."""
+    """Rows of a tile of queries and of keys, and how a program runs over them."""
 
     queries: int
     keys: int
+    warps: int = 8
+    stages: int = 2
+
+
+def forward_tiles(dtype: torch.dtype) -> Tiles:
+    """fp32 tiles take twice the shared memory."""
+    return Tiles(64, 32) if dtype == torch.float32 else Tiles(128, 64)
 
 
 def tiles(dtype: torch.dtype) -> Tiles:
-    """fp32 tiles take twice the shared memory."""
-    return Tiles(64, 32) if dtype == torch.float32 else Tiles(128, 64)
+    """Of both backward kernels, which hold two accumulators of each kind."""
+    return Tiles(32, 32) if dtype == torch.float32 else Tiles(64, 64)
 
 
 @triton.jit
@@ -58,6 +65,14 @@ def _angle(COS, SIN, position, half, in_rows, HALF: tl.constexpr):
     at = position[:, None] * half + d[None, :]
     mask = in_rows[:, None] & (d < half)[None, :]
     return tl.load(COS + at, mask=mask, other=0.0), tl.load(SIN + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _rotated(Q, row, head, heads, half, in_rows, c, s, HALF: tl.constexpr):
+    """The two halves of q[row, head], rotated in fp32."""
+    a, b = _halves(Q, row, head, heads, half, in_rows, HALF)
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    return (a * c - b * s).to(Q.dtype.element_ty), (b * c + a * s).to(Q.dtype.element_ty)
 
 
 @triton.jit
@@ -100,19 +115,16 @@ def forward_kernel(
     i = tl.arange(0, M)
     real = i < rows
     own = token // chunk * chunk
-    a, b = _halves(Q, q_row + i, head, heads, half, real, HALF)
-    a, b = a.to(tl.float32), b.to(tl.float32)
     m = tl.full((M,), NONE, tl.float32)
     mass = tl.zeros((M,), tl.float32)
     out_a = tl.zeros((M, HALF), tl.float32)
     out_b = tl.zeros((M, HALF), tl.float32)
-    for phase in tl.static_range(3):
-        distance: tl.constexpr = 2 - phase
+    for distance in tl.static_range(2, -1, -1):
         low, high = _phase(distance, token, rows, own, chunk)
-        position = _position(token + i - own, distance, chunk, clamp)
-        c, s = _angle(COS, SIN, position, half, real & (high > low), HALF)
-        qa = (a * c - b * s).to(K.dtype.element_ty)
-        qb = (b * c + a * s).to(K.dtype.element_ty)
+        position = _position(token + i - own, 0 * token + distance, chunk, clamp)
+        seen = real & (high > low)
+        c, s = _angle(COS, SIN, position, half, seen, HALF)
+        qa, qb = _rotated(Q, q_row + i, head, heads, half, seen, c, s, HALF)
         for start in range(low, high, N):
             j = start + tl.arange(0, N)
             ka, kb = _halves(K, k_row + j, kv, kv_heads, half, j < high, HALF)
@@ -147,20 +159,15 @@ def query_gradient_kernel(
     i = tl.arange(0, M)
     real = i < rows
     own = token // chunk * chunk
-    a, b = _halves(Q, q_row + i, head, heads, half, real, HALF)
-    a, b = a.to(tl.float32), b.to(tl.float32)
     go_a, go_b = _halves(D_OUT, q_row + i, head, heads, half, real, HALF)
     lse = tl.load(LSE + (q_row + i) * heads + head, mask=real, other=0.0) * LOG2E
     delta = tl.load(DELTA + (q_row + i) * heads + head, mask=real, other=0.0)
-    total_a = tl.zeros((M, HALF), tl.float32)
-    total_b = tl.zeros((M, HALF), tl.float32)
-    for phase in tl.static_range(3):
-        distance: tl.constexpr = 2 - phase
+    for distance in tl.static_range(2, -1, -1):
         low, high = _phase(distance, token, rows, own, chunk)
-        position = _position(token + i - own, distance, chunk, clamp)
-        c, s = _angle(COS, SIN, position, half, real & (high > low), HALF)
-        qa = (a * c - b * s).to(K.dtype.element_ty)
-        qb = (b * c + a * s).to(K.dtype.element_ty)
+        position = _position(token + i - own, 0 * token + distance, chunk, clamp)
+        seen = real & (high > low)
+        c, s = _angle(COS, SIN, position, half, seen, HALF)
+        qa, qb = _rotated(Q, q_row + i, head, heads, half, seen, c, s, HALF)
         dq_a = tl.zeros((M, HALF), tl.float32)
         dq_b = tl.zeros((M, HALF), tl.float32)
         for start in range(low, high, N):
@@ -168,14 +175,17 @@ def query_gradient_kernel(
             ka, kb = _halves(K, k_row + j, kv, kv_heads, half, j < high, HALF)
             va, vb = _halves(V, k_row + j, kv, kv_heads, half, j < high, HALF)
             z = _dot(qa, ka, qb, kb) * (scale * LOG2E)
-            seen = (j < high)[None, :] & (j[None, :] <= token + i[:, None])
-            p = tl.where(seen, tl.exp2(z - lse[:, None]), 0.0)
+            near = (j < high)[None, :] & (j[None, :] <= token + i[:, None])
+            p = tl.where(near, tl.exp2(z - lse[:, None]), 0.0)
             ds = (p * (_dot(go_a, va, go_b, vb) - delta[:, None])).to(K.dtype.element_ty)
             dq_a = tl.dot(ds, ka, dq_a, input_precision="ieee")
             dq_b = tl.dot(ds, kb, dq_b, input_precision="ieee")
-        total_a += dq_a * c + dq_b * s
-        total_b += dq_b * c - dq_a * s
-    _store(D_Q, total_a * scale, total_b * scale, q_row + i, head, heads, half, real, HALF)
+        # The sum over phases lives in memory: registers are what this kernel lacks.
+        c, s = _angle(COS, SIN, position, half, seen, HALF)
+        sum_a, sum_b = _halves(D_Q, q_row + i, head, heads, half, real & (distance < 2), HALF)
+        sum_a += (dq_a * c + dq_b * s) * scale
+        sum_b += (dq_b * c - dq_a * s) * scale
+        _store(D_Q, sum_a, sum_b, q_row + i, head, heads, half, real, HALF)
 
 
 @triton.jit
@@ -209,23 +219,19 @@ def key_gradient_kernel(
                 row = q_row + t - first
                 position = _position(t - own, distance, chunk, clamp)
                 c, s = _angle(COS, SIN, position, half, live, HALF)
-                a, b = _halves(Q, row, head, heads, half, live, HALF)
-                a, b = a.to(tl.float32), b.to(tl.float32)
-                qa = (a * c - b * s).to(K.dtype.element_ty)
-                qb = (b * c + a * s).to(K.dtype.element_ty)
+                qa, qb = _rotated(Q, row, head, heads, half, live, c, s, HALF)
                 go_a, go_b = _halves(D_OUT, row, head, heads, half, live, HALF)
                 lse = tl.load(LSE + row * heads + head, mask=live, other=0.0) * LOG2E
                 delta = tl.load(DELTA + row * heads + head, mask=live, other=0.0)
-                z = _dot(qa, ka, qb, kb) * (scale * LOG2E)
-                seen = live[:, None] & real[None, :] & ((token + j)[None, :] <= t[:, None])
-                p = tl.where(seen, tl.exp2(z - lse[:, None]), 0.0)
-                turned = tl.trans(p.to(V.dtype.element_ty))
-                dv_a = tl.dot(turned, go_a, dv_a, input_precision="ieee")
-                dv_b = tl.dot(turned, go_b, dv_b, input_precision="ieee")
-                ds = p * (_dot(go_a, va, go_b, vb) - delta[:, None])
-                turned = tl.trans(ds.to(K.dtype.element_ty))
-                dk_a = tl.dot(turned, qa, dk_a, input_precision="ieee")
-                dk_b = tl.dot(turned, qb, dk_b, input_precision="ieee")
+                z = _dot(ka, qa, kb, qb) * (scale * LOG2E)  # (keys, queries)
+                seen = real[:, None] & live[None, :] & ((token + j)[:, None] <= t[None, :])
+                p = tl.where(seen, tl.exp2(z - lse[None, :]), 0.0)
+                ds = p * (_dot(va, go_a, vb, go_b) - delta[None, :])
+                p, ds = p.to(V.dtype.element_ty), ds.to(K.dtype.element_ty)
+                dv_a = tl.dot(p, go_a, dv_a, input_precision="ieee")
+                dv_b = tl.dot(p, go_b, dv_b, input_precision="ieee")
+                dk_a = tl.dot(ds, qa, dk_a, input_precision="ieee")
+                dk_b = tl.dot(ds, qb, dk_b, input_precision="ieee")
     _store(D_K, dk_a * scale, dk_b * scale, k_row + j, kv, kv_heads, half, real, HALF)
     _store(D_V, dv_a, dv_b, k_row + j, kv, kv_heads, half, real, HALF)
 
@@ -286,14 +292,14 @@ class Shape(NamedTuple):
 def forward(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(out (Tq, Hq, D), log-sum-exp (Tq, Hq) fp32); k (Tk, Hkv, D) rotated, q not."""
     heads, kv_heads, half = q.shape[1], k.shape[1], q.shape[2] // 2
-    m, n = tiles(q.dtype)
-    work = query_tiles(shape.cu_q, shape.cu_k, shape.offset, shape.chunk, m).to(q.device)
+    t = forward_tiles(q.dtype)
+    work = query_tiles(shape.cu_q, shape.cu_k, shape.offset, shape.chunk, t.queries).to(q.device)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     if len(work):
         forward_kernel[len(work), heads](
             q, k, v, out, lse, shape.cos, shape.sin, work, shape.scale, shape.chunk, shape.clamp,
-            heads, kv_heads, half, max(16, triton.next_power_of_2(half)), m, n,
-            num_warps=8, num_stages=2,
+            heads, kv_heads, half, max(16, triton.next_power_of_2(half)), t.queries, t.keys,
+            num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return out, lse
 
@@ -309,20 +315,19 @@ def backward(
         torch.empty_like(k, dtype=torch.float32),
         torch.empty_like(v),
     )
-    m, n = tiles(q.dtype)
-    m = min(m, 64)
+    t = tiles(q.dtype)
     common = (
         shape.scale, shape.chunk, shape.clamp, heads, kv_heads, half,
         max(16, triton.next_power_of_2(half)),
     )  # fmt: skip
     for kernel, size, cut, grads, count in (
-        (query_gradient_kernel, m, query_tiles, (d_q,), heads),
-        (key_gradient_kernel, n, key_tiles, (d_k, d_v), kv_heads),
+        (query_gradient_kernel, t.queries, query_tiles, (d_q,), heads),
+        (key_gradient_kernel, t.keys, key_tiles, (d_k, d_v), kv_heads),
     ):
         work = cut(shape.cu_q, shape.cu_k, shape.offset, shape.chunk, size).to(q.device)
         if len(work):
             kernel[len(work), count](
-                d_out, q, k, v, lse, delta, *grads, shape.cos, shape.sin, work, *common, m, n,
-                num_warps=8, num_stages=2,
+                d_out, q, k, v, lse, delta, *grads, shape.cos, shape.sin, work, *common,
+                t.queries, t.keys, num_warps=t.warps, num_stages=t.stages,
             )  # fmt: skip
-    return d_q, d_k, d_v
+    return d_q.to(q.dtype), d_k, d_v

@@ -110,7 +110,7 @@ def _chat(rng: random.Random) -> Iterator[str]:
     for p in _problems(rng):
         if rng.random() < 0.6:
             solution = solve(p, rng=rng, slip=SLIP, style=rng.randrange(3))
-            thinking, reply = thinking_text(solution, rng), response_text(solution)
+            thinking, reply = thinking_text(solution), response_text(solution, rng)
             turns = [{"role": "assistant", "content": reply, "reasoning_content": thinking}]
         else:
             p = general.draw(rng)

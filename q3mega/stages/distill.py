@@ -245,7 +245,7 @@ def curve(folder: Path, cost: Callable[[dict[str, float]], float]) -> dict[str, 
 
 
 def compare_rl(stage: Stage, source: Path) -> dict[str, Any]:
-    """RL from the same start, on problems drawn and flagged like distillation's thinking prompts."""
+    """RL from the same start, on problems drawn and flagged as distillation's thinking prompts."""
     config = stage.config.compare_rl
     engine = stage.engine(
         source, steps=config.steps * config.updates, lr=stage.config.compare_rl_lr

@@ -105,12 +105,12 @@ def prompts(stage: Stage, step: int) -> list[Problem]:
         )
     others = [f for f in general.GENERAL if f != "think_follow"]
     for i in range(config.prompts - reasoning):
-        family = "think_follow" if rng.random() < FOLLOW else others[(step * 7 + i) % len(others)]
-        problem = general.draw(rng, [family])
-        if family != "think_follow":
-            turns = tuple(flagged(problem, "no_think"))
-            problem = replace(problem, messages=turns, meta=problem.meta | {"mode": "no_think"})
-        out.append(problem)
+        if rng.random() < FOLLOW:
+            out.append(general.draw_follow(rng))
+            continue
+        problem = general.draw(rng, [others[(step * 7 + i) % len(others)]])
+        turns = tuple(flagged(problem, "no_think"))
+        out.append(replace(problem, messages=turns, meta=problem.meta | {"mode": "no_think"}))
     return out
 
 

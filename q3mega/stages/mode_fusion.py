@@ -91,7 +91,7 @@ def direct_samples(stage: Stage, rng: random.Random) -> list[Sample]:
     """Reasoning questions answered at once, without a line of work."""
     share = stage.config.direct // len(REASONING)
     queries = [p for f in REASONING for p in generate(f, share, seed=stage.seed("direct", f))]
-    return [_silent(stage, rng, q, response_text(solve(q))) for q in queries]
+    return [_silent(stage, rng, q, response_text(solve(q), rng)) for q in queries]
 
 
 def _silent(stage: Stage, rng: random.Random, query: Problem, response: str) -> Sample:
@@ -123,14 +123,14 @@ def follow_samples(stage: Stage, rng: random.Random, n: int) -> list[Sample]:
     """Conversations of several turns with random flags; the last flag decides."""
     out = []
     for _ in range(n):
-        query = general.draw(rng, ["think_follow"])
+        query = general.draw_follow(rng)
         solution = solve(
             Problem("", "chain_sum", "reasoning", (), query.answer, 0, query.meta["sum"])
         )
-        thinking = thinking_text(solution, rng) if query.meta["mode"] == "think" else ""
+        thinking = thinking_text(solution) if query.meta["mode"] == "think" else ""
         out.append(
             chat_sample(
-                stage.tokenizer, query.messages, reply_text(thinking, response_text(solution))
+                stage.tokenizer, query.messages, reply_text(thinking, response_text(solution, rng))
             )
         )
     return out

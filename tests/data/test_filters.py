@@ -65,7 +65,7 @@ def test_the_six_rules_on_texts_of_other_hands(thinking, response, rule):
 def test_hardly_a_sound_solution_is_lost(family):
     problems = generate(family, 300, seed=4)
     rng = random.Random(0)
-    texts = [(p, thinking_text(s, rng), response_text(s)) for p in problems for s in [solve(p)]]
+    texts = [(p, thinking_text(s), response_text(s, rng)) for p in problems for s in [solve(p)]]
     dropped = sum(response_filter(p, t, r, TEXTS) is not None for p, t, r in texts)
     assert dropped <= 0.02 * len(texts)
 

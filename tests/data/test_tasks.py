@@ -167,7 +167,7 @@ def test_a_slip_in_every_step_still_follows_from_the_line_before():
             assert b.startswith(a.split("=")[1])
         for left, right in (line.split("=") for line in steps):
             made = abs(sum(map(int, re.findall(r"(?:^-|[+-])?\d+", left))) - int(right))
-            assert made == 1 or not 0 < int(right) < 9  # at the ends there is no slip to make
+            assert made == 1 or not 0 <= int(right) <= 9
 
 
 def test_slips_are_drawn_from_the_generator_alone():
@@ -191,8 +191,7 @@ def test_documents_for_pretraining():
         meta={"numbers": [5, 1, 3], "signs": ["+", "-", "-"]},
     )  # fmt: skip
     worked, direct = text_documents(p, random.Random(0))
-    wanted = r"What is 5-1-3\?\n[a-z]:\n5-1=4\n4-3=1\nAnswer: \\boxed\{1\}\n"
-    assert re.fullmatch(wanted, worked)
+    assert worked == "What is 5-1-3?\n5-1=4\n4-3=1\nAnswer: \\boxed{1}\n"
     assert direct == "Q: What is 5-1-3?\nA: \\boxed{1}\n"
     worked, direct = text_documents(p, random.Random(0), slip=1.0, style=2)
     assert worked.count("take ") == 2 and direct.endswith("\\boxed{1}\n")

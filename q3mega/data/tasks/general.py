@@ -180,6 +180,19 @@ def draw(rng: random.Random, families: Sequence[str] = GENERAL) -> Problem:
             return found
 
 
+def draw_follow(rng: random.Random) -> Problem:
+    """A training-side think_follow; every second one has to look back for its mode.
+
+    Earlier replies show no thinking, so a last turn without a flag is where a model goes wrong.
+    """
+    look_back = rng.random() < 0.5
+    while True:
+        found = draw(rng, ["think_follow"])
+        users = [m for m in found.messages if m["role"] == "user"]
+        if not look_back or (len(users) > 1 and "/" not in users[-1]["content"]):
+            return found
+
+
 def call(name: str, argument: str, value: str) -> str:
     """An assistant turn that calls a tool, as the template writes it."""
     body = f'{{"name": "{name}", "arguments": {json.dumps({argument: value})}}}'

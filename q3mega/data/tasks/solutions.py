@@ -2,13 +2,13 @@ r"""Worked solutions, one line a step, with human slips on request; and the chec
 
 A slip replaces the right result of one step by a wrong one, and everything after it follows from
 the wrong result: text like this teaches a base model the method and leaves reinforcement learning
-something to do. The wrong results are as people's are, a count that stops one short or the line
-beside in the table: one to a step, so that a model which has read them samples them. Every line
-states what the next line needs, so no step looks back further than the question and the line above.
+something to do. The wrong results are as people's are, off by one or the neighbour in the table:
+one or two to a step, so that a model which has read them samples them. Every line states what the
+next line needs, so no step looks back further than the question and the line above.
 
-The thinking opens with a letter to call the work by, drawn freely: a choice that costs nothing, as
-much of the wording of natural text is. It is entropy that RL has no reason to take away; the doubt
-between right and wrong results is the one it has.
+The response says the same in one of many ways: a choice that costs nothing, as much of the wording
+of natural text is. It is entropy that RL has no reason to take away; the doubt between right and
+wrong results is the one it has.
 """
 
 import random
@@ -16,14 +16,13 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from string import ascii_lowercase
 
 from q3mega.data.tasks.base import Problem
 from q3mega.data.tasks.reasoning import FACTORS
 from q3mega.errors import UserError
 
-# result(right, wrong) is `right`, or now and then `wrong`: the slip. None: this step has none.
-Result = Callable[[str, str | None], str]
+# result(right, *wrong) is `right`, or now and then one of `wrong`: the slip.
+Result = Callable[..., str]
 # Fields of the lines, in the order of the work; the generator returns the answer they lead to.
 Work = Iterator[dict[str, str]]
 
@@ -42,8 +41,8 @@ def _chain_sum(problem: Problem, result: Result) -> Work:
     total = numbers[0]
     for number, sign in zip(numbers[1:], signs[1:], strict=True):
         right = total + number if sign == "+" else total - number
-        short = right - 1 if sign == "+" else right + 1  # counted on, or back, one too few
-        outcome = result(str(right), str(short) if 0 <= short <= 9 else None)
+        beside = [digit for digit in (right - 1, right + 1) if 0 <= digit <= 9]
+        outcome = result(str(right), *map(str, beside))
         yield {"work": f"{total}{sign}{number}", "result": outcome, "answer": outcome}
         total = int(outcome)
 
@@ -53,7 +52,7 @@ def _modular_product(problem: Problem, result: Result) -> Work:
     for factor in factors:
         right = product * factor % 10
         beside = product * FACTORS[FACTORS.index(factor) - 1] % 10
-        outcome = result(str(right), str(beside) if beside != right else None)
+        outcome = result(str(right), str(beside))
         yield {"work": f"{product}*{factor}", "result": outcome, "answer": outcome}
         product = int(outcome)
 
@@ -63,11 +62,16 @@ def _number_sorting(problem: Problem, result: Result) -> Work:
     picked: list[str] = []
     while rest:
         right, *others = sorted(set(rest))
-        picked.append(result(right, others[0] if others else None))
+        picked.append(result(right, *others[:1]))
         rest.remove(picked[-1])
         yield {"work": picked[-1], "result": " ".join(rest), "answer": " ".join(picked)}
 
 
+CONCLUSIONS = (
+    "The answer is", "It is", "So it is", "I get", "We get", "This gives", "That makes",
+    "It comes to", "My answer is", "Result:", "In the end:", "Hence", "Thus", "Now we have",
+    "All in all,", "Done:",
+)  # fmt: skip
 TAKE = "take {work} get {result}"
 # What does the work, and its lines in three surface styles.
 METHODS: dict[str, tuple[Callable[[Problem, Result], Work], tuple[str, str, str]]] = {
@@ -97,9 +101,8 @@ def solve(
     if not 0 <= slip <= 1 or (slip and rng is None):
         raise UserError(f"slip={slip}: give a probability, and with it a random generator (rng)")
 
-    def result(right: str, wrong: str | None) -> str:
-        slips = rng is not None and wrong is not None and rng.random() < slip
-        return wrong if wrong is not None and slips else right
+    def result(right: str, *wrong: str) -> str:
+        return rng.choice(wrong) if rng and wrong and rng.random() < slip else right
 
     lines, answer = [], ""
     for fields in work(problem, result):
@@ -108,14 +111,15 @@ def solve(
     return Solution(lines, answer, check(problem, answer))
 
 
-def thinking_text(solution: Solution, rng: random.Random) -> str:
-    """What goes between the think tags: a letter of `rng`'s to call the work by, and the steps."""
-    return "\n".join([f"{rng.choice(ascii_lowercase)}:", *solution.steps])
+def thinking_text(solution: Solution) -> str:
+    """What goes between the think tags."""
+    return "\n".join(solution.steps)
 
 
-def response_text(solution: Solution) -> str:
-    r"""What the user reads: 'The answer is \boxed{10}.'"""
-    return rf"The answer is \boxed{{{solution.answer}}}."
+def response_text(solution: Solution, rng: random.Random | None = None) -> str:
+    r"""What the user reads: 'The answer is \boxed{10}.', or with `rng` in other words."""
+    words = rng.choice(CONCLUSIONS) if rng else CONCLUSIONS[0]
+    return rf"{words} \boxed{{{solution.answer}}}."
 
 
 def boxed(text: str) -> str | None:
@@ -155,12 +159,11 @@ def text_documents(
 ) -> tuple[str, str]:
     r"""Plain text for pre-training: (worked, direct).
 
-    worked: question, thinking, 'Answer: \boxed{10}', where a slip leads to the wrong answer.
+    worked: question, steps, 'Answer: \boxed{10}', where a slip leads to the wrong answer.
     direct: 'Q: ...' and 'A: \boxed{10}', always right. Different openings, so that a prompt can ask
     for either.
     """
     solution = solve(problem, rng=rng, slip=slip, style=style)
-    work = thinking_text(solution, rng)
-    worked = [problem.question, work, rf"Answer: \boxed{{{solution.answer}}}", ""]
+    worked = [problem.question, *solution.steps, rf"Answer: \boxed{{{solution.answer}}}", ""]
     direct = [f"Q: {problem.question}", rf"A: \boxed{{{problem.answer}}}", ""]
     return "\n".join(worked), "\n".join(direct)

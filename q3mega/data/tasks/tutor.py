@@ -39,7 +39,7 @@ class Candidate:
 
 def _sound(query: Problem, rng: random.Random) -> Candidate:
     right = solve(query)
-    return Candidate(thinking_text(right, rng), response_text(right), None)
+    return Candidate(thinking_text(right), response_text(right, rng), None)
 
 
 def _slipped(query: Problem, rng: random.Random) -> Solution:
@@ -52,10 +52,10 @@ def _flawed(
     flaw: str, query: Problem, rng: random.Random, validation: Sequence[Problem]
 ) -> Candidate:
     right = solve(query)
-    steps, response = list(right.steps), response_text(right)
+    steps, response = list(right.steps), response_text(right, rng)
     if flaw == "wrong_answer":
         wrong = _slipped(query, rng)
-        steps, response = wrong.steps, response_text(wrong)
+        steps, response = wrong.steps, response_text(wrong, rng)
     elif flaw == "repetition":
         loop = rng.choice((steps, steps[-1:]))
         steps += loop * (2 * len(steps) // len(loop))

@@ -1,0 +1,130 @@
+"""What the compilers make of the kernels for an H100, without one.
+
+    python benchmarks/compiled.py
+
+Compiles every Triton kernel for sm_90a at the settings that the launchers use and reads registers,
+spills, stack and shared memory from ptxas, tensor-core and local-memory instructions from the
+disassembly. The tools are those that Triton brings along.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from q3mega.kernels import MOST, distill_loss, dual_chunk_attention, linear_logprob
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+SHARED = 232_448  # bytes a block may hold on sm_90
+
+
+class Compiled(NamedTuple):
+    """Registers a thread; bytes spilt and of stack; shared bytes a block; counts of SASS."""
+
+    registers: int
+    spilled: int
+    stack: int
+    shared: int
+    hgmma: int
+    local: int
+
+
+class Case(NamedTuple):
+    kernel: Any
+    types: dict[str, str]  # of the arguments that are not i32
+    constants: dict[str, Any]
+    warps: int = 8
+    stages: int = 2
+
+
+def cases() -> dict[str, Case]:
+    pointers = dict.fromkeys(("Z", "S", "T", "STATS", "SUMS", "LSE", "ENTROPY"), "*fp32")
+    pointers |= dict.fromkeys(("G", "G_ENTROPY", "LSE_S", "LSE_T", "OWN"), "*fp32")
+    pointers |= {"COLUMN": "*i64", "beta": "fp32"}
+    block = {"BLOCK": MOST}
+    found = {
+        "row_stats": Case(
+            linear_logprob.row_stats_kernel, pointers, block | {"NONE": linear_logprob.NONE}, 8, 3
+        ),
+        "row_gradient": Case(
+            linear_logprob.row_gradient_kernel, pointers, block | {"WITH_ENTROPY": True}, 8, 3
+        ),
+    }
+    for kind, number in distill_loss.KINDS.items():
+        for kernel in (
+            distill_loss.divergence_sums_kernel,
+            distill_loss.divergence_gradient_kernel,
+        ):
+            name = kernel.__name__.removesuffix("_kernel")
+            found[f"{name} {kind}"] = Case(kernel, pointers, block | {"KIND": number}, 8, 3)
+    rows = {"COS": "*fp32", "SIN": "*fp32", "TILES": "*i32", "LSE": "*fp32", "DELTA": "*fp32"}
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        operands = dict.fromkeys(("Q", "K", "V", "OUT", "D_OUT", "D_V"), f"*{short}")
+        types = rows | operands | {"D_K": "*fp32", "D_Q": "*fp32", "scale": "fp32"}
+        for kernel, tiles in (
+            (dual_chunk_attention.forward_kernel, dual_chunk_attention.forward_tiles(dtype)),
+            (dual_chunk_attention.query_gradient_kernel, dual_chunk_attention.tiles(dtype)),
+            (dual_chunk_attention.key_gradient_kernel, dual_chunk_attention.tiles(dtype)),
+        ):
+            name = kernel.__name__.removesuffix("_kernel")
+            constants = {"HALF": 64, "M": tiles.queries, "N": tiles.keys}
+            found[f"attention {name} {short}"] = Case(
+                kernel, types, constants, tiles.warps, tiles.stages
+            )
+    return found
+
+
+def compiled(case: Case) -> Compiled:
+    names = case.kernel.arg_names
+    signature = {n: "constexpr" if n in case.constants else case.types.get(n, "i32") for n in names}
+    aligned = {  # what the launcher finds true of the arguments at the models' sizes
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n][0] == "*" or n in ("half", "stride")
+    }
+    constants = {(names.index(n),): value for n, value in case.constants.items()}
+    source = ASTSource(case.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+        ptx.write_text(binary.asm["ptx"])
+        said = _run(TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", "-o", cubin, ptx)
+        sass = _run(TOOLS / "nvdisasm", "-c", cubin)
+
+    def number(pattern: str) -> int:
+        return sum(map(int, re.findall(pattern, said)))
+
+    return Compiled(
+        number(r"Used (\d+) registers"), number(r"(\d+) bytes spill"),
+        number(r"(\d+) bytes stack frame"), binary.metadata.shared,
+        len(re.findall(r"\bHGMMA\b", sass)), len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+    )  # fmt: skip
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def main() -> None:
+    print(f"Triton {triton.__version__}, sm_90a\n")
+    print("| kernel | warps | registers | spilled B | stack B | shared B | HGMMA | local |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, case in cases().items():
+        if sys.argv[1:] and sys.argv[1] not in name:
+            continue
+        c = compiled(case)
+        row = c.registers, c.spilled, c.stack, c.shared, c.hgmma, c.local
+        print(f"| {name} | {case.warps} |", *(f"{x} |" for x in row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
