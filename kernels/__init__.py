@@ -3,11 +3,9 @@
 They take and return tensors on one device, contiguous, and check nothing: `q3mega.ops` does.
 """
 
-import triton
-
 MOST = 4096  # columns of a row that a program of eight warps holds at once
 
 
 def block_of(columns: int) -> int:
     """Columns a block: a power of two, no more than a program holds."""
-    return max(16, min(MOST, triton.next_power_of_2(columns)))
+    return max(16, min(MOST, 1 << (columns - 1).bit_length()))
