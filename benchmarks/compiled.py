@@ -22,7 +22,6 @@ from triton.compiler import ASTSource
 from q3mega.kernels import MOST, distill_loss, dual_chunk_attention, linear_logprob
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-SHARED = 232_448  # bytes a block may hold on sm_90
 
 
 class Compiled(NamedTuple):

@@ -3,8 +3,8 @@
     python benchmarks/operators.py [--threads 2] [--rounds 5] [--only grpo]
 
 Every case runs its implementations in turn, `rounds` times, in one process; the table gives medians
-and their ratio to ours. Extra memory is the peak of resident memory above the
-inputs', from one run in a fresh process. torch.compile is warmed up before it is timed.
+and their ratio to ours. Extra memory is the peak of resident memory above the inputs', from one run
+in a fresh process. torch.compile is warmed up before it is timed.
 """
 
 import argparse
@@ -31,8 +31,15 @@ def _leaf(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     return x.mul_(scale).requires_grad_()
 
 
-def _compiled(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(fn, dynamic=False)
+def _beside(
+    ours: Run, eager: Callable[[Tensor, Tensor], Tensor], *operands: Tensor
+) -> dict[str, Run]:
+    compiled = torch.compile(eager, dynamic=False)
+    return {
+        "ours": ours,
+        "eager": lambda: eager(*operands),
+        "compile": lambda: compiled(*operands),
+    }
 
 
 # -- cases: name -> implementations by name --------------------------------------------------------
@@ -61,12 +68,7 @@ def grpo(n: int, h: int, masked: float = 0.0, idle: float = 0.0) -> dict[str, Ru
             loss_weights=weights, entropy_coef=0.0 if idle else 0.001, backend="cpu",
         ).loss  # fmt: skip
 
-    compiled = _compiled(eager)
-    return {
-        "ours": ours,
-        "eager": lambda: eager(hidden, weight),
-        "compile": lambda: compiled(hidden, weight),
-    }
+    return _beside(ours, eager, hidden, weight)
 
 
 def distill(kind: str, n: int = 512, h: int = 256) -> dict[str, Run]:
@@ -92,12 +94,7 @@ def distill(kind: str, n: int = 512, h: int = 256) -> dict[str, Run]:
             backend="cpu",
         ).loss  # fmt: skip
 
-    compiled = _compiled(eager)
-    return {
-        "ours": ours,
-        "eager": lambda: eager(hidden, weight),
-        "compile": lambda: compiled(hidden, weight),
-    }
+    return _beside(ours, eager, hidden, weight)
 
 
 def topk(n: int = 512, h: int = 256, k: int = 64) -> dict[str, Run]:
@@ -116,12 +113,7 @@ def topk(n: int = 512, h: int = 256, k: int = 64) -> dict[str, Run]:
             backend="cpu",
         ).loss  # fmt: skip
 
-    compiled = _compiled(eager)
-    return {
-        "ours": ours,
-        "eager": lambda: eager(hidden, weight),
-        "compile": lambda: compiled(hidden, weight),
-    }
+    return _beside(ours, eager, hidden, weight)
 
 
 def attention(s: int = 4096, heads: int = 2, dim: int = 128) -> dict[str, Run]:

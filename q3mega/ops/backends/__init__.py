@@ -5,13 +5,12 @@ attention_forward, attention_backward: dual-chunk attention.
 serves(x): why not, or None.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-from q3mega.ops.backends import cpu
-
-KERNELS: dict[str, ModuleType] = {"cpu": cpu}
-if find_spec("triton") is not None:
-    from q3mega.ops.backends import triton
-
-    KERNELS["triton"] = triton
+KERNELS: dict[str, ModuleType] = {
+    name: import_module(f"{__name__}.{name}")
+    for name, needs in (("cpu", "q3mega._cpu"), ("triton", "triton"))
+    if find_spec(needs) is not None
+}
