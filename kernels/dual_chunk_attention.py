@@ -103,15 +103,21 @@ def _phase(distance: tl.constexpr, token, rows, own, chunk):
 
 
 @triton.jit
+def _query_tile(TILES):
+    """This program's row of `query_tiles`."""
+    at = TILES + 4 * tl.program_id(0)
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
 def forward_kernel(
     Q, K, V, OUT, LSE, COS, SIN, TILES, scale, chunk, clamp, heads, kv_heads, half,
     HALF: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head. K is rotated."""
-    tile, head = tl.program_id(0), tl.program_id(1)
+    head = tl.program_id(1)
     kv = head // (heads // kv_heads)
-    q_row, rows = tl.load(TILES + 4 * tile), tl.load(TILES + 4 * tile + 1)
-    token, k_row = tl.load(TILES + 4 * tile + 2), tl.load(TILES + 4 * tile + 3)
+    q_row, rows, token, k_row = _query_tile(TILES)
     i = tl.arange(0, M)
     real = i < rows
     own = token // chunk * chunk
@@ -152,10 +158,9 @@ def query_gradient_kernel(
     HALF: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries: each phase's gradient is turned back by the phase's angle."""
-    tile, head = tl.program_id(0), tl.program_id(1)
+    head = tl.program_id(1)
     kv = head // (heads // kv_heads)
-    q_row, rows = tl.load(TILES + 4 * tile), tl.load(TILES + 4 * tile + 1)
-    token, k_row = tl.load(TILES + 4 * tile + 2), tl.load(TILES + 4 * tile + 3)
+    q_row, rows, token, k_row = _query_tile(TILES)
     i = tl.arange(0, M)
     real = i < rows
     own = token // chunk * chunk
