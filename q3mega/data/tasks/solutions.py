@@ -67,10 +67,22 @@ def _number_sorting(problem: Problem, result: Result) -> Work:
         yield {"work": picked[-1], "result": " ".join(rest), "answer": " ".join(picked)}
 
 
-CONCLUSIONS = (
-    "The answer is", "It is", "So it is", "I get", "We get", "This gives", "That makes",
-    "It comes to", "My answer is", "Result:", "In the end:", "Hence", "Thus", "Now we have",
-    "All in all,", "Done:",
+# "Well, it is \boxed{10}. Done.": an opening, a verdict and a closing, drawn freely.
+WORDINGS = (
+    (
+        "Well", "So", "Now", "Okay", "Right", "Yes", "Good", "Then", "Here", "Look", "See", "Ah",
+        "Fine", "Sure", "At last", "In short", "Clearly", "Indeed", "Thus", "Hence", "Great",
+        "All in all", "Finally", "Listen",
+    ),
+    (
+        "the answer is", "it is", "I get", "we get", "this gives", "that makes", "it comes to",
+        "my answer is", "you get", "I find", "we find", "one has", "there is", "I have",
+        "the result is", "out comes",
+    ),
+    (
+        "Done.", "Easy.", "Bye.", "Thanks.", "Nice.", "Voila.", "That is all.", "Good luck.",
+        "Cheers.", "Enjoy.", "Over.", "Hope it helps.",
+    ),
 )  # fmt: skip
 TAKE = "take {work} get {result}"
 # What does the work, and its lines in three surface styles.
@@ -118,8 +130,10 @@ def thinking_text(solution: Solution) -> str:
 
 def response_text(solution: Solution, rng: random.Random | None = None) -> str:
     r"""What the user reads: 'The answer is \boxed{10}.', or with `rng` in other words."""
-    words = rng.choice(CONCLUSIONS) if rng else CONCLUSIONS[0]
-    return rf"{words} \boxed{{{solution.answer}}}."
+    if rng is None:
+        return rf"The answer is \boxed{{{solution.answer}}}."
+    opening, verdict, closing = map(rng.choice, WORDINGS)
+    return rf"{opening}, {verdict} \boxed{{{solution.answer}}}. {closing}"
 
 
 def boxed(text: str) -> str | None:
