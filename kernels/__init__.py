@@ -1,8 +1,10 @@
-"""Triton kernels, one file an operator; installed as q3mega.kernels.
+"""Triton kernels, one file an operator, and what other backends share with them; installed as
+q3mega.kernels.
 
 They take and return tensors on one device, contiguous, and check nothing: `q3mega.ops` does.
 """
 
+KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}  # of divergence, as every kernel counts them
 MOST = 4096  # columns of a row that a program of eight warps holds at once
 
 

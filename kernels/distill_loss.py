@@ -8,9 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from q3mega.kernels import block_of
+from q3mega.kernels import KINDS, block_of
 
-KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 FORWARD, REVERSE = tl.constexpr(0), tl.constexpr(1)
 
 

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from q3mega.kernels.tiles import key_tiles, query_tiles
+
 NONE = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -239,46 +241,6 @@ def key_gradient_kernel(
                 dk_b = tl.dot(ds, qb, dk_b, input_precision="ieee")
     _store(D_K, dk_a * scale, dk_b * scale, k_row + j, kv, kv_heads, half, real, HALF)
     _store(D_V, dv_a, dv_b, k_row + j, kv, kv_heads, half, real, HALF)
-
-
-def _cut(start: int, stop: int, chunk: int, size: int) -> list[tuple[int, int]]:
-    """(first, count) pieces of tokens [start, stop), of at most `size`, none across a chunk."""
-    pieces = []
-    while start < stop:
-        end = min(start + size, (start // chunk + 1) * chunk, stop)
-        pieces.append((start, end - start))
-        start = end
-    return pieces
-
-
-def query_tiles(
-    cu_q: Sequence[int], cu_k: Sequence[int], offset: int, chunk: int, size: int
-) -> Tensor:
-    """(tiles, 4) int32: first row of q, rows, first token, the sequence's first row of k.
-
-    The last tiles see the most keys and come first.
-    """
-    found = [
-        (q + token - offset, rows, token, k)
-        for q, end, k in zip(cu_q, cu_q[1:], cu_k, strict=False)
-        for token, rows in _cut(offset, offset + end - q, chunk, size)
-    ]
-    found.sort(key=lambda tile: -tile[2])
-    return torch.tensor(found, dtype=torch.int32).reshape(-1, 4)
-
-
-def key_tiles(
-    cu_q: Sequence[int], cu_k: Sequence[int], offset: int, chunk: int, size: int
-) -> Tensor:
-    """(tiles, 6) int32: first row of k, rows, first token, the sequence's first row of q, the token
-    of that row, queries. The first tiles are seen by the most queries."""
-    found = [
-        (k + token, rows, token, q, offset, q_end - q)
-        for q, q_end, k, k_end in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)
-        for token, rows in _cut(0, k_end - k, chunk, size)
-    ]
-    found.sort(key=lambda tile: tile[2])
-    return torch.tensor(found, dtype=torch.int32).reshape(-1, 6)
 
 
 class Shape(NamedTuple):

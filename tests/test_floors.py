@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = [  # from the ground up; rooms of one floor may import each other
-    {"kernels", "_data", "_cpu"},
+    {"kernels", "_data", "_cpu", "_cuda"},
     {"ops"},
     {"model", "data", "device"},
     {"algorithms", "rewards", "rollout", "engine"},

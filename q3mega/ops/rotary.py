@@ -59,6 +59,12 @@ class Turns(NamedTuple):
     sin: Tensor
 
 
+def places(cu_seqlens: Tensor, chunk: int) -> Tensor:
+    """(T,): every packed token's place in its chunk."""
+    index = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    return (index - torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())) % chunk
+
+
 def turn(x: Tensor, position: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`rotate` by tables (positions, D / 2)."""
     return _turn(x, cos[position], sin[position])

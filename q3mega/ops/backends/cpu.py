@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from q3mega import _cpu
+from q3mega.kernels import KINDS
 from q3mega.ops.rotary import Turns
-
-KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 
 def serves(x: Tensor) -> str | None:

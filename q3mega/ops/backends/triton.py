@@ -24,17 +24,11 @@ def _shape(turns: Turns, cu_q: Tensor, cu_k: Tensor) -> dual_chunk_attention.Sha
     return dual_chunk_attention.Shape(cu_q.tolist(), cu_k.tolist(), *turns)
 
 
-def _places(cu_k: Tensor, chunk: int) -> Tensor:
-    """Every key's place in its chunk."""
-    index = torch.arange(int(cu_k[-1]), device=cu_k.device)
-    return (index - torch.repeat_interleave(cu_k[:-1], cu_k.diff())) % chunk
-
-
 def attention_forward(
     turns: Turns, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp (T, Hq)) of un-rotated q (T, Hq, D), k and v (T, Hkv, D)."""
-    turned = rotary.turn(k, _places(cu_k, turns.chunk), turns.cos, turns.sin)
+    turned = rotary.turn(k, rotary.places(cu_k, turns.chunk), turns.cos, turns.sin)
     return dual_chunk_attention.forward(_shape(turns, cu_q, cu_k), q, turned, v)
 
 
@@ -43,7 +37,7 @@ def attention_backward(
     cu_q: Tensor, cu_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv)."""
-    places = _places(cu_k, turns.chunk)
+    places = rotary.places(cu_k, turns.chunk)
     turned = rotary.turn(k, places, turns.cos, turns.sin)
     d_q, d_turned, d_v = dual_chunk_attention.backward(
         _shape(turns, cu_q, cu_k), d_out, q, turned, v, out, lse
