@@ -33,13 +33,6 @@ struct alignas(1024) Tile {
   uint16_t x[R * D];
 };
 
-struct Problem {
-  int heads, kv_heads, chunk, clamp;
-  float scale;
-  const float *cosine, *sine;
-  const int* work;
-};
-
 // ---- products: accumulators are (64, N), k-steps are 16 wide
 
 // s = a b', over D columns.
@@ -97,7 +90,7 @@ struct Lane {
 // ---- rotations
 
 // The rotation of a query at `place` of its chunk for keys `distance` chunks before.
-__device__ int position(const Problem& problem, int place, int distance) {
+__device__ int position(const Attention& problem, int place, int distance) {
   if (distance == 0) {
     return place;
   }
@@ -107,7 +100,7 @@ __device__ int position(const Problem& problem, int place, int distance) {
 // 64 rows of one head, `step` numbers apart, rotated in fp32 and scaled to a tile of operands, by a
 // warpgroup. Rows past `rows` repeat the last.
 template <class T, int D>
-__device__ void rotate(const Problem& problem, const T* x, int64_t step, int rows, int place,
+__device__ void rotate(const Attention& problem, const T* x, int64_t step, int rows, int place,
                        int distance, int thread, Tile<kRows, D>& tile) {
   constexpr int kVectors = D / 16;  // of 8 numbers, in a half row
   const float factor = problem.scale * kLog2e;
@@ -135,6 +128,31 @@ __device__ void rotate(const Problem& problem, const T* x, int64_t step, int row
     store_operand(at(d + D / 2), b);
   }
   fence_async();
+}
+
+// The accumulators of a warpgroup's rows, rotated by their positions, or back with sign -1.
+template <int N>
+__device__ void turn(const Attention& problem, float (&x)[N], const Lane& lane, int rows, int place,
+                     int distance, float sign) {
+  constexpr int D = 2 * N;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int from = min(lane.row() + 8 * h, rows - 1);
+    const int64_t angle =
+        static_cast<int64_t>(position(problem, place + from, distance)) * (D / 2) + lane.column();
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      const float2 c = *reinterpret_cast<const float2*>(problem.cosine + angle + 8 * i);
+      const float2 s = *reinterpret_cast<const float2*>(problem.sine + angle + 8 * i);
+      const auto pair = [&](float& a, float& b, float cosine, float sine) {
+        const float first = a * cosine - b * sine;
+        b = b * cosine + a * sine;
+        a = first;
+      };
+      pair(x[4 * i + 2 * h], x[4 * i + 2 * h + N / 2], c.x, sign * s.x);
+      pair(x[4 * i + 2 * h + 1], x[4 * i + 2 * h + 1 + N / 2], c.y, sign * s.y);
+    }
+  }
 }
 
 // ---- walks
@@ -171,6 +189,45 @@ struct KeyWalk {
   }
 };
 
+// A row of `key_work`: keys of one sequence and chunk, and the queries of that sequence.
+struct KeyTile {
+  int row, rows, token, queries, first, last;  // the queries are tokens [first, last)
+  __device__ KeyTile(const int* work, int tile)
+      : row(work[6 * tile]),
+        rows(work[6 * tile + 1]),
+        token(work[6 * tile + 2]),
+        queries(work[6 * tile + 3]),
+        first(work[6 * tile + 4]),
+        last(first + work[6 * tile + 5]) {}
+};
+
+// Over the query tiles that see a tile of keys, its own chunk's first.
+struct QueryWalk {
+  int chunk, token, first, last, own;
+  int distance = -1, start = 0, high = 0;  // this tile: queries [start, start + kRows) below high
+
+  __device__ QueryWalk(int size, const KeyTile& tile)
+      : chunk(size),
+        token(tile.token),
+        first(tile.first),
+        last(tile.last),
+        own(tile.token / size * size - size) {}
+
+  __device__ bool next() {
+    start += kRows;
+    while (start >= high) {
+      own += chunk;
+      ++distance;
+      if (own >= last) {
+        return false;
+      }
+      start = max(own, max(first, token));
+      high = min(own + chunk, last);
+    }
+    return true;
+  }
+};
+
 // A place in the ring of stages. A stage is full in phase `parity`, empty in the one before.
 struct Ring {
   int stage = 0;
@@ -197,6 +254,27 @@ __device__ void release(Barrier& empty, int thread) {
   sync_warp();
   if (thread % 32 == 0) {
     arrive(empty);
+  }
+}
+
+// `rows` rows of accumulators times a factor to memory, `step` numbers apart, as T or fp32.
+template <class T, int N>
+__device__ void store(T* to, int64_t step, int rows, const Lane& lane, const float (&x)[N],
+                      float factor) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = lane.row() + 8 * h;
+    if (row < rows) {
+#pragma unroll
+      for (int i = 2 * h; i < N; i += 4) {
+        T* at = to + row * step + i / 4 * 8 + lane.column();
+        if constexpr (std::is_same_v<T, float>) {
+          *reinterpret_cast<float2*>(at) = {x[i] * factor, x[i + 1] * factor};
+        } else {
+          *reinterpret_cast<uint32_t*>(at) = pack<T>(x[i] * factor, x[i + 1] * factor);
+        }
+      }
+    }
   }
 }
 
@@ -253,7 +331,7 @@ __device__ void mask(float (&s)[N], const Lane& lane, const KeyWalk& walk, int t
 template <class T, int D>
 __global__ void __launch_bounds__(kBlock, 1)
     forward_kernel(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-                   const Problem problem, const T* __restrict__ q, T* __restrict__ out,
+                   const Attention problem, const T* __restrict__ q, T* __restrict__ out,
                    float* __restrict__ lse) {
   constexpr int N = kForwardKeys;
   auto& shared = dynamic_shared<ForwardShared<D>>();
@@ -352,55 +430,303 @@ __global__ void __launch_bounds__(kBlock, 1)
       float mass = softmax.mass[h];
       mass += shuffle_xor(mass, 1);
       mass += shuffle_xor(mass, 2);
+      fade[h] = 1.0f / mass;
       const int row = lane.row() + 8 * h;
-      if (row < rows) {
-        T* to = out + at + row * step;
-#pragma unroll
-        for (int i = 2 * h; i < D / 2; i += 4) {
-          *reinterpret_cast<uint32_t*>(to + i / 4 * 8 + lane.column()) =
-              pack<T>(o[i] / mass, o[i + 1] / mass);
-        }
-        if (lane.column() == 0) {
-          lse[static_cast<int64_t>(tile.row + first + row) * problem.heads + head] =
-              (softmax.top[h] + log2f(mass)) / kLog2e;
-        }
+      if (row < rows && lane.column() == 0) {
+        lse[static_cast<int64_t>(tile.row + first + row) * problem.heads + head] =
+            (softmax.top[h] + log2f(mass)) / kLog2e;
       }
     }
+    lane.each(o, [&](float& x, int h, int) { x *= fade[h]; });
+    store(out + at, step, rows, lane, o, 1.0f);
   }
 }
 
-// launch(element, head dimension) for the types that the kernels are made for.
+// ---- backward: two kernels, one stationary in the queries and one in the keys, without atomics
+
+constexpr int kGradientKeys = 64;
+
+template <int D>
+struct QueryGradientShared {
+  Tile<kRows, D> query[2], given[2];  // given: the gradient of out
+  Tile<kGradientKeys, D> key[kStages], value[kStages];
+  Barrier given_full, full[kStages], empty[kStages];
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(kBlock, 1)
+    query_gradient_kernel(const __grid_constant__ TensorMap d_out_map,
+                          const __grid_constant__ TensorMap k_map,
+                          const __grid_constant__ TensorMap v_map, const Attention problem,
+                          const T* __restrict__ q, const float* __restrict__ lse,
+                          const float* __restrict__ delta, T* __restrict__ d_q) {
+  constexpr int N = kGradientKeys;
+  auto& shared = dynamic_shared<QueryGradientShared<D>>();
+  const int head = blockIdx.x % problem.heads, kv = head / (problem.heads / problem.kv_heads);
+  const QueryTile tile(problem.work, blockIdx.x / problem.heads);
+  const int consumers = tile.rows > kRows ? 2 : 1;
+  const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
+  if (threadIdx.x == 0) {
+    init(shared.given_full, 1);
+    for (int i = 0; i < kStages; ++i) {
+      init(shared.full[i], 1);
+      init(shared.empty[i], 4 * consumers);  // warps
+    }
+    fence_init();
+  }
+  sync_block();
+
+  if (warpgroup == 2) {
+    shrink_registers<24>();
+    if (thread == 0) {
+      arrive_expecting(shared.given_full, consumers * sizeof(shared.given[0]));
+      for (int i = 0; i < consumers; ++i) {
+        load(shared.given[i], d_out_map, shared.given_full, head, tile.row + i * kRows);
+      }
+      KeyWalk walk(problem.chunk, tile.token, tile.token + tile.rows);
+      for (Ring ring; walk.next(N); ring.next()) {
+        const int i = ring.stage, row = tile.keys + walk.start;
+        wait(shared.empty[i], ring.parity ^ 1);
+        arrive_expecting(shared.full[i], sizeof(shared.key[i]) + sizeof(shared.value[i]));
+        load(shared.key[i], k_map, shared.full[i], kv, row);
+        load(shared.value[i], v_map, shared.full[i], kv, row);
+      }
+    }
+  } else if (warpgroup < consumers) {
+    grow_registers<240>();
+    const Lane lane{thread};
+    const int first = warpgroup * kRows, token = tile.token + first;
+    const int rows = min(tile.rows - first, kRows);
+    const int64_t step = static_cast<int64_t>(problem.heads) * D;
+    const int64_t at = (tile.row + first) * step + head * D;
+    auto& query = shared.query[warpgroup];
+    KeyWalk walk(problem.chunk, tile.token, token + rows);
+    const int place = token - walk.own;
+    float s[N / 2], d[N / 2], sum[D / 2], shift[2], mean[2];
+    uint32_t ds[N / 16][4];
+    int turned = -1;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = tile.row + first + min(lane.row() + 8 * h, rows - 1);
+      const int64_t number = static_cast<int64_t>(row) * problem.heads + head;
+      shift[h] = lse[number] * kLog2e;
+      mean[h] = delta[number];
+    }
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) {
+      sum[i] = 0.0f;
+    }
+    wait(shared.given_full, 0);
+    for (Ring ring; walk.next(N); ring.next()) {
+      if (walk.distance != turned) {  // the sum changes its basis together with the query
+        if (turned >= 0) {
+          turn(problem, sum, lane, rows, place, turned, -1.0f);
+          turn(problem, sum, lane, rows, place, walk.distance, 1.0f);
+        }
+        turned = walk.distance;
+        rotate(problem, q + at, step, rows, place, turned, thread, query);
+        sync_threads(1 + warpgroup, kWarpgroup);
+      }
+      const auto& key = shared.key[ring.stage];
+      wait(shared.full[ring.stage], ring.parity);
+      multiply_transposed<T, N, D>(s, query, key);
+      multiply_transposed<T, N, D>(d, shared.given[warpgroup], shared.value[ring.stage]);
+      wgmma_wait<1>(s);
+      if (walk.start + N > min(walk.high, token + 1)) {
+        mask(s, lane, walk, token);
+      }
+      lane.each(s, [&](float& x, int h, int) { x = exp2_fast(x - shift[h]); });
+      wgmma_wait<0>(d);
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) {
+        d[i] = s[i] * (d[i] - mean[i / 2 % 2]);
+      }
+      pack_operand<T, N>(ds, d);
+      multiply_add<T, N, D>(sum, ds, key);
+      wgmma_wait<0>(sum);
+      release(shared.empty[ring.stage], thread);
+    }
+    turn(problem, sum, lane, rows, place, turned, -1.0f);
+    store(d_q + at, step, rows, lane, sum, problem.scale);
+  }
+}
+
+template <int D>
+struct KeyGradientShared {
+  Tile<kRows, D> key[2], value[2], query[kStages], given[kStages];
+  float shift[kStages][kRows], mean[kStages][kRows];
+  Barrier own_full, full[kStages], empty[kStages];
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(kBlock, 1)
+    key_gradient_kernel(const __grid_constant__ TensorMap d_out_map,
+                        const __grid_constant__ TensorMap k_map,
+                        const __grid_constant__ TensorMap v_map, const Attention problem,
+                        const T* __restrict__ q, const float* __restrict__ lse,
+                        const float* __restrict__ delta, float* __restrict__ d_k,
+                        T* __restrict__ d_v) {
+  auto& shared = dynamic_shared<KeyGradientShared<D>>();
+  const int kv = blockIdx.x % problem.kv_heads, group = problem.heads / problem.kv_heads;
+  const KeyTile tile(problem.work, blockIdx.x / problem.kv_heads);
+  const int consumers = tile.rows > kRows ? 2 : 1;
+  const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
+  if (threadIdx.x == 0) {
+    init(shared.own_full, 1);
+    for (int i = 0; i < kStages; ++i) {
+      init(shared.full[i], kWarpgroup + 1);  // those who rotate, and the copy's bytes
+      init(shared.empty[i], 4 * consumers);  // warps
+    }
+    fence_init();
+  }
+  sync_block();
+  QueryWalk walk(problem.chunk, tile);
+  Ring ring;
+
+  if (warpgroup == 2) {
+    shrink_registers<56>();
+    if (thread == 0) {
+      const int bytes = sizeof(shared.key[0]) + sizeof(shared.value[0]);
+      arrive_expecting(shared.own_full, consumers * bytes);
+      for (int i = 0; i < consumers; ++i) {
+        load(shared.key[i], k_map, shared.own_full, kv, tile.row + i * kRows);
+        load(shared.value[i], v_map, shared.own_full, kv, tile.row + i * kRows);
+      }
+    }
+    const int64_t step = static_cast<int64_t>(problem.heads) * D;
+    while (walk.next()) {  // heads inside: a tile's angles stay in the cache
+      const int row = tile.queries + walk.start - tile.first;
+      const int rows = min(walk.high - walk.start, kRows);
+      for (int head = kv * group; head < (kv + 1) * group; ++head, ring.next()) {
+        const int i = ring.stage;
+        wait(shared.empty[i], ring.parity ^ 1);
+        if (thread == 0) {
+          arrive_expecting(shared.full[i], sizeof(shared.given[i]));
+          load(shared.given[i], d_out_map, shared.full[i], head, row);
+        }
+        if (thread < kRows) {  // a query past the end has no mass
+          const int64_t number = static_cast<int64_t>(row + thread) * problem.heads + head;
+          shared.shift[i][thread] = thread < rows ? lse[number] * kLog2e : INFINITY;
+          shared.mean[i][thread] = thread < rows ? delta[number] : 0.0f;
+        }
+        rotate(problem, q + row * step + head * D, step, rows, walk.start - walk.own, walk.distance,
+               thread, shared.query[i]);
+        arrive(shared.full[i]);
+      }
+    }
+  } else if (warpgroup < consumers) {
+    grow_registers<224>();
+    const Lane lane{thread};
+    const int first = warpgroup * kRows, token = tile.token + first;
+    const auto& key = shared.key[warpgroup];
+    const auto& value = shared.value[warpgroup];
+    float s[kRows / 2], d[kRows / 2], key_sum[D / 2], value_sum[D / 2];  // s, d: (keys, queries)
+    uint32_t p[kRows / 16][4], ds[kRows / 16][4];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) {
+      key_sum[i] = value_sum[i] = 0.0f;
+    }
+    wait(shared.own_full, 0);
+    while (walk.next()) {
+      for (int head = 0; head < group; ++head, ring.next()) {
+        const int i = ring.stage;
+        wait(shared.full[i], ring.parity);
+        if (walk.start + kRows > token) {  // else all these queries come before all these keys
+          multiply_transposed<T, kRows, D>(s, key, shared.query[i]);
+          multiply_transposed<T, kRows, D>(d, value, shared.given[i]);
+          wgmma_wait<1>(s);
+          if (walk.start < token + kRows - 1) {
+            const int before = token + lane.row() - walk.start;
+            lane.each(s, [&](float& x, int h, int column) {
+              x = column < before + 8 * h ? -INFINITY : x;
+            });
+          }
+          lane.each(s,
+                    [&](float& x, int, int column) { x = exp2_fast(x - shared.shift[i][column]); });
+          wgmma_wait<0>(d);
+          lane.each(d, [&](float& x, int, int column) { x -= shared.mean[i][column]; });
+#pragma unroll
+          for (int j = 0; j < kRows / 2; ++j) {
+            d[j] *= s[j];
+          }
+          pack_operand<T, kRows>(p, s);
+          pack_operand<T, kRows>(ds, d);
+          multiply_add<T, kRows, D>(value_sum, p, shared.given[i]);
+          multiply_add<T, kRows, D>(key_sum, ds, shared.query[i]);
+          wgmma_wait<0>(key_sum, value_sum);
+        }
+        release(shared.empty[i], thread);
+      }
+    }
+    const int64_t step = static_cast<int64_t>(problem.kv_heads) * D;
+    const int64_t at = (tile.row + first) * step + kv * D;
+    const int rows = min(tile.rows - first, kRows);
+    store(d_v + at, step, rows, lane, value_sum, 1.0f);
+    store(d_k + at, step, rows, lane, key_sum, 1.0f / kLog2e);  // the query has the scale
+  }
+}
+
+// launch(element, head dimension, maps of the operands) for what the kernels are made for.
 template <class Launch>
-cudaError_t for_types(int type, int dim, const Launch& launch) {
+cudaError_t with_maps(const Attention& problem, const void* d_out, const void* k, const void* v,
+                      const Launch& launch) {
+  const auto run = [&](auto element, auto dim) {
+    using T = decltype(element);
+    TensorMap d_out_map, k_map, v_map;
+    cudaError_t error = tensor_map<T>(&k_map, k, dim, problem.kv_heads, problem.keys);
+    if (error == cudaSuccess) {
+      error = tensor_map<T>(&v_map, v, dim, problem.kv_heads, problem.keys);
+    }
+    if (error == cudaSuccess) {
+      error = tensor_map<T>(&d_out_map, d_out, dim, problem.heads, problem.queries);
+    }
+    return error == cudaSuccess ? launch(element, dim, d_out_map, k_map, v_map) : error;
+  };
   const std::integral_constant<int, 64> narrow;
   const std::integral_constant<int, 128> wide;
-  if ((type != 0 && type != 1) || (dim != narrow && dim != wide)) {
-    return cudaErrorInvalidValue;
+  if (problem.type == 0 && problem.dim == narrow) {
+    return run(Bf16{}, narrow);
+  } else if (problem.type == 0 && problem.dim == wide) {
+    return run(Bf16{}, wide);
+  } else if (problem.type == 1 && problem.dim == narrow) {
+    return run(Fp16{}, narrow);
+  } else if (problem.type == 1 && problem.dim == wide) {
+    return run(Fp16{}, wide);
   }
-  if (type == 0) {
-    return dim == narrow ? launch(Bf16{}, narrow) : launch(Bf16{}, wide);
-  }
-  return dim == narrow ? launch(Fp16{}, narrow) : launch(Fp16{}, wide);
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-cudaError_t attention_forward(int type, int dim, int heads, int kv_heads, int chunk, int clamp,
-                              float scale, const float* cosine, const float* sine, int64_t keys,
-                              const int* work, int64_t tiles, const void* q, const void* k,
-                              const void* v, void* out, float* lse, cudaStream_t stream) {
-  return for_types(type, dim, [&](auto element, auto width) {
+cudaError_t attention_forward(Attention problem, const void* q, const void* k, const void* v,
+                              void* out, float* lse, cudaStream_t stream) {
+  return with_maps(problem, q, k, v, [&](auto element, auto dim, auto&, auto& k_map, auto& v_map) {
     using T = decltype(element);
-    constexpr int D = width;
-    TensorMap k_map, v_map;
-    cudaError_t error = tensor_map<T>(&k_map, k, D, kv_heads, keys);
-    error = error == cudaSuccess ? tensor_map<T>(&v_map, v, D, kv_heads, keys) : error;
-    if (error != cudaSuccess) {
-      return error;
-    }
-    const Problem problem{heads, kv_heads, chunk, clamp, scale, cosine, sine, work};
-    return launch(forward_kernel<T, D>, tiles * heads, kBlock, sizeof(ForwardShared<D>), stream,
-                  k_map, v_map, problem, static_cast<const T*>(q), static_cast<T*>(out), lse);
+    return launch(forward_kernel<T, dim>, problem.tiles * problem.heads, kBlock,
+                  sizeof(ForwardShared<dim>), stream, k_map, v_map, problem,
+                  static_cast<const T*>(q), static_cast<T*>(out), lse);
+  });
+}
+
+cudaError_t attention_query_gradient(Attention problem, const void* d_out, const void* q,
+                                     const void* k, const void* v, const float* lse,
+                                     const float* delta, void* d_q, cudaStream_t stream) {
+  return with_maps(problem, d_out, k, v, [&](auto element, auto dim, auto&... maps) {
+    using T = decltype(element);
+    return launch(query_gradient_kernel<T, dim>, problem.tiles * problem.heads, kBlock,
+                  sizeof(QueryGradientShared<dim>), stream, maps..., problem,
+                  static_cast<const T*>(q), lse, delta, static_cast<T*>(d_q));
+  });
+}
+
+cudaError_t attention_key_gradient(Attention problem, const void* d_out, const void* q,
+                                   const void* k, const void* v, const float* lse,
+                                   const float* delta, float* d_k, void* d_v, cudaStream_t stream) {
+  return with_maps(problem, d_out, k, v, [&](auto element, auto dim, auto&... maps) {
+    using T = decltype(element);
+    return launch(key_gradient_kernel<T, dim>, problem.tiles * problem.kv_heads, kBlock,
+                  sizeof(KeyGradientShared<dim>), stream, maps..., problem,
+                  static_cast<const T*>(q), lse, delta, d_k, static_cast<T*>(d_v));
   });
 }
 

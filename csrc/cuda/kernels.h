@@ -10,19 +10,35 @@
 #endif
 
 namespace q3mega::cuda {
+
+// Packed sequences: q, out, d_out, d_q (queries, heads, dim), k, v, d_k, d_v (keys, kv_heads, dim),
+// k rotated and q not.
+struct Attention {
+  int type, dim;  // 0 bf16, 1 fp16; 64 or 128
+  int heads, kv_heads;
+  int64_t queries, keys;  // rows
+  int chunk, clamp;
+  float scale;
+  const float *cosine, *sine;  // (positions, dim / 2) of every position that a rotation uses
+  const int* work;             // (tiles, 4 or 6), from kernels/tiles.py, of at most 128 rows
+  int64_t tiles;
+};
+
 extern "C" {
 
-// Packed sequences, operands of `type` (0 bf16, 1 fp16): q, out, d_out (Tq, heads, dim), k and v
-// (keys, kv_heads, dim), k rotated and q not; dim is 64 or 128. lse and delta (Tq, heads) fp32: the
-// log-sum-exp of the logits and the sum of out times d_out. cosine and sine (positions, dim / 2)
-// fp32 of every position that a rotation uses.
-//
-// work (tiles, 4) int32, of at most 128 rows: first row of q, rows, first token (all of one chunk),
-// first row of the sequence in k.
-cudaError_t attention_forward(int type, int dim, int heads, int kv_heads, int chunk, int clamp,
-                              float scale, const float* cosine, const float* sine, int64_t keys,
-                              const int* work, int64_t tiles, const void* q, const void* k,
-                              const void* v, void* out, float* lse, cudaStream_t stream);
+// lse (queries, heads) fp32: the log-sum-exp of the logits. work: query_tiles.
+cudaError_t attention_forward(Attention problem, const void* q, const void* k, const void* v,
+                              void* out, float* lse, cudaStream_t stream);
+
+// delta (queries, heads) fp32: the sum of out times d_out. work: query_tiles.
+cudaError_t attention_query_gradient(Attention problem, const void* d_out, const void* q,
+                                     const void* k, const void* v, const float* lse,
+                                     const float* delta, void* d_q, cudaStream_t stream);
+
+// d_k is fp32, of the rotated key. work: key_tiles.
+cudaError_t attention_key_gradient(Attention problem, const void* d_out, const void* q,
+                                   const void* k, const void* v, const float* lse,
+                                   const float* delta, float* d_k, void* d_v, cudaStream_t stream);
 
 }  // extern "C"
 }  // namespace q3mega::cuda

@@ -262,8 +262,12 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   if (error != cudaSuccess) {
     return error;
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream> > >(arguments...);
-  return cudaGetLastError();
+  cudaLaunchConfig_t how{};
+  how.gridDim = dim3(static_cast<unsigned>(blocks));
+  how.blockDim = dim3(threads);
+  how.dynamicSmemBytes = shared;
+  how.stream = stream;
+  return cudaLaunchKernelEx(&how, kernel, arguments...);
 }
 
 }  // namespace q3mega::sm90

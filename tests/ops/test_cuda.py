@@ -43,16 +43,28 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
+def c_type(declaration: str) -> type:
+    if "*" in declaration or "cudaStream_t" in declaration:
+        return ctypes.c_void_p
+    return C_TYPES[declaration.split()[0]]
+
+
 def bound(library: ctypes.CDLL) -> ModuleType:
-    """What csrc/cuda/bindings.cpp makes of the launchers that kernels.h declares."""
+    """What csrc/cuda/bindings.cpp makes of what kernels.h declares."""
     module = ModuleType("q3mega._cuda")
     header = re.sub(r"//.*", "", (ROOT / "csrc/cuda/kernels.h").read_text())
+    (members,) = re.findall(r"struct Attention {(.*?)};", header, re.DOTALL)
+    fields = [
+        (name.strip(" *"), c_type(line))
+        for line in members.split(";")[:-1]
+        for name in re.sub(r"^\s*(const )?\w+", "", line).split(",")
+    ]
+    C_TYPES["Attention"] = module.Attention = type(
+        "Attention", (ctypes.Structure,), {"_fields_": fields}
+    )
     for name, parameters in re.findall(r"cudaError_t (\w+)\(([^)]*)\)", header):
         launcher = getattr(library, name)
-        launcher.argtypes = [
-            ctypes.c_void_p if "*" in p or "cudaStream_t" in p else C_TYPES[p.split()[0]]
-            for p in parameters.split(",")
-        ]
+        launcher.argtypes = [c_type(parameter) for parameter in parameters.split(",")]
 
         def call(*arguments, launcher=launcher, name=name) -> None:
             if error := launcher(*arguments):
@@ -76,31 +88,38 @@ def emulated(library, request, monkeypatch) -> None:
     dispatch.register("dual_chunk_attention", "cuda")(attention)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
 @pytest.mark.parametrize(
-    ("lengths", "heads", "kv_heads", "dim", "chunk_size", "local_size", "offset"),
+    ("dtype", "lengths", "heads", "kv_heads", "dim", "chunk_size", "local_size", "offset"),
     [
-        ([1], 1, 1, 64, 8, 2, 0),  # one token
-        ([130], 2, 1, 128, 1 << 40, 1, 0),  # one chunk: plain rotary attention
-        ([90, 1, 0, 89, 33], 2, 2, 128, 90, 1, 0),  # a chunk and a token, packed
-        ([300], 2, 1, 64, 100, 0, 250),  # a continued sequence that looks back
+        (BF16, [1], 1, 1, 64, 8, 2, 0),  # one token
+        (FP16, [130], 2, 1, 128, 1 << 40, 1, 0),  # one chunk: plain rotary attention
+        (BF16, [90, 1, 0, 89, 33], 2, 2, 128, 90, 1, 0),  # packed; a chunk and a token
+        (FP16, [20], 2, 2, 64, 70, 69, 0),  # chunks of one token
+        (BF16, [300], 4, 1, 128, 140, 3, 0),  # three distances, grouped heads
+        (BF16, [300], 2, 1, 64, 100, 0, 250),  # a continued sequence that looks back
     ],
 )
 def test_attention(
-    emulated, lengths, heads, kv_heads, dim, chunk_size, local_size, offset, dtype
+    emulated, dtype, lengths, heads, kv_heads, dim, chunk_size, local_size, offset
 ) -> None:
     torch.manual_seed(0)
     n = sum(lengths)
-    q = torch.randn(n - offset, heads, dim).to(dtype)
-    k, v = (torch.randn(n, kv_heads, dim).to(dtype) for _ in range(2))
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     where = {"q_offset": offset} if offset else {"cu_seqlens": cu_seqlens}
+    operands = torch.randn(n, heads, dim)[offset:], *torch.randn(2, n, kv_heads, dim)
+    seed = torch.randn(n - offset, heads, dim)
 
-    def attend(backend: str, dtype: torch.dtype) -> torch.Tensor:
-        return ops.dual_chunk_attention(
-            *(x.to(dtype) for x in (q, k, v)), chunk_size=chunk_size, local_size=local_size,
-            rope_theta=100.0, backend=backend, **where,
+    def attend(backend: str, wide: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(dtype).to(wide).requires_grad_() for x in operands]
+        out = ops.dual_chunk_attention(
+            *leaves, chunk_size=chunk_size, local_size=local_size, rope_theta=100.0,
+            backend=backend, **where,
         )  # fmt: skip
+        return [out.detach(), *torch.autograd.grad(out, leaves, seed.to(dtype).to(wide))]
 
-    exact = attend("reference", torch.float64)
-    assert (attend("cuda", dtype) - exact).norm() < torch.finfo(dtype).eps * exact.norm()
+    for ours, exact in zip(attend("cuda", dtype), attend("reference", torch.double), strict=True):
+        assert ours.dtype == dtype
+        assert (ours - exact).norm() <= torch.finfo(dtype).eps * exact.norm() + 1e-9

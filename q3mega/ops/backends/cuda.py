@@ -5,17 +5,18 @@ They are compiled for sm_90a and tested by emulation on a CPU; they have not yet
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from q3mega import _cuda
-from q3mega.kernels.tiles import query_tiles
+from q3mega.kernels.tiles import key_tiles, query_tiles
 from q3mega.ops import rotary
 from q3mega.ops.rotary import Turns
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1}
-QUERIES = 128  # rows of a query tile
+ROWS = 128  # of a tile of queries or of keys
 FAR = 1 << 30  # beyond every token, and twice that fits an int32
 
 
@@ -41,18 +42,22 @@ def _stream(x: Tensor) -> Iterator[int]:
         yield torch.cuda.current_stream().cuda_stream
 
 
-def _launch(kernel: Callable[..., None], on: Tensor, *arguments: Tensor | float | None) -> None:
+def _launch(kernel: Callable[..., None], on: Tensor, *arguments: Any) -> None:
     """Tensors go as addresses, None as 0."""
-    plain = (x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments)
     with _stream(on) as stream:
-        kernel(*plain, stream)
+        kernel(*map(_plain, arguments), stream)
 
 
-def _problem(turns: Turns, q: Tensor, k: Tensor) -> tuple[Tensor | float, ...]:
-    return (
-        TYPES[q.dtype], q.shape[2], q.shape[1], k.shape[1], min(turns.chunk, FAR),
-        min(turns.clamp, FAR), turns.scale, turns.cos, turns.sin,
+def _plain(argument: Any) -> Any:
+    return argument.data_ptr() if isinstance(argument, Tensor) else argument or 0
+
+
+def _problem(turns: Turns, q: Tensor, k: Tensor, work: Tensor) -> _cuda.Attention:
+    arguments = (
+        TYPES[q.dtype], q.shape[2], q.shape[1], k.shape[1], len(q), len(k), min(turns.chunk, FAR),
+        min(turns.clamp, FAR), turns.scale, turns.cos, turns.sin, work, len(work),
     )  # fmt: skip
+    return _cuda.Attention(*map(_plain, arguments))
 
 
 def attention_forward(
@@ -60,11 +65,29 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp (T, Hq)) of un-rotated q (T, Hq, D), k and v (T, Hkv, D)."""
     turned = rotary.turn(k, rotary.places(cu_k, turns.chunk), turns.cos, turns.sin)
-    borders = cu_q.tolist(), cu_k.tolist()
-    work = query_tiles(*borders, turns.offset, turns.chunk, QUERIES).to(q.device)
+    cut = cu_q.tolist(), cu_k.tolist(), turns.offset, turns.chunk, ROWS
+    work = query_tiles(*cut).to(q.device)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    _launch(
-        _cuda.attention_forward, q, *_problem(turns, q, k), len(k), work, len(work),
-        q, turned, v, out, lse,
-    )  # fmt: skip
+    problem = _problem(turns, q, k, work)
+    _launch(_cuda.attention_forward, q, problem, q, turned, v, out, lse)
     return out, lse
+
+
+def attention_backward(
+    turns: Turns, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor, cu_k: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv)."""
+    places = rotary.places(cu_k, turns.chunk)
+    turned = rotary.turn(k, places, turns.cos, turns.sin)
+    delta = (d_out.float() * out.float()).sum(-1)
+    cut = cu_q.tolist(), cu_k.tolist(), turns.offset, turns.chunk, ROWS
+    operands = d_out, q, turned, v, lse, delta
+    d_q, d_v = torch.empty_like(q), torch.empty_like(v)
+    d_turned = torch.empty_like(k, dtype=torch.float32)
+    work = query_tiles(*cut).to(q.device)
+    _launch(_cuda.attention_query_gradient, q, _problem(turns, q, k, work), *operands, d_q)
+    work = key_tiles(*cut).to(q.device)
+    _launch(_cuda.attention_key_gradient, q, _problem(turns, q, k, work), *operands, d_turned, d_v)
+    d_k = rotary.turn(d_turned, places, turns.cos, -turns.sin)
+    return d_q, d_k.to(k.dtype), d_v
