@@ -24,7 +24,24 @@ struct Attention {
   int64_t tiles;
 };
 
+enum Divergence : int { kForward = 0, kReverse = 1, kJsd = 2 };
+
 extern "C" {
+
+// The row kernels: semantics and shapes of csrc/cpu/linear_logprob.h and csrc/cpu/distill_loss.h.
+cudaError_t row_stats(const float* logits, int64_t rows, int64_t stride, int64_t columns,
+                      const int64_t* column, float* stats, cudaStream_t stream);
+cudaError_t row_gradient(float* logits, int64_t rows, int64_t stride, int64_t columns,
+                         const int64_t* column, const float* lse, const float* entropy,
+                         const float* g_logprob, const float* g_entropy, cudaStream_t stream);
+cudaError_t divergence_sums(const float* student, const float* teacher, int64_t rows,
+                            int64_t stride, int64_t columns, const float* lse_student,
+                            const float* lse_teacher, Divergence kind, float beta, float* sums,
+                            cudaStream_t stream);
+cudaError_t divergence_gradient(float* student, const float* teacher, int64_t rows, int64_t stride,
+                                int64_t columns, const float* lse_student, const float* lse_teacher,
+                                Divergence kind, float beta, const float* own, const float* g,
+                                cudaStream_t stream);
 
 // lse (queries, heads) fp32: the log-sum-exp of the logits. work: query_tiles.
 cudaError_t attention_forward(Attention problem, const void* q, const void* k, const void* v,

@@ -21,11 +21,25 @@ import pytest
 import torch
 
 from q3mega import ops
-from q3mega.ops import dispatch, fused_attention
+from q3mega.kernels import KINDS
+from q3mega.ops import dispatch, fused_attention, fused_distill, fused_policy
 from q3mega.ops.backends import KERNELS
 
 ROOT = Path(__file__).parents[2]
-C_TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+C_TYPES = {
+    "int": ctypes.c_int,
+    "int64_t": ctypes.c_int64,
+    "float": ctypes.c_float,
+    "Divergence": ctypes.c_int,
+}
+
+
+MODULES = {
+    "dual_chunk_attention": fused_attention,
+    "linear_logprob": fused_policy,
+    "grpo_loss": fused_policy,
+    "distill_loss": fused_distill,
+}
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +98,8 @@ def emulated(library, request, monkeypatch) -> None:
     monkeypatch.setattr(backend, "_stream", lambda x: nullcontext(0))
     monkeypatch.setitem(KERNELS, "cuda", backend)
     monkeypatch.setattr(dispatch, "_BACKENDS", dict(dispatch._BACKENDS))
-    attention = partial(fused_attention._dual_chunk_attention, "cuda")
-    dispatch.register("dual_chunk_attention", "cuda")(attention)
+    for op, module in MODULES.items():
+        dispatch.register(op, "cuda")(partial(getattr(module, f"_{op}"), "cuda"))
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -123,3 +137,65 @@ def test_attention(
     for ours, exact in zip(attend("cuda", dtype), attend("reference", torch.double), strict=True):
         assert ours.dtype == dtype
         assert (ours - exact).norm() <= torch.finfo(dtype).eps * exact.norm() + 1e-9
+
+
+def both(run, *leaves: torch.Tensor) -> None:
+    """run(backend, *leaves) gives (scalar, other outputs): fp32 kernels are the fp64 reference."""
+    results = []
+    for backend, dtype in (("cuda", torch.float32), ("reference", torch.double)):
+        own = [x.to(dtype).requires_grad_() for x in leaves]
+        scalar, *others = run(backend, *own)
+        results.append([scalar.detach(), *others, *torch.autograd.grad(scalar, own)])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact.double(), atol=2e-6, rtol=1e-5)
+
+
+# Vocabularies that four divides or not, whole or cut, of one pass of a block's threads and more.
+@pytest.mark.parametrize(("v", "valid"), [(37, 33), (1, 1), (4103, 4103), (2052, 2049)])
+@pytest.mark.parametrize("emulated", ["early reads"], indirect=True)
+def test_rows(emulated, v: int, valid: int) -> None:
+    torch.manual_seed(0)
+    n, h = 5, 6
+    hidden, weight, teacher, head = (torch.randn(m, h) for m in (n, v, n, v))
+    targets, w = torch.randint(valid, (n,)), torch.rand(n)
+    old = torch.randn(n) - 4
+
+    def logprob(backend: str, hidden: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+        found = ops.linear_logprob(
+            hidden, weight, targets, temperature=0.7, valid_vocab=valid, backend=backend
+        )
+        return [sum((x * w).sum() for x in found), *(x.detach() for x in found)]
+
+    def grpo(backend: str, hidden: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+        rows = {"advantages": old + 4, "old_logprobs": old, "loss_weights": w}
+        out = ops.grpo_loss(
+            hidden, weight, targets, **{name: x.to(hidden.dtype) for name, x in rows.items()},
+            valid_vocab=valid, entropy_coef=0.1, backend=backend,
+        )  # fmt: skip
+        return [out.loss, out.logprobs, out.entropy]
+
+    def distill(kind: str, backend: str, hidden: torch.Tensor, weight: torch.Tensor):
+        dtype = hidden.dtype
+        out = ops.distill_loss(
+            hidden, weight, teacher_hidden=teacher.to(dtype), teacher_weight=head.to(dtype),
+            divergence=kind, beta=0.3, loss_weights=w.to(dtype), valid_vocab=valid,
+            backend=backend,
+        )  # fmt: skip
+        return [out.loss, out.per_token]
+
+    for run in (logprob, grpo, *(partial(distill, kind) for kind in KINDS)):
+        both(run, hidden, weight)
+
+
+def test_rows_of_unlike_alignment(emulated) -> None:
+    torch.manual_seed(0)
+    student, shifted = torch.randn(3, 70), torch.randn(211)[1:].view(3, 70)
+    found = []
+    for teacher in (shifted, shifted.clone()):
+        pair = student.logsumexp(1), teacher.logsumexp(1), "jsd", 0.3
+        sums = KERNELS["cuda"].divergence_sums(student, teacher, 66, *pair)
+        dz = student.clone()
+        own, g = sums.T.contiguous()
+        KERNELS["cuda"].divergence_gradient(dz, teacher, 66, *pair, own, g)
+        found.append([sums, dz])
+    torch.testing.assert_close(*found)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from q3mega import _cuda
+from q3mega.kernels import KINDS
 from q3mega.kernels.tiles import key_tiles, query_tiles
 from q3mega.ops import rotary
 from q3mega.ops.rotary import Turns
@@ -50,6 +51,65 @@ def _launch(kernel: Callable[..., None], on: Tensor, *arguments: Any) -> None:
 
 def _plain(argument: Any) -> Any:
     return argument.data_ptr() if isinstance(argument, Tensor) else argument or 0
+
+
+def row_stats(z: Tensor, columns: int, column: Tensor) -> Tensor:
+    """(n, 4): max m, sum e^(z-m), sum e^(z-m)(z-m), z of the target (0 for -1) of z (n, V)."""
+    stats = z.new_empty(len(z), 4)
+    _launch(_cuda.row_stats, z, z, *z.shape, columns, column, stats)
+    return stats
+
+
+def row_gradient(
+    z: Tensor,
+    columns: int,
+    column: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    g: Tensor,
+    g_entropy: Tensor | None,
+) -> None:
+    """In place: the gradient of sum g log p + g_entropy H with respect to z (n, V)."""
+    _launch(_cuda.row_gradient, z, z, *z.shape, columns, column, lse, entropy, g, g_entropy)
+
+
+def divergence_sums(
+    student: Tensor,
+    teacher: Tensor,
+    columns: int,
+    lse_student: Tensor,
+    lse_teacher: Tensor,
+    divergence: str,
+    beta: float,
+) -> Tensor:
+    """(n, 2): a KL and 0, or KL(T || M) and KL(S || M), of logits (n, V)."""
+    sums = student.new_empty(len(student), 2)
+    _launch(
+        _cuda.divergence_sums, student, student, teacher, *student.shape, columns, lse_student,
+        lse_teacher, KINDS[divergence], beta, sums,
+    )  # fmt: skip
+    return sums
+
+
+def divergence_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    columns: int,
+    lse_student: Tensor,
+    lse_teacher: Tensor,
+    divergence: str,
+    beta: float,
+    own: Tensor,
+    g: Tensor,
+) -> None:
+    """In place: the gradient of sum g divergence with respect to `student`.
+
+    own (n,): the part of a row's divergence whose expectation is the student's.
+    """
+    _launch(
+        _cuda.divergence_gradient, student, student, teacher, *student.shape, columns, lse_student,
+        lse_teacher, KINDS[divergence], beta, own, g,
+    )  # fmt: skip
 
 
 def _problem(turns: Turns, q: Tensor, k: Tensor, work: Tensor) -> _cuda.Attention:
