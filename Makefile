@@ -3,7 +3,7 @@
 # megatron-core's CPU build of torch is at hand on Python 3.11, so that version is preferred.
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
-NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .PHONY: demo test bench lint clean
 
@@ -20,7 +20,7 @@ lint: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/clang-format --dry-run --Werror $(NATIVE)
+	.venv/bin/clang-format --dry-run --Werror $(NATIVE) tests/ops/cuda_emulation/*.h
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

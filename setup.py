@@ -1,29 +1,65 @@
-"""The packages and the C++ extensions; everything else stands in pyproject.toml."""
+"""The packages and the extensions; everything else stands in pyproject.toml."""
 
+import os
 import platform
+import shutil
 from glob import glob
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 # AVX2 is on every x86 server of the last ten years; elsewhere the compiler vectorises what it can.
 # OpenMP without a runtime of our own: torch has loaded its libgomp before this is imported.
 SIMD = ["-mavx2", "-mfma"] if platform.machine() in ("x86_64", "AMD64") else []
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", *SIMD]
+NVCC = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or shutil.which("nvcc")
+
+EXTENSIONS = [
+    Pybind11Extension("q3mega._data", sorted(glob("csrc/data/*.cpp")), cxx_std=17),
+    Pybind11Extension(
+        "q3mega._cpu",
+        ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        depends=glob("csrc/cpu/*.h"),
+        cxx_std=17,
+        extra_compile_args=FLAGS,
+        extra_link_args=["-fopenmp"],
+    ),
+]
+if NVCC is not None:
+    EXTENSIONS.append(
+        Pybind11Extension(
+            "q3mega._cuda",
+            ["csrc/cuda/bindings.cpp", *sorted(glob("csrc/cuda/*.cu"))],
+            depends=glob("csrc/cuda/*.h"),
+            optional=True,  # an nvcc that fails, being too old, is like none
+        )
+    )
+
+
+class Build(build_ext):
+    """With nvcc for the CUDA kernels: it finds its own headers and runtime, which it links in."""
+
+    def run(self) -> None:
+        if NVCC is None:
+            print("no nvcc in CUDA_HOME or on the PATH: q3mega._cuda is not built")
+        super().run()
+
+    def build_extension(self, extension: Extension) -> None:
+        if extension.name != "q3mega._cuda":
+            return super().build_extension(extension)
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        flags = ["-O3", "-std=c++17", "-gencode", "arch=compute_90a,code=sm_90a", "--threads", "0"]
+        flags += [f"-I{path}" for path in (*extension.include_dirs, *self.include_dirs)]
+        flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "-shared"]
+        flags += [f"-L{Path(NVCC).parents[1] / 'lib'}"]  # of the toolkit that pip installs
+        self.spawn([NVCC, *flags, *extension.sources, "-o", str(target)])
+
 
 setup(
     packages=[*find_packages(include=["q3mega", "q3mega.*"]), "q3mega.kernels"],
     package_dir={"q3mega.kernels": "kernels"},
-    ext_modules=[
-        Pybind11Extension("q3mega._data", sorted(glob("csrc/data/*.cpp")), cxx_std=17),
-        Pybind11Extension(
-            "q3mega._cpu",
-            ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-            depends=glob("csrc/cpu/*.h"),
-            cxx_std=17,
-            extra_compile_args=FLAGS,
-            extra_link_args=["-fopenmp"],
-        ),
-    ],
-    cmdclass={"build_ext": build_ext},
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": Build},
 )

@@ -2,37 +2,27 @@
 
     python benchmarks/compiled.py
 
-Compiles every Triton kernel for sm_90a at the settings that the launchers use and reads registers,
-spills, stack and shared memory from ptxas, tensor-core and local-memory instructions from the
-disassembly. The tools are those that Triton brings along.
+Compiles every Triton kernel for sm_90a at the settings that the launchers use, and the CUDA kernels
+where there is an nvcc; reads registers, spills, stack and shared memory from ptxas, tensor-core and
+local-memory instructions from the disassembly. The other tools are those that Triton brings along.
+The warpgroups of a CUDA attention kernel start with 168 registers a thread and then trade them.
 """
 
-import re
-import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from cubin import Compiled, cuda_kernels, read, run, tool
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from q3mega.kernels import MOST, distill_loss, dual_chunk_attention, linear_logprob
+from q3mega.kernels import KINDS, MOST, distill_loss, dual_chunk_attention, linear_logprob
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-
-
-class Compiled(NamedTuple):
-    """Registers a thread; bytes spilt and of stack; shared bytes a block; counts of SASS."""
-
-    registers: int
-    spilled: int
-    stack: int
-    shared: int
-    hgmma: int
-    local: int
 
 
 class Case(NamedTuple):
@@ -56,7 +46,7 @@ def cases() -> dict[str, Case]:
             linear_logprob.row_gradient_kernel, pointers, block | {"WITH_ENTROPY": True}, 8, 3
         ),
     }
-    for kind, number in distill_loss.KINDS.items():
+    for kind, number in KINDS.items():
         for kernel in (
             distill_loss.divergence_sums_kernel,
             distill_loss.divergence_gradient_kernel,
@@ -95,34 +85,33 @@ def compiled(case: Case) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
         ptx.write_text(binary.asm["ptx"])
-        said = _run(TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", "-o", cubin, ptx)
-        sass = _run(TOOLS / "nvdisasm", "-c", cubin)
-
-    def number(pattern: str) -> int:
-        return sum(map(int, re.findall(pattern, said)))
-
-    return Compiled(
-        number(r"Used (\d+) registers"), number(r"(\d+) bytes spill"),
-        number(r"(\d+) bytes stack frame"), binary.metadata.shared,
-        len(re.findall(r"\bHGMMA\b", sass)), len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-    )  # fmt: skip
+        said = run(TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", "-o", cubin, ptx)
+        sass = run(TOOLS / "nvdisasm", "-c", cubin)
+    return read(said, sass, binary.metadata.shared)
 
 
-def _run(*command: str | Path) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+def rows() -> Iterator[tuple[str, int, Compiled]]:
+    """(name, warps, what was found)"""
+    for name, case in cases().items():
+        if chosen(name):
+            yield name, case.warps, compiled(case)
+    if tool("nvcc"):
+        for name, found in cuda_kernels().items():
+            if chosen(name):
+                yield f"CUDA {name}", 12 if found.shared else 16, found
+
+
+def chosen(name: str) -> bool:
+    return not sys.argv[1:] or sys.argv[1] in name
 
 
 def main() -> None:
-    print(f"Triton {triton.__version__}, sm_90a\n")
+    print(f"Triton {triton.__version__}, nvcc {tool('nvcc') or 'not found'}, sm_90a\n")
     print("| kernel | warps | registers | spilled B | stack B | shared B | HGMMA | local |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, case in cases().items():
-        if sys.argv[1:] and sys.argv[1] not in name:
-            continue
-        c = compiled(case)
+    for name, warps, c in rows():
         row = c.registers, c.spilled, c.stack, c.shared, c.hgmma, c.local
-        print(f"| {name} | {case.warps} |", *(f"{x} |" for x in row), flush=True)
+        print(f"| {name} | {warps} |", *(f"{x} |" for x in row), flush=True)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ def register(
 
 
 def backends(op: str) -> dict[str, str]:
-    """Backend name -> "ok", or why it does not serve `op` on this machine's best device."""
-    x = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
+    """Backend name -> "ok", or why it does not serve Qwen3's `op` on this machine's best device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.empty(0, 1, 128, device=device, dtype=torch.bfloat16)
     return {name: _reason(op, name, x) or "ok" for name in NAMES}
 
 

@@ -98,4 +98,5 @@ def _dual_chunk_attention(
 
 
 for _name, _kernels in KERNELS.items():
-    register("dual_chunk_attention", _name, _kernels.serves)(partial(_dual_chunk_attention, _name))
+    _add = register("dual_chunk_attention", _name, _kernels.serves_attention)
+    _add(partial(_dual_chunk_attention, _name))

@@ -2,7 +2,7 @@
 
 row_stats, row_gradient, divergence_sums, divergence_gradient: passes over rows of logits.
 attention_forward, attention_backward: dual-chunk attention.
-serves(x): why not, or None.
+serves(x), serves_attention(q): why not, or None.
 """
 
 from importlib import import_module
@@ -11,6 +11,6 @@ from types import ModuleType
 
 KERNELS: dict[str, ModuleType] = {
     name: import_module(f"{__name__}.{name}")
-    for name, needs in (("cpu", "q3mega._cpu"), ("triton", "triton"))
+    for name, needs in (("cpu", "q3mega._cpu"), ("triton", "triton"), ("cuda", "q3mega._cuda"))
     if find_spec(needs) is not None
 }

@@ -14,6 +14,9 @@ def serves(x: Tensor) -> str | None:
     return "fp64 is the reference's" if x.dtype == torch.float64 else None
 
 
+serves_attention = serves
+
+
 def row_stats(z: Tensor, columns: int, column: Tensor) -> Tensor:
     """(n, 4): max m, sum e^(z-m), sum e^(z-m)(z-m), z of the target (0 for -1) of z (n, V)."""
     stats = z.new_empty(len(z), 4)

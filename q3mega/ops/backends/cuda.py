@@ -31,9 +31,9 @@ def serves(x: Tensor) -> str | None:
 
 
 def serves_attention(q: Tensor) -> str | None:
-    if q.dtype not in TYPES or q.shape[-1] not in (64, 128):
-        return f"attention is made for bf16 and fp16, heads of 64 and 128, not {q.dtype}, {q.shape}"
-    return serves(q)
+    fits = q.dtype in TYPES and q.shape[-1] in (64, 128)
+    made_for = "its attention is made for bf16 and fp16 and heads of 64 or 128"
+    return serves(q) or (None if fits else made_for)
 
 
 @contextmanager

@@ -20,6 +20,9 @@ def serves(x: Tensor) -> str | None:
     return "fp64 is the reference's" if x.dtype == torch.float64 else None
 
 
+serves_attention = serves
+
+
 def _shape(turns: Turns, cu_q: Tensor, cu_k: Tensor) -> dual_chunk_attention.Shape:
     return dual_chunk_attention.Shape(cu_q.tolist(), cu_k.tolist(), *turns)
 
