@@ -15,27 +15,6 @@ SIMD = ["-mavx2", "-mfma"] if platform.machine() in ("x86_64", "AMD64") else []
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", *SIMD]
 NVCC = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or shutil.which("nvcc")
 
-EXTENSIONS = [
-    Pybind11Extension("q3mega._data", sorted(glob("csrc/data/*.cpp")), cxx_std=17),
-    Pybind11Extension(
-        "q3mega._cpu",
-        ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-        depends=glob("csrc/cpu/*.h"),
-        cxx_std=17,
-        extra_compile_args=FLAGS,
-        extra_link_args=["-fopenmp"],
-    ),
-]
-if NVCC is not None:
-    EXTENSIONS.append(
-        Pybind11Extension(
-            "q3mega._cuda",
-            ["csrc/cuda/bindings.cpp", *sorted(glob("csrc/cuda/*.cu"))],
-            depends=glob("csrc/cuda/*.h"),
-            optional=True,  # an nvcc that fails, being too old, is like none
-        )
-    )
-
 
 class Build(build_ext):
     """With nvcc for the CUDA kernels: it finds its own headers and runtime, which it links in."""
@@ -43,6 +22,7 @@ class Build(build_ext):
     def run(self) -> None:
         if NVCC is None:
             print("no nvcc in CUDA_HOME or on the PATH: q3mega._cuda is not built")
+            self.extensions = [e for e in self.extensions if e.name != "q3mega._cuda"]
         super().run()
 
     def build_extension(self, extension: Extension) -> None:
@@ -60,6 +40,22 @@ class Build(build_ext):
 setup(
     packages=[*find_packages(include=["q3mega", "q3mega.*"]), "q3mega.kernels"],
     package_dir={"q3mega.kernels": "kernels"},
-    ext_modules=EXTENSIONS,
+    ext_modules=[
+        Pybind11Extension("q3mega._data", sorted(glob("csrc/data/*.cpp")), cxx_std=17),
+        Pybind11Extension(
+            "q3mega._cpu",
+            ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+            depends=glob("csrc/cpu/*.h"),
+            cxx_std=17,
+            extra_compile_args=FLAGS,
+            extra_link_args=["-fopenmp"],
+        ),
+        Pybind11Extension(
+            "q3mega._cuda",
+            ["csrc/cuda/bindings.cpp", *sorted(glob("csrc/cuda/*.cu"))],
+            depends=glob("csrc/cuda/*.h"),
+            optional=True,  # an nvcc that fails, being too old, is like none
+        ),
+    ],
     cmdclass={"build_ext": Build},
 )

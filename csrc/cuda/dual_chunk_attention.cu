@@ -19,6 +19,7 @@ namespace {
 using namespace sm90;
 
 constexpr int kRows = 64;        // of a warpgroup's product, and of a TMA box
+constexpr int kKeys = 128;       // of a tile that streams past queries
 constexpr int kColumns = 64;     // of a panel: 128 bytes, the swizzle's span
 constexpr int kWarpgroup = 128;  // threads
 constexpr int kBlock = 3 * kWarpgroup;
@@ -280,12 +281,10 @@ __device__ void store(T* to, int64_t step, int rows, const Lane& lane, const flo
 
 // ---- forward
 
-constexpr int kForwardKeys = 128;
-
 template <int D>
 struct ForwardShared {
   Tile<kRows, D> query[2];
-  Tile<kForwardKeys, D> key[kStages], value[kStages];
+  Tile<kKeys, D> key[kStages], value[kStages];
   Barrier key_full[kStages], value_full[kStages], key_empty[kStages], value_empty[kStages];
 };
 
@@ -333,7 +332,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     forward_kernel(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
                    const Attention problem, const T* __restrict__ q, T* __restrict__ out,
                    float* __restrict__ lse) {
-  constexpr int N = kForwardKeys;
+  constexpr int N = kKeys;
   auto& shared = dynamic_shared<ForwardShared<D>>();
   const int head = blockIdx.x % problem.heads, kv = head / (problem.heads / problem.kv_heads);
   const QueryTile tile(problem.work, blockIdx.x / problem.heads);
@@ -378,9 +377,10 @@ __global__ void __launch_bounds__(kBlock, 1)
     uint32_t p[N / 16][4];
     int turned = -1;
 
-    const auto turn = [&] {  // the query, if the distance is a new one
+    const auto rotate_query = [&] {  // if the distance is a new one
       if (walk.distance != turned) {
         turned = walk.distance;
+        sync_threads(1 + warpgroup, kWarpgroup);  // no warp still multiplies the old one
         rotate(problem, q + at, step, rows, token - walk.own, turned, thread, query);
         sync_threads(1 + warpgroup, kWarpgroup);
       }
@@ -396,7 +396,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     }
     Ring keys, values;
     walk.next(N);
-    turn();
+    rotate_query();
     wait(shared.key_full[keys.stage], keys.parity);
     multiply_transposed<T, N, D>(s, query, shared.key[keys.stage]);
     wgmma_wait<0>(s);
@@ -406,7 +406,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     pack_operand<T, N>(p, s);
     while (walk.next(N)) {  // the next logits under way while this tile's values are summed
       keys.next();
-      turn();
+      rotate_query();
       wait(shared.key_full[keys.stage], keys.parity);
       multiply_transposed<T, N, D>(s, query, shared.key[keys.stage]);
       wait(shared.value_full[values.stage], values.parity);
@@ -444,12 +444,10 @@ __global__ void __launch_bounds__(kBlock, 1)
 
 // ---- backward: two kernels, one stationary in the queries and one in the keys, without atomics
 
-constexpr int kGradientKeys = 64;
-
 template <int D>
 struct QueryGradientShared {
   Tile<kRows, D> query[2], given[2];  // given: the gradient of out
-  Tile<kGradientKeys, D> key[kStages], value[kStages];
+  Tile<kKeys, D> key[kStages], value[kStages];
   Barrier given_full, full[kStages], empty[kStages];
 };
 
@@ -460,7 +458,7 @@ __global__ void __launch_bounds__(kBlock, 1)
                           const __grid_constant__ TensorMap v_map, const Attention problem,
                           const T* __restrict__ q, const float* __restrict__ lse,
                           const float* __restrict__ delta, T* __restrict__ d_q) {
-  constexpr int N = kGradientKeys;
+  constexpr int N = kKeys;
   auto& shared = dynamic_shared<QueryGradientShared<D>>();
   const int head = blockIdx.x % problem.heads, kv = head / (problem.heads / problem.kv_heads);
   const QueryTile tile(problem.work, blockIdx.x / problem.heads);
@@ -524,6 +522,7 @@ __global__ void __launch_bounds__(kBlock, 1)
           turn(problem, sum, lane, rows, place, walk.distance, 1.0f);
         }
         turned = walk.distance;
+        sync_threads(1 + warpgroup, kWarpgroup);  // no warp still multiplies the old query
         rotate(problem, q + at, step, rows, place, turned, thread, query);
         sync_threads(1 + warpgroup, kWarpgroup);
       }
@@ -682,6 +681,9 @@ cudaError_t with_maps(const Attention& problem, const void* d_out, const void* k
     }
     return error == cudaSuccess ? launch(element, dim, d_out_map, k_map, v_map) : error;
   };
+  if (problem.tiles == 0) {
+    return cudaSuccess;
+  }
   const std::integral_constant<int, 64> narrow;
   const std::integral_constant<int, 128> wide;
   if (problem.type == 0 && problem.dim == narrow) {

@@ -138,6 +138,8 @@ def attention_backward(
     cu_q: Tensor, cu_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv)."""
+    if not len(q):
+        return torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     places = rotary.places(cu_k, turns.chunk)
     turned = rotary.turn(k, places, turns.cos, turns.sin)
     delta = (d_out.float() * out.float()).sum(-1)

@@ -44,7 +44,7 @@ struct alignas(16) float4 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
-inline dim3 threadIdx, blockIdx, blockDim;
+inline dim3 threadIdx, blockIdx;
 using std::max;
 using std::min;
 
@@ -95,7 +95,7 @@ namespace q3mega::emulation {
 inline bool late_reads = false;  // the second kind of run
 extern "C" [[gnu::used]] inline void emulate_late_reads(int on) { late_reads = on; }
 
-constexpr int kWarpgroup = 128, kStack = 1 << 17;
+constexpr int kWarp = 32, kStack = 1 << 17;
 constexpr uint32_t kBase = 1024;  // the address of shared memory's first byte
 
 inline float from_bits(uint32_t bits) {
@@ -149,18 +149,19 @@ struct Mbarrier {
   std::vector<std::function<void()>> copies;  // under way
 };
 
-struct Product {  // a wgmma
+struct Product {  // one warp's 16 rows of a wgmma
   int n = 0, arrived = 0;
   bool accumulate = false;
   uint64_t a = 0, b = 0;
-  float* d[kWarpgroup];
-  std::vector<float> left, right;  // (64, 16) and (16, n), once read
+  float* d[kWarp];
+  std::vector<float> left, right;  // (16, 16) and (n, 16), once read
   std::function<void(Product&)> read;
 };
 
-struct Warpgroup {
+struct Warp {
   std::deque<Product> products;
   int finished = 0;  // and dropped from the front
+  float shuffled[2][kWarp];
 };
 
 class Block {
@@ -230,6 +231,14 @@ class Block {
     ++progress_;
   }
 
+  // Lets the other threads run on for a while.
+  void dawdle() {
+    for (int i = 0; i < 40; ++i) {
+      int turns = 0;
+      wait_until([&] { return turns++ > 0; });
+    }
+  }
+
   // The last of `count` threads does `action` before any goes on.
   template <class Action>
   void meet(int barrier, int count, const Action& action) {
@@ -248,8 +257,7 @@ class Block {
   uint8_t* base() { return base_; }
   int threads() const { return threads_; }
   Mbarrier& mbarrier(const void* at) { return mbarriers_[at]; }
-  Warpgroup& warpgroup() { return warpgroups_[fiber->thread / kWarpgroup]; }
-  float* shuffled(int turn) { return shuffled_[fiber->thread / 32 * 2 + turn % 2]; }
+  Warp& warp() { return warps_[fiber->thread / kWarp]; }
 
   uint8_t* bytes(uint32_t address, int count) {
     expect(address >= kBase && address + count <= kBase + size_, "outside of shared memory");
@@ -283,8 +291,7 @@ class Block {
   ucontext_t scheduler_;
   std::map<int, Meeting> meetings_;
   std::map<const void*, Mbarrier> mbarriers_;
-  std::map<int, Warpgroup> warpgroups_;
-  float shuffled_[64][32];
+  std::map<int, Warp> warps_;
 };
 
 inline Block& block() { return *Block::block; }
@@ -293,17 +300,17 @@ inline Fiber& fiber() { return *Block::fiber; }
 // The 128-byte swizzle: bits 4-6 of an address are xored with bits 7-9.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-// An operand (rows, 16) whose rows are the product's M or N, from a descriptor (PTX ISA, "Matrix
-// descriptor format" and "Canonical layouts", 128-byte swizzle).
+// Rows [first, last) of an operand whose rows are the product's M or N, each of 16, from a
+// descriptor (PTX ISA, "Matrix descriptor format" and "Canonical layouts", 128-byte swizzle).
 template <class T>
-std::vector<float> operand(uint64_t descriptor, int rows, bool k_major) {
+std::vector<float> operand(uint64_t descriptor, int first, int last, bool k_major) {
   block().expect(descriptor >> 62 == 1, "not the 128-byte swizzle");
   block().expect((descriptor >> 49 & 7) == 0, "a base offset");
   const uint32_t start = (descriptor & 0x3fff) << 4;
   const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = (descriptor >> 32 & 0x3fff) << 4;
-  std::vector<float> x(rows * 16);
-  for (int row = 0; row < rows; ++row) {
+  std::vector<float> x((last - first) * 16);
+  for (int row = first; row < last; ++row) {
     for (int k = 0; k < 16; ++k) {
       // K-major: octets of rows, 128 bytes a row. Otherwise octets of k, 64 rows a line of 128.
       const uint32_t at = k_major
@@ -311,41 +318,41 @@ std::vector<float> operand(uint64_t descriptor, int rows, bool k_major) {
                               : row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * 2;
       uint16_t bits;
       std::memcpy(&bits, block().bytes(swizzled(start + at), 2), 2);
-      x[row * 16 + k] = to_float<T>(bits);
+      x[(row - first) * 16 + k] = to_float<T>(bits);
     }
   }
   return x;
 }
 
-// The next wgmma of the calling thread; the warpgroup's first to come makes it.
+// The next wgmma of the calling thread; the warp's first to come makes it.
 inline Product& issue(uint64_t a, uint64_t b, int n, bool accumulate, float* d,
                       const std::function<void(Product&)>& read) {
-  Warpgroup& group = block().warpgroup();
-  const size_t at = fiber().issued++ - group.finished;
-  if (at == group.products.size()) {
-    group.products.emplace_back();
-    Product& fresh = group.products.back();
+  Warp& warp = block().warp();
+  const size_t at = fiber().issued++ - warp.finished;
+  if (at == warp.products.size()) {
+    warp.products.emplace_back();
+    Product& fresh = warp.products.back();
     fresh.n = n;
     fresh.a = a;
     fresh.b = b;
     fresh.accumulate = accumulate;
-    fresh.left.assign(64 * 16, 0.0f);
+    fresh.left.assign(16 * 16, 0.0f);
     if (late_reads) {
       fresh.read = read;
     } else {
       read(fresh);
     }
   }
-  Product& p = group.products[at];
+  Product& p = warp.products[at];
   block().expect(p.n == n && p.a == a && p.b == b && p.accumulate == accumulate,
-                 "threads of a warpgroup issue different wgmmas");
-  p.d[fiber().thread % kWarpgroup] = d;
+                 "threads of a warp issue different wgmmas");
+  p.d[fiber().thread % kWarp] = d;
   ++p.arrived;
   return p;
 }
 
 inline void finish(Product& p) {
-  block().expect(p.arrived == kWarpgroup, "a wgmma that not all threads issued");
+  block().expect(p.arrived == kWarp, "a wgmma that not all threads issued");
   if (p.read) {
     p.read(p);
   }
@@ -356,7 +363,7 @@ inline void finish(Product& p) {
     }
   }
   std::vector<float> sum(p.n);
-  for (int i = 0; i < 64; ++i) {
+  for (int i = 0; i < 16; ++i) {
     std::fill(sum.begin(), sum.end(), 0.0f);
     for (int k = 0; k < 16; ++k) {
       const float x = p.left[i * 16 + k];
@@ -365,10 +372,9 @@ inline void finish(Product& p) {
         sum[j] += x * y[j];
       }
     }
-    // PTX ISA, "Register fragments", D of m64nNk16: row i is in four threads of warp i / 16.
+    // PTX ISA, "Register fragments", D of m64nNk16.
     for (int j = 0; j < p.n; ++j) {
-      const int thread = i / 16 * 32 + i % 8 * 4 + j % 8 / 2;
-      float& d = p.d[thread][j / 8 * 4 + i % 16 / 8 * 2 + j % 2];
+      float& d = p.d[i % 8 * 4 + j % 8 / 2][j / 8 * 4 + i / 8 * 2 + j % 2];
       d = sum[j] + (p.accumulate ? d : 0.0f);
     }
   }
@@ -400,7 +406,7 @@ inline void sync_warp() {
 }
 
 inline float shuffle_xor(float x, int mask) {
-  float* lanes = block().shuffled(fiber().shuffles++);
+  float* lanes = block().warp().shuffled[fiber().shuffles++ % 2];
   lanes[fiber().thread % 32] = x;
   sync_warp();
   return lanes[(fiber().thread ^ mask) % 32];
@@ -505,32 +511,36 @@ template <int Pending, int... Sizes>
 void wgmma_wait(float (&... done)[Sizes]) {
   const std::vector<int>& groups = fiber().groups;
   const int last = static_cast<int>(groups.size()) - 1 - Pending;
-  emulation::Warpgroup& group = block().warpgroup();
-  block().meet(2000 + fiber().thread / emulation::kWarpgroup, emulation::kWarpgroup, [&] {
-    for (; last >= 0 && group.finished < groups[last]; ++group.finished) {
-      emulation::finish(group.products.front());
-      group.products.pop_front();
+  emulation::Warp& warp = block().warp();
+  if (emulation::late_reads && (fiber().thread / emulation::kWarp + blockIdx.x) % 4 == 0) {
+    block().dawdle();
+  }
+  block().meet(2000 + fiber().thread / emulation::kWarp, emulation::kWarp, [&] {
+    for (; last >= 0 && warp.finished < groups[last]; ++warp.finished) {
+      emulation::finish(warp.products.front());
+      warp.products.pop_front();
     }
   });
 }
 
 template <class T, int N>
 void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  const int row = fiber().thread / emulation::kWarp % 4 * 16;
   emulation::issue(a, b, N, accumulate, d, [=](emulation::Product& p) {
-    p.left = emulation::operand<T>(a, 64, true);
-    p.right = emulation::operand<T>(b, N, true);
+    p.left = emulation::operand<T>(a, row, row + 16, true);
+    p.right = emulation::operand<T>(b, 0, N, true);
   });
 }
 
 template <class T, int N>
 void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
   emulation::Product& p = emulation::issue(0, b, N, true, d, [=](emulation::Product& p) {
-    p.right = emulation::operand<T>(b, N, false);
+    p.right = emulation::operand<T>(b, 0, N, false);
   });
   // PTX ISA, "Register fragments", A of m64k16: two columns a register, rows 8 apart, columns 8.
-  const int thread = fiber().thread % emulation::kWarpgroup;
+  const int lane = fiber().thread % emulation::kWarp;
   for (int i = 0; i < 4; ++i) {
-    const int row = thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8, k = thread % 4 * 2 + i / 2 * 8;
+    const int row = lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
     const float2 pair = unpack<T>(a[i]);
     p.left[row * 16 + k] = pair.x;
     p.left[row * 16 + k + 1] = pair.y;
@@ -545,7 +555,9 @@ inline cudaError_t encode_tiled(EncodeTiled* found) {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
                    cudaStream_t, const Arguments&... arguments) {
-  blockDim.x = threads;
+  if (shared > 232448) {  // what cudaFuncSetAttribute refuses
+    return cudaErrorInvalidValue;
+  }
   for (int i = 0; i < blocks; ++i) {
     blockIdx.x = i;
     emulation::Block one(threads, shared);
