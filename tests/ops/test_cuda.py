@@ -111,41 +111,49 @@ def emulated(library, request, monkeypatch) -> None:
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-def worst(dtype, lengths, heads, kv_heads, dim, chunk_size, local_size, offset) -> float:
+CASES = [  # dtype, lengths, heads, kv_heads, dim, chunk_size, local_size, offset
+    (BF16, [1], 1, 1, 64, 8, 2, 0),  # one token
+    (FP16, [130], 2, 1, 128, 1 << 40, 1, 0),  # one chunk: plain rotary attention
+    (BF16, [90, 1, 0, 89, 33], 2, 2, 128, 90, 1, 0),  # packed; a chunk and a token
+    (FP16, [9], 2, 2, 64, 70, 69, 0),  # chunks of one token
+    (BF16, [300], 4, 1, 128, 140, 3, 0),  # three distances, grouped heads
+    (BF16, [300], 2, 1, 64, 100, 0, 250),  # a continued sequence that looks back
+]
+
+
+def worst(case: tuple, device: str = "cpu") -> float:
     """Largest error of output and three gradients, over the norm of each and the dtype's eps."""
+    dtype, lengths, heads, kv_heads, dim, chunk_size, local_size, offset = case
     torch.manual_seed(0)
     n = sum(lengths)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     where = {"q_offset": offset} if offset else {"cu_seqlens": cu_seqlens}
     operands = torch.randn(n, heads, dim)[offset:], *torch.randn(2, n, kv_heads, dim)
     seed = torch.randn(n - offset, heads, dim)
 
     def attend(backend: str, wide: torch.dtype) -> list[torch.Tensor]:
-        leaves = [x.to(dtype).to(wide).requires_grad_() for x in operands]
+        leaves = [x.to(dtype).to(device, wide).requires_grad_() for x in operands]
         out = ops.dual_chunk_attention(
             *leaves, chunk_size=chunk_size, local_size=local_size, rope_theta=100.0,
             backend=backend, **where,
         )  # fmt: skip
-        return [out.detach(), *torch.autograd.grad(out, leaves, seed.to(dtype).to(wide))]
+        return [out.detach(), *torch.autograd.grad(out, leaves, seed.to(dtype).to(out))]
 
     pairs = zip(attend("cuda", dtype), attend("reference", torch.double), strict=True)
     errors = [(ours - exact).norm() / (exact.norm() + 1e-9) for ours, exact in pairs]
     return float(torch.stack(errors).max()) / torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        (BF16, [1], 1, 1, 64, 8, 2, 0),  # one token
-        (FP16, [130], 2, 1, 128, 1 << 40, 1, 0),  # one chunk: plain rotary attention
-        (BF16, [90, 1, 0, 89, 33], 2, 2, 128, 90, 1, 0),  # packed; a chunk and a token
-        (FP16, [20], 2, 2, 64, 70, 69, 0),  # chunks of one token
-        (BF16, [300], 4, 1, 128, 140, 3, 0),  # three distances, grouped heads
-        (BF16, [300], 2, 1, 64, 100, 0, 250),  # a continued sequence that looks back
-    ],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_attention(emulated, case) -> None:
-    assert worst(*case) < 1
+    assert worst(case) < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*CASES, (BF16, [3000, 70], 8, 2, 128, 1024, 100, 0)])
+def test_attention_on_a_card(case) -> None:
+    pytest.importorskip("q3mega._cuda")
+    assert worst(case, "cuda") < 1
 
 
 @pytest.mark.parametrize("keys", [0, 3])
@@ -187,7 +195,7 @@ def test_the_emulation_sees_mistakes(mistake: str, tmp_path, monkeypatch) -> Non
     def survives(late_reads: bool) -> bool:
         emulate(library, late_reads, monkeypatch)
         try:
-            return worst(BF16, [300], 1, 1, 64, 140, 3, 0) < 1
+            return worst((BF16, [300], 1, 1, 64, 140, 3, 0)) < 1
         except RuntimeError:  # a barrier that is used wrongly fails the launch
             return False
 
@@ -205,15 +213,12 @@ def both(run, *leaves: torch.Tensor) -> None:
         torch.testing.assert_close(ours.double(), exact.double(), atol=2e-6, rtol=1e-5)
 
 
-# Vocabularies that four divides or not, whole or cut, of one pass of a block's threads and more.
-@pytest.mark.parametrize(("v", "valid"), [(37, 33), (1, 1), (4103, 4103), (2052, 2049)])
-@pytest.mark.parametrize("emulated", ["early reads"], indirect=True)
-def test_rows(emulated, v: int, valid: int) -> None:
+def losses_agree(v: int, valid: int, device: str = "cpu") -> None:
     torch.manual_seed(0)
     n, h = 5, 6
-    hidden, weight, teacher, head = (torch.randn(m, h) for m in (n, v, n, v))
-    targets, w = torch.randint(valid, (n,)), torch.rand(n)
-    old = torch.randn(n) - 4
+    hidden, weight, teacher, head = (torch.randn(m, h).to(device) for m in (n, v, n, v))
+    targets, w = torch.randint(valid, (n,)).to(device), torch.rand(n).to(device)
+    old = torch.randn(n).to(device) - 4
 
     def logprob(backend: str, hidden: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
         found = ops.linear_logprob(
@@ -240,6 +245,23 @@ def test_rows(emulated, v: int, valid: int) -> None:
 
     for run in (logprob, grpo, *(partial(distill, kind) for kind in KINDS)):
         both(run, hidden, weight)
+
+
+# Vocabularies that four divides or not, whole or cut, of one pass of a block's threads and more.
+VOCABULARIES = [(37, 33), (1, 1), (4103, 4103), (2052, 2049)]
+
+
+@pytest.mark.parametrize("sizes", VOCABULARIES)
+@pytest.mark.parametrize("emulated", ["early reads"], indirect=True)
+def test_losses(emulated, sizes) -> None:
+    losses_agree(*sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [*VOCABULARIES, (151_936, 151_669)])
+def test_losses_on_a_card(sizes) -> None:
+    pytest.importorskip("q3mega._cuda")
+    losses_agree(*sizes, device="cuda")
 
 
 def test_rows_of_unlike_alignment(emulated) -> None:
