@@ -119,6 +119,7 @@ def grpo_loss(
         raise UserError(f"tis_cap={tis_cap} corrects for the sampler: give rollout_logprobs")
     if kl_coef and ref_logprobs is None:
         raise UserError(f"kl_coef={kl_coef} pulls to a reference policy: give ref_logprobs")
+    targets = torch.where(loss_weights != 0, targets, 0)  # without weight it may be anything
     rows = Rows(advantages, old_logprobs, loss_weights, ref_logprobs, rollout_logprobs)
     clip = clip_low, clip_high
     settings = Settings(variant, clip, clip_ratio_c, kl_coef, kl_estimator, entropy_coef, tis_cap)

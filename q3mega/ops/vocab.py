@@ -56,17 +56,38 @@ def total(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def check(hidden: Tensor, weight: Tensor, temperature: float, **rows: Tensor | None) -> None:
     """Raise UserError on what no lm-head operator can take; `rows` are (N, ...) by name."""
-    if temperature <= 0:
+    if not temperature > 0:
         raise UserError(f"temperature={temperature}: must be positive")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise UserError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: must be (N, H), (V, H)"
         )
-    for name, row in rows.items():
-        if row is not None and len(row) != len(hidden):
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise UserError(f"hidden {hidden.dtype}, weight {weight.dtype}: must be floating point")
+    for name, row in {"weight": weight, **rows}.items():
+        if row is None:
+            continue
+        wanted = 2 if name.startswith("teacher") else 1
+        if row is not weight and (row.dim() != wanted or len(row) != len(hidden)):
             raise UserError(
-                f"{name} {tuple(row.shape)}: must have the {len(hidden)} rows of hidden"
+                f"{name} {tuple(row.shape)}: must have {wanted} dimension{'s'[: wanted - 1]} and "
+                f"the {len(hidden)} rows of hidden"
             )
+        if row.device != hidden.device:
+            raise UserError(f"{name} is on {row.device}, hidden on {hidden.device}: move one")
+        if name in ("targets", "teacher_ids", "seq_ids") and row.dtype != torch.int64:
+            raise UserError(f"{name} {row.dtype}: must be int64")
+
+
+def check_ids(
+    ids: Tensor, weight: Tensor, valid_vocab: int | None, group: dist.ProcessGroup | None
+) -> None:
+    """Raise UserError on ids that the vocabulary does not have."""
+    size = len(weight) * (1 if group is None else dist.get_world_size(group))
+    size = size if valid_vocab is None else min(size, valid_vocab)
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        found = f"{int(ids.min())}..{int(ids.max())}"
+        raise UserError(f"ids lie in {found}: the vocabulary has 0..{size - 1}")
 
 
 def stat_dtype(x: Tensor) -> torch.dtype:
@@ -137,9 +158,10 @@ def by_rows(fn: Callable[..., Tensor], rows: Sequence[Tensor], weight: Tensor) -
 
 
 def shard_index(
-    ids: Tensor, weight: Tensor, group: dist.ProcessGroup | None
+    ids: Tensor, weight: Tensor, valid_vocab: int | None, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """(columns of this rank's shard, whether it holds them) of global ids; absent ones are 0."""
+    check_ids(ids, weight, valid_vocab, group)
     column = ids - offset(weight, group)
     here = (column >= 0) & (column < len(weight))
     return column * here, here
