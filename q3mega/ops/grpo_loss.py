@@ -1,4 +1,4 @@
-"""The policy losses of GRPO's family, from hidden states (KERNELS: section B).
+"""The policy losses of GRPO's family, from hidden states.
 
 With ratio r = exp(logp - old), advantage A and weight w a token, the loss is the sum of w times
   grpo, bnpo, dr_grpo, dapo   -min(r A, clip(r, 1 - low, 1 + high) A)      (2402.03300, 2503.14476)
@@ -183,7 +183,7 @@ def token_terms(
     rollout: Tensor | None,
     settings: Settings,
 ) -> TokenTerms:
-    """The same for weighted tokens, with the derivative in closed form (KERNELS: section B.1).
+    """The same for weighted tokens, with the derivative in closed form.
 
     For every variant whose ratio is the token's own, so not for gspo's.
     """
