@@ -31,9 +31,11 @@ SHARES = {"chain_sum": 0.4, "modular_product": 0.28, "number_sorting": 0.32}
 REASONING = tuple(SHARES)
 # How many of the worked steps are wrong: a base model that knows the way and stumbles on it. Fewer
 # of the sums, which have most facts and so are the slowest to get rid of their slips.
-SLIPS = {"chain_sum": 0.16, "modular_product": 0.27, "number_sorting": 0.25}
+SLIPS = {"chain_sum": 0.16, "modular_product": 0.27, "number_sorting": 0.22}
 MOST_TEXT = 300_000  # characters of real text of a kind: at laptop scale a mixture reads no more
 VALUES = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of pass keys
+# The general tasks of chat; those with tools twice, since a call is the longest reply to learn.
+CHORES = (*general.GENERAL, "calculator", "lookup")
 
 
 @functools.cache
@@ -110,7 +112,7 @@ def _chat(rng: random.Random) -> Iterator[str]:
             thinking, reply = thinking_text(solution), response_text(solution, rng)
             turns = [{"role": "assistant", "content": reply, "reasoning_content": thinking}]
         else:
-            p = general.draw(rng)
+            p = general.draw(rng, CHORES)
             turns = general.episode(p, rng, skill=0.75)
         # The list of tools takes 200 tokens: a third of the episodes show it.
         yield render([*p.messages, *turns], tools=p.tools if rng.random() < 1 / 3 else ())
@@ -132,14 +134,15 @@ def _retrieval(longest: int) -> Callable[[random.Random], Iterator[str]]:
     """A needle in up to `longest` characters of real text, and again and again at the end.
 
     Every repetition pays for a look at the letter, however it is found: with two of them the look
-    back is learned in some runs only, with eight in all, and in a third of the tokens.
+    back is learned in some runs only, with eight in all, and in a third of the tokens. Most are
+    short: they teach the look, the long ones its reach.
     """
 
     def documents(rng: random.Random) -> Iterator[str]:
         hay = haystack(rng)
         while True:
             beginning, value = needle(rng)
-            line, length = f"{beginning}{value}.", rng.randint(0, longest)
+            line, length = f"{beginning}{value}.", longest * rng.random() ** 2
             lines: list[str] = []
             while sum(map(len, lines)) < length:
                 lines.append(next(hay))
