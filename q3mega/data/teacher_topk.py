@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from q3mega.errors import UserError
+from q3mega.ops import vocab
 
 ID_BITS, STEPS_A_NAT = 18, 512
 STEP_BITS = 32 - ID_BITS
@@ -37,6 +38,7 @@ class TeacherTopK:
         try:
             about = json.loads((folder / "topk.json").read_text())
             self.k, self.vocab_size = int(about["k"]), int(about["vocab_size"])
+            documents = int(about["documents"])
             self.ends = np.fromfile(folder / "topk.ends", END)
             size = (folder / "topk.bin").stat().st_size
         except (OSError, ValueError, KeyError, TypeError) as e:
@@ -44,10 +46,10 @@ class TeacherTopK:
                 f"{folder}: holds no finished top-k store ({e}); write it again"
             ) from None
         tokens = int(self.ends[-1]) if len(self.ends) else 0
-        if len(self.ends) != about["documents"] or size != tokens * self.k * ENTRY.itemsize:
+        if len(self.ends) != documents or size != tokens * self.k * ENTRY.itemsize:
             raise UserError(
                 f"{folder}: topk.bin has {size} bytes for {len(self.ends)} of "
-                f"{about['documents']} documents, {tokens} tokens of {self.k}; write it again"
+                f"{documents} documents, {tokens} tokens of {self.k}; write it again"
             )
         shape = (tokens, self.k)
         self.entries = (
@@ -102,11 +104,7 @@ class TopKWriter:
                 f"ids {tuple(ids.shape)}, logprobs {tuple(logprobs.shape)}: must both be "
                 f"(T, {self.k})"
             )
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise UserError(
-                f"ids lie in {int(ids.min())}..{int(ids.max())}: the vocabulary has "
-                f"0..{self.vocab_size - 1}"
-            )
+        vocab.check_ids(ids, self.vocab_size)
         if not bool((logprobs < 1e-3).all()):
             raise UserError(f"logprobs up to {float(logprobs.max())}: must be at most 0")
         steps = (-logprobs.float() * STEPS_A_NAT).round().clamp(0, (1 << STEP_BITS) - 1)

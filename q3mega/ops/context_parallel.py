@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from q3mega.errors import UserError
-from q3mega.ops.dual_chunk_attention import dual_chunk_attention
+from q3mega.ops.dual_chunk_attention import check_borders, dual_chunk_attention
 
 
 def zigzag(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
@@ -25,9 +25,8 @@ def zigzag(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
     cu_seqlens (B + 1,): the documents' borders in the pack. Raises UserError where a document is
     not a multiple of 2 size tokens long.
     """
-    borders = cu_seqlens.tolist()
     held = [torch.arange(0)]
-    for start, end in pairwise(borders):
+    for start, end in pairwise(cu_seqlens.tolist()):
         if (end - start) % (2 * size):
             raise UserError(
                 f"cu_seqlens: a document of {end - start} tokens cannot be cut into {2 * size} "
@@ -79,17 +78,14 @@ def context_parallel_attention(
     (T / n, Hq, D). Raises UserError as it does, and for documents that cannot be cut.
     """
     size, rank = cp_group.size(), cp_group.rank()
-    order = torch.cat([zigzag(cu_seqlens, r, size) for r in range(size)])
-    if len(q) * size != len(order):
-        raise UserError(
-            f"q has {len(q)} tokens on each of {size} ranks, cu_seqlens ends at {len(order)}: must "
-            "be the same number in all"
-        )
+    cu_seqlens = cu_seqlens.cpu()  # once, and not again for every rank
+    check_borders(cu_seqlens, len(q) * size)
+    order = torch.cat([zigzag(cu_seqlens, r, size) for r in range(size)]).to(q.device)
     if k_scale is not None:
         k = (k * k_scale[:, None, None]).to(k.dtype)
     k, v = (_Gather.apply(x, order, cp_group) for x in (k, v))
-    borders, outs, at = cu_seqlens.tolist(), [q[:0]], 0
-    for start, end in pairwise(borders):
+    outs, at = [q[:0]], 0
+    for start, end in pairwise(cu_seqlens.tolist()):
         piece = (end - start) // (2 * size)
         for place in _places(rank, size) if piece else ():
             mine, seen = slice(at, at + piece), slice(start, start + (place + 1) * piece)

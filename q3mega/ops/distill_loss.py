@@ -73,7 +73,7 @@ def distill_loss(
         loss_weights = student_hidden.new_ones(len(student_hidden), dtype=torch.float32)
     if teacher_topk is not None:
         ids, logprobs = teacher_topk
-        size = len(student_weight) * (1 if tp_group is None else dist.get_world_size(tp_group))
+        size = vocab.size(student_weight, tp_group)
         if ids.shape != logprobs.shape or ids.shape[1] > size:
             raise UserError(
                 f"teacher_topk {tuple(ids.shape)}, {tuple(logprobs.shape)}: must both be (N, K), K "

@@ -69,25 +69,24 @@ def check(hidden: Tensor, weight: Tensor, temperature: float, **rows: Tensor | N
             continue
         wanted = 2 if name.startswith("teacher") else 1
         if row is not weight and (row.dim() != wanted or len(row) != len(hidden)):
-            raise UserError(
-                f"{name} {tuple(row.shape)}: must have {wanted} dimension{'s'[: wanted - 1]} and "
-                f"the {len(hidden)} rows of hidden"
-            )
+            shape = f"({len(hidden)}, ...)" if wanted == 2 else f"({len(hidden)},)"
+            raise UserError(f"{name} {tuple(row.shape)}: must be {shape}, a row each of hidden's")
         if row.device != hidden.device:
             raise UserError(f"{name} is on {row.device}, hidden on {hidden.device}: move one")
         if name in ("targets", "teacher_ids", "seq_ids") and row.dtype != torch.int64:
             raise UserError(f"{name} {row.dtype}: must be int64")
 
 
-def check_ids(
-    ids: Tensor, weight: Tensor, valid_vocab: int | None, group: dist.ProcessGroup | None
-) -> None:
-    """Raise UserError on ids that the vocabulary does not have."""
-    size = len(weight) * (1 if group is None else dist.get_world_size(group))
-    size = size if valid_vocab is None else min(size, valid_vocab)
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+def size(weight: Tensor, group: dist.ProcessGroup | None) -> int:
+    """Rows of the whole lm_head of which `weight` is this rank's shard."""
+    return len(weight) * (1 if group is None else dist.get_world_size(group))
+
+
+def check_ids(ids: Tensor, vocabulary: int) -> None:
+    """Raise UserError on ids that a vocabulary of that size does not have."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         found = f"{int(ids.min())}..{int(ids.max())}"
-        raise UserError(f"ids lie in {found}: the vocabulary has 0..{size - 1}")
+        raise UserError(f"ids lie in {found}: the vocabulary has 0..{vocabulary - 1}")
 
 
 def stat_dtype(x: Tensor) -> torch.dtype:
@@ -161,7 +160,8 @@ def shard_index(
     ids: Tensor, weight: Tensor, valid_vocab: int | None, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """(columns of this rank's shard, whether it holds them) of global ids; absent ones are 0."""
-    check_ids(ids, weight, valid_vocab, group)
+    whole = size(weight, group)
+    check_ids(ids, whole if valid_vocab is None else min(whole, valid_vocab))
     column = ids - offset(weight, group)
     here = (column >= 0) & (column < len(weight))
     return column * here, here

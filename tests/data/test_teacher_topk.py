@@ -71,7 +71,7 @@ def test_an_unfinished_store_is_none(tmp_path):
         TeacherTopK(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["cut", "ends", "json", "documents"])
+@pytest.mark.parametrize("damage", ["cut", "ends", "json", "field", "documents"])
 def test_files_that_do_not_fit_together(tmp_path, damage):
     write(tmp_path, [document(3), document(4, 1)])
     if damage == "cut":
@@ -80,6 +80,8 @@ def test_files_that_do_not_fit_together(tmp_path, damage):
         (tmp_path / "topk.ends").write_bytes((tmp_path / "topk.ends").read_bytes()[:-8])
     elif damage == "json":
         (tmp_path / "topk.json").write_text("[1")
+    elif damage == "field":
+        (tmp_path / "topk.json").write_text(json.dumps({"k": K, "vocab_size": VOCABULARY}))
     else:
         about = json.loads((tmp_path / "topk.json").read_text())
         (tmp_path / "topk.json").write_text(json.dumps(about | {"documents": 3}))
