@@ -36,6 +36,8 @@ MOST_TEXT = 300_000  # characters of real text of a kind: at laptop scale a mixt
 VALUES = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of pass keys
 # The general tasks of chat; those with tools twice, since a call is the longest reply to learn.
 CHORES = (*general.GENERAL, "calculator", "lookup")
+# More questions on a text once it is read: each pays for the look back into it, as a pass key's do.
+QUESTIONS = 3
 
 
 @functools.cache
@@ -114,6 +116,8 @@ def _chat(rng: random.Random) -> Iterator[str]:
         else:
             p = general.draw(rng, CHORES)
             turns = general.episode(p, rng, skill=0.75)
+            if p.capability == "rag":
+                turns += general.read_on(p, rng, skill=0.75, n=QUESTIONS)
         # The list of tools takes 200 tokens: a third of the episodes show it.
         yield render([*p.messages, *turns], tools=p.tools if rng.random() < 1 / 3 else ())
 
