@@ -4,7 +4,8 @@
 
 Every case runs its implementations in turn, `rounds` times, in one process; the table gives medians
 and their ratio to ours. Extra memory is the peak of resident memory above the inputs', from one run
-in a fresh process. torch.compile is warmed up before it is timed.
+in a fresh process. What compiles (torch.compile, Liger's chunked losses) is warmed up before it
+is timed.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss
 from torch import Tensor
 
 from q3mega import ops
@@ -32,43 +34,56 @@ def _leaf(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
 
 
 def _beside(
-    ours: Run, eager: Callable[[Tensor, Tensor], Tensor], *operands: Tensor
+    ours: Run,
+    eager: Callable[..., Tensor],
+    chunked: Callable[..., Tensor] | None,
+    *operands: Tensor,
 ) -> dict[str, Run]:
     compiled = torch.compile(eager, dynamic=False)
-    return {
+    runs = {
         "ours": ours,
         "eager": lambda: eager(*operands),
         "compile": lambda: compiled(*operands),
     }
+    return runs | ({"Liger": lambda: chunked(*operands)} if chunked else {})
 
 
 # -- cases: name -> implementations by name --------------------------------------------------------
 
 
 def grpo(n: int, h: int, masked: float = 0.0, idle: float = 0.0) -> dict[str, Run]:
+    """n tokens in 16 sequences; masked: of the tokens, idle: of the sequences without advantage."""
     hidden, weight = _leaf(n, h, seed=0), _leaf(VOCABULARY, h, seed=1, scale=h**-0.5)
     g = torch.Generator().manual_seed(2)
     targets = torch.randint(VOCABULARY, (n,), generator=g)
-    advantages = torch.randn(n, generator=g) * (torch.rand(n, generator=g) >= idle)
-    weights = (torch.rand(n, generator=g) >= masked).float() / n
-    old = torch.full((n,), -12.0)
+    sequences = torch.randn(16, generator=g) * (torch.arange(16) >= 16 * idle)
+    advantages = sequences.repeat_interleave(n // 16)
+    mask = (torch.rand(n, generator=g) >= masked).float()
+    weights, old = mask / mask.sum(), torch.full((n,), -12.0)
 
     def eager(hidden: Tensor, weight: Tensor) -> Tensor:
         logp = (hidden @ weight.T).log_softmax(-1)
         chosen = logp.gather(1, targets[:, None])[:, 0]
-        entropy = -(logp.exp() * logp).sum(-1)
         ratio = (chosen - old).clamp(-20, 20).exp()
         loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-        bonus = 0.0 if idle else 0.001
-        return ((loss - bonus * entropy) * weights).sum()
+        return (loss * weights).sum()
 
     def ours() -> Tensor:
         return ops.grpo_loss(
             hidden, weight, targets, advantages=advantages, old_logprobs=old,
-            loss_weights=weights, entropy_coef=0.0 if idle else 0.001, backend="cpu",
+            loss_weights=weights, backend="cpu",
         ).loss  # fmt: skip
 
-    return _beside(ours, eager, hidden, weight)
+    liger = LigerFusedLinearGRPOLoss(beta=0.0, loss_type="bnpo", use_ref_model=False)
+
+    def chunked(hidden: Tensor, weight: Tensor) -> Tensor:
+        by_sequence = (x.view(16, -1) for x in (targets, mask))
+        return liger(
+            hidden.view(16, -1, h), weight, *by_sequence, sequences,
+            old_per_token_logps=old.view(16, -1),
+        )[0]  # fmt: skip
+
+    return _beside(ours, eager, chunked, hidden, weight)
 
 
 def distill(kind: str, n: int = 512, h: int = 256) -> dict[str, Run]:
@@ -94,7 +109,14 @@ def distill(kind: str, n: int = 512, h: int = 256) -> dict[str, Run]:
             backend="cpu",
         ).loss  # fmt: skip
 
-    return _beside(ours, eager, hidden, weight)
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[kind]
+    liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
+    labels = torch.zeros(n, dtype=torch.long)
+
+    def chunked(hidden: Tensor, weight: Tensor) -> Tensor:
+        return liger(hidden, weight, teacher, head, labels)
+
+    return _beside(ours, eager, chunked, hidden, weight)
 
 
 def topk(n: int = 512, h: int = 256, k: int = 64) -> dict[str, Run]:
@@ -113,7 +135,7 @@ def topk(n: int = 512, h: int = 256, k: int = 64) -> dict[str, Run]:
             backend="cpu",
         ).loss  # fmt: skip
 
-    return _beside(ours, eager, hidden, weight)
+    return _beside(ours, eager, None, hidden, weight)
 
 
 def attention(s: int = 4096, heads: int = 2, dim: int = 128) -> dict[str, Run]:
@@ -223,7 +245,7 @@ def main() -> None:
             continue
         runs, times = build(), {}
         for name in runs:
-            if name == "compile":
+            if name in ("compile", "Liger"):
                 _run(runs[name])
         for _ in range(args.rounds):
             for name, run in runs.items():

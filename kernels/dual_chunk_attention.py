@@ -130,7 +130,7 @@ def forward_kernel(
     for distance in tl.static_range(2, -1, -1):
         low, high = _phase(distance, token, rows, own, chunk)
         position = _position(token + i - own, 0 * token + distance, chunk, clamp)
-        seen = real & (high > low)
+        seen = i < tl.where(high > low, rows, 0)
         c, s = _angle(COS, SIN, position, half, seen, HALF)
         qa, qb = _rotated(Q, q_row + i, head, heads, half, seen, c, s, HALF)
         for start in range(low, high, N):
@@ -172,7 +172,7 @@ def query_gradient_kernel(
     for distance in tl.static_range(2, -1, -1):
         low, high = _phase(distance, token, rows, own, chunk)
         position = _position(token + i - own, 0 * token + distance, chunk, clamp)
-        seen = real & (high > low)
+        seen = i < tl.where(high > low, rows, 0)
         c, s = _angle(COS, SIN, position, half, seen, HALF)
         qa, qb = _rotated(Q, q_row + i, head, heads, half, seen, c, s, HALF)
         dq_a = tl.zeros((M, HALF), tl.float32)

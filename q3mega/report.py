@@ -3,10 +3,9 @@
 Everything is read from the run folder, so a partial run gives a partial report.
 """
 
-import base64
-import io
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from q3mega import figures
 from q3mega.claims import CLAIMS
 from q3mega.errors import UserError
 
 Evals = dict[str, dict[str, Any]]
 
+# Which metrics the picture of accuracies shows, by the mode that was asked for.
+_MODES = {
+    "thinking": ("think_accuracy", "pass1"),
+    "no flag": ("default_accuracy",),
+    "not thinking": ("no_think_accuracy",),
+}
+_LONG_CONTEXT = {"plain RoPE": "rope", "YaRN + dual-chunk attention": "yarn_dca"}
 _TRACES = {"loss": "loss", "reward": "reward", "entropy": "entropy", "length": "response length"}
 _SAMPLES = 3
 _SAMPLE_CHARS = 2_000
@@ -116,10 +123,13 @@ def render(run_dir: Path, evals: Evals) -> str:
         f"<h1>Run {escape(run_dir.resolve().name)}</h1>",
         "<h2>Claims</h2>",
         _claims(evals),
-        "<h2>Results</h2>",
-        _results(evals),
+        _pretraining(run_dir),
+        _accuracies(evals),
+        _long_context(evals),
         _capabilities(evals),
         *(_curve(stage, *item) for stage in evals for item in _curves(evals[stage])),
+        "<h2>Results</h2>",
+        _results(evals),
     ]
     for _, folder in _stages(run_dir):
         state = "" if (folder / "DONE").exists() else " (not finished)"
@@ -155,14 +165,64 @@ def _results(evals: Evals) -> str:
     return _table(["stage", "metric", "value", "95 % interval", "n"], rows)
 
 
+def _pretraining(run_dir: Path) -> str:
+    """Loss and learning rate over the pre-training steps, end to end."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {"loss": {}, "learning rate": {}}
+    before = 0.0
+    for stage, folder in _stages(run_dir):
+        if not stage.startswith("pretrain_"):
+            continue
+        traces = _traces(folder, ("loss", "lr"))
+        for panel, key in zip(panels.values(), ("loss", "lr"), strict=True):
+            if key in traces:
+                panel[stage] = [(before + step, value) for step, value in traces[key]]
+        before = max([before, *(x for panel in panels.values() for x, _ in panel.get(stage, ()))])
+    title = "Pre-training"
+    return _titled("h2", title, figures.traces(panels, title)) if all(panels.values()) else ""
+
+
+def _accuracies(evals: Evals) -> str:
+    series = {
+        mode: {
+            stage: found[name] for stage, found in evals.items() for name in names & found.keys()
+        }
+        for mode, names in ((mode, set(names)) for mode, names in _MODES.items())
+    }
+    return _bars("Accuracy by stage and mode", series)
+
+
+def _long_context(evals: Evals) -> str:
+    found = evals.get("pretrain_long", {})
+    asked = (re.fullmatch(r"retrieval_(\S+?x)_rope", name) for name in found)
+    lengths = [match[1] for match in asked if match]
+    series = {
+        label: {f"{length} the trained length": found[f"retrieval_{length}_{kind}"]
+                for length in lengths if f"retrieval_{length}_{kind}" in found}
+        for label, kind in _LONG_CONTEXT.items()
+    }  # fmt: skip
+    return _bars("Retrieval at and beyond the trained length", series)
+
+
 def _capabilities(evals: Evals) -> str:
-    names = {name for found in evals.values() for name in found if name.startswith("capability_")}
-    stages = [stage for stage, found in evals.items() if names & found.keys()]
-    rows = [
-        [name.removeprefix("capability_"), *(_score(evals[stage], name) for stage in stages)]
-        for name in sorted(names)
-    ]
-    return _titled("h2", "Capabilities", _table(["capability", *stages], rows)) if rows else ""
+    series = {
+        stage: {
+            name.removeprefix("capability_"): metric
+            for name, metric in _metrics(found)
+            if name.startswith("capability_")
+        }
+        for stage, found in evals.items()
+    }
+    return _bars("Capabilities", series)
+
+
+def _bars(title: str, series: Mapping[str, Mapping[str, Any]]) -> str:
+    """The picture and the same numbers as a table."""
+    series = {label: metrics for label, metrics in series.items() if metrics}
+    if not series:
+        return ""
+    groups = dict.fromkeys(group for metrics in series.values() for group in metrics)
+    rows = [[g, *(_score(metrics, g) for metrics in series.values())] for g in groups]
+    return _titled("h2", title, figures.bars(series, title) + _table(["", *series], rows))
 
 
 def _score(found: Mapping[str, Any], name: str) -> str:
@@ -174,35 +234,27 @@ def _curves(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
 
 
 def _curve(stage: str, name: str, curve: Mapping[str, Any]) -> str:
-    figure, axes = _figure(1)
-    for label, line in (curve.get("series") or {"": curve}).items():
-        axes[0].plot(line["x"], line["y"], marker="o", label=label)
-        if line.get("low") and line.get("high"):
-            axes[0].fill_between(line["x"], line["low"], line["high"], alpha=0.2)
-    if "series" in curve:
-        axes[0].legend()
-    axes[0].set_xlabel(curve.get("xlabel", ""), parse_math=False)
-    axes[0].set_ylabel(curve.get("ylabel", ""), parse_math=False)
     title = f"{name.replace('_', ' ').capitalize()} ({stage})"
-    return _titled("h2", title, _image(figure, title))
+    return _titled("h2", title, figures.curves(curve, title))
 
 
 def _training(folder: Path) -> str:
-    # A resumed stage may repeat steps: the later line of a step is the one that counts.
+    traces = _traces(folder, _TRACES)
+    panels = {_TRACES[key]: {"": points} for key, points in traces.items()}
+    return figures.traces(panels, f"training of {folder.name}") if panels else ""
+
+
+def _traces(folder: Path, keys: Iterable[str]) -> dict[str, list[tuple[float, float]]]:
+    """The (step, value) pairs of each key that a stage's metrics hold.
+
+    A resumed stage may repeat steps: the later line of a step is the one that counts.
+    """
     steps = {r["step"]: r for r in _json_lines(folder / "metrics.jsonl") if _number(r.get("step"))}
-    traces = {
+    found = {
         key: [(step, steps[step][key]) for step in sorted(steps) if _number(steps[step].get(key))]
-        for key in _TRACES
+        for key in keys
     }
-    traces = {key: points for key, points in traces.items() if points}
-    if not traces:
-        return ""
-    figure, axes = _figure(len(traces))
-    for axis, (key, points) in zip(axes, traces.items(), strict=True):
-        axis.plot(*zip(*points, strict=True), linewidth=1)
-        axis.set_title(_TRACES[key])
-        axis.set_xlabel("step")
-    return _image(figure, f"training of {folder.name}")
+    return {key: points for key, points in found.items() if points}
 
 
 def _number(value: object) -> bool:
@@ -242,18 +294,3 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _cell(text: str) -> str:
     return f"<td>{text if isinstance(text, _Html) else escape(text)}</td>"
-
-
-def _figure(panels: int) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure  # heavy, and no window: without pyplot
-
-    width = 6.5 if panels == 1 else 3.6 * panels
-    figure = Figure(figsize=(width, 3.2), layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
-
-
-def _image(figure: Any, text: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img alt="{escape(text)}" src="data:image/png;base64,{data}"></figure>'

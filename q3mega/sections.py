@@ -76,6 +76,11 @@ def explain(error: Mapping[str, Any], names: Callable[[list[Any]], Sequence[str]
         case "extra_forbidden":
             valid = ".".join(map(str, (*parents, nearest(name, names(parents)))))
             return f"{path}={short(error['input'])} is not a field, the nearest is {valid}"
+        case "literal_error" if name == "[key]":  # pydantic's mark for the key of a mapping
+            *section, key = map(str, parents)
+            kinds = re.findall(r"'([^']+)'", error["ctx"]["expected"])
+            valid = ".".join((*section, nearest(key, kinds)))
+            return f"{one_line('.'.join((*section, key)))} is not a field, the nearest is {valid}"
         case "value_error":  # one of our own, which may name the path already
             message = one_line(str(error["ctx"]["error"]))
             return message if not error["loc"] or message.startswith(path) else f"{path}: {message}"

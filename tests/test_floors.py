@@ -14,7 +14,7 @@ FLOORS = [  # from the ground up; rooms of one floor may import each other
     {"model", "data", "device"},
     {"algorithms", "rewards", "rollout", "engine"},
     {"train"},
-    {"stages", "evaluate", "claims", "report"},
+    {"stages", "evaluate", "claims", "figures", "report"},
     {"driver", "try_out", "cli"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -102,6 +102,10 @@ def test_model_by_size_and_derived_from_it() -> None:
         ("stages.cold_stat={}", ["nearest is stages.cold_start"]),
         ("modle.hidden=3", ["modle=", "nearest is model"]),
         ("reasoning_rl.layout.tensr=2", ["nearest is stages.reasoning_rl.layout.tensor"]),
+        (
+            "pretrain_general.mixture.poems=0.5",
+            ["mixture.poems", "nearest is stages.pretrain_general.mixture.prose"],
+        ),
         ("student.hiden=2", ["student.", "is missing"]),
         ("cold_start.lr=-1", ["stages.cold_start.lr=-1", "greater than 0"]),
         ("cold_start.lr=.nan", ["stages.cold_start.lr=nan", "finite"]),

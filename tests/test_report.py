@@ -137,7 +137,8 @@ def test_the_page_shows_values_pictures_and_marks(
     for value in ("0.422", "0.392 to 0.452", "near_duplicate", "8123", "1+1?", "{&quot;terms"):
         assert value in page
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(images) == 2  # the training of one stage, the budget curve of another
+    # Accuracies, long context, capabilities; the budget curve; the training of one stage.
+    assert len(images) == 5
     assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
     assert "http" not in page.replace("<!doctype html>", "")
     results = json.loads((run_dir / "results.json").read_text())
@@ -153,6 +154,26 @@ def test_a_comparison_of_curves_is_one_picture_that_names_them(tmp_path: Path) -
     page = publish(write(tmp_path / "run", evals)).read_text()
     assert page.count("data:image/png") == 1
     assert "Distillation flops (distill_on_policy)" in page
+
+
+def test_pretraining_is_one_picture_over_its_steps(tmp_path: Path) -> None:
+    run_dir = write(tmp_path / "run", {"pretrain_general": {}, "pretrain_long": {}, "other": {}})
+    for folder in run_dir.iterdir():
+        lines = [{"step": s, "loss": 3 / s, "lr": 1e-3} for s in (1, 2, 3)]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert publish(run_dir).read_text().count('alt="Pre-training"') == 1
+
+
+def test_bars_leave_out_what_a_stage_did_not_measure(tmp_path: Path) -> None:
+    evals = {
+        "cold_start": {"think_accuracy": metric(0.5)},
+        "mode_fusion": {"think_accuracy": metric(0.75), "no_think_accuracy": metric(0.25)},
+        "pretrain_long": {"retrieval_1x_rope": metric(0.9), "retrieval_1x_yarn_dca": metric(0.91)},
+    }
+    page = publish(write(tmp_path / "run", evals)).read_text()
+    assert page.count("data:image/png") == 2
+    assert "<td>cold_start</td><td>0.500 · 0.470 to 0.530</td><td></td>" in page
+    assert "<td>1x the trained length</td><td>0.900" in page
 
 
 def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:

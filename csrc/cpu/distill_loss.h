@@ -1,4 +1,4 @@
-// Row kernels of the divergences between two blocks of logits: KERNELS: section C.1.
+// Row kernels of the divergences between two blocks of logits; docs/kernels.md has the maths.
 #pragma once
 
 #include <cstdint>

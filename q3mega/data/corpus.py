@@ -29,9 +29,15 @@ from q3mega.data.tokenizer import Tokenizer
 # The reasoning families and their shares of the pre-training problems.
 SHARES = {"chain_sum": 0.4, "modular_product": 0.28, "number_sorting": 0.32}
 REASONING = tuple(SHARES)
+# How many of the worked steps are wrong: a base model that knows the way and stumbles on it. Fewer
+# of the sums, which have most facts and so are the slowest to get rid of their slips.
+SLIPS = {"chain_sum": 0.16, "modular_product": 0.24, "number_sorting": 0.22}
 MOST_TEXT = 300_000  # characters of real text of a kind: at laptop scale a mixture reads no more
 VALUES = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of pass keys
-SLIP = 0.21  # of the worked steps are wrong: a base model that knows the way and stumbles on it
+# The general tasks of chat; those with tools twice, since a call is the longest reply to learn.
+CHORES = (*general.GENERAL, "calculator", "lookup")
+# More questions on a text once it is read: each pays for the look back into it, as a pass key's do.
+QUESTIONS = 3
 
 
 @functools.cache
@@ -92,7 +98,7 @@ def _problems(rng: random.Random) -> Iterator[Problem]:
 
 def _worked(rng: random.Random) -> Iterator[str]:
     for p in _problems(rng):
-        yield text_documents(p, rng, slip=SLIP, style=rng.randrange(3))[0]
+        yield text_documents(p, rng, slip=SLIPS[p.family], style=rng.randrange(3))[0]
 
 
 def _direct(rng: random.Random) -> Iterator[str]:
@@ -104,12 +110,14 @@ def _chat(rng: random.Random) -> Iterator[str]:
     """Worked solutions in chat markup, and short replies: what post-training builds on."""
     for p in _problems(rng):
         if rng.random() < 0.6:
-            solution = solve(p, rng=rng, slip=SLIP, style=rng.randrange(3))
+            solution = solve(p, rng=rng, slip=SLIPS[p.family], style=rng.randrange(3))
             thinking, reply = thinking_text(solution), response_text(solution, rng)
             turns = [{"role": "assistant", "content": reply, "reasoning_content": thinking}]
         else:
-            p = general.draw(rng)
+            p = general.draw(rng, CHORES)
             turns = general.episode(p, rng, skill=0.75)
+            if p.capability == "rag":
+                turns += general.read_on(p, rng, skill=0.75, n=QUESTIONS)
         # The list of tools takes 200 tokens: a third of the episodes show it.
         yield render([*p.messages, *turns], tools=p.tools if rng.random() < 1 / 3 else ())
 

@@ -54,11 +54,10 @@ def distill_loss(
     ids. beta in (0, 1), for jsd. Raises UserError for a missing or double teacher, an unknown
     divergence or shapes that do not fit.
     """
-    ids, logprobs = teacher_topk or (None, None)
-    vocab.check(
-        student_hidden, student_weight, temperature, teacher_hidden=teacher_hidden,
-        teacher_ids=ids, teacher_logprobs=logprobs, loss_weights=loss_weights,
-    )  # fmt: skip
+    rows: dict[str, Tensor | None] = {"teacher_hidden": teacher_hidden}
+    if teacher_topk is not None:
+        rows |= {"teacher_ids": teacher_topk[0], "teacher_logprobs": teacher_topk[1]}
+    vocab.check(student_hidden, student_weight, temperature, loss_weights=loss_weights, **rows)
     if divergence not in get_args(Divergence):
         raise UserError(f"divergence={divergence!r}: choose forward_kl, reverse_kl or jsd")
     if divergence == "jsd" and not 0 < beta < 1:
@@ -72,6 +71,16 @@ def distill_loss(
         )
     if loss_weights is None:
         loss_weights = student_hidden.new_ones(len(student_hidden), dtype=torch.float32)
+    if teacher_topk is not None:
+        ids, logprobs = teacher_topk
+        size = vocab.size(student_weight, tp_group)
+        if ids.shape != logprobs.shape or ids.shape[1] > size:
+            raise UserError(
+                f"teacher_topk {tuple(ids.shape)}, {tuple(logprobs.shape)}: must both be (N, K), K "
+                f"at most the vocabulary's {size}"
+            )
+        # a token without weight may have anything for ids
+        teacher_topk = torch.where(loss_weights[:, None] != 0, ids, 0), logprobs
     return resolve("distill_loss", backend, student_hidden)(
         student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_topk,
         divergence, beta, temperature, loss_weights, tail, valid_vocab, tp_group,
@@ -102,7 +111,7 @@ def _reference(
 
     def top(h: Tensor, ids: Tensor, teacher: Tensor) -> Tensor:
         logp = vocab.log_probs(h, weight, temperature, valid_vocab, group)
-        column, here = vocab.shard_index(ids, weight, group)
+        column, here = vocab.shard_index(ids, weight, valid_vocab, group)
         student = vocab.total(logp.gather(1, column) * here, group)
         teacher = bucketed(teacher.to(student.dtype), tail)
         if tail:

@@ -45,6 +45,12 @@ def dual_chunk_attention(
     Returns (T, Hq, D) in q's dtype. Raises UserError on arguments that do not fit, RuntimeError on
     a backend that is not there.
     """
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if x.dim() != 3 or x.dtype != q.dtype or x.device != q.device or not x.is_floating_point():
+            raise UserError(
+                f"{name} {tuple(x.shape)} {x.dtype} on {x.device}: must be (T, H, D), floating "
+                f"point, and as q is, {q.dtype} on {q.device}"
+            )
     if not 0 <= local_size < chunk_size:
         raise UserError(f"local_size={local_size}: must lie in 0..chunk_size-1={chunk_size - 1}")
     if k.shape != v.shape or q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2] or q.shape[2] % 2:
@@ -63,6 +69,13 @@ def dual_chunk_attention(
             f"q_offset={q_offset}, {len(q)} queries, {len(k)} keys: cu_seqlens takes whole "
             "sequences, leave it out to continue one"
         )
+    if clamp_at is not None and clamp_at < 1:
+        raise UserError(f"clamp_at={clamp_at}: must be at least 1")
+    for name, scales, tokens in (("q_scale", q_scale, len(q)), ("k_scale", k_scale, len(k))):
+        if scales is not None and scales.shape != (tokens,):
+            raise UserError(f"{name} {tuple(scales.shape)}: must be ({tokens},)")
+    if inv_freq is not None and inv_freq.shape != (q.shape[2] // 2,):
+        raise UserError(f"inv_freq {tuple(inv_freq.shape)}: must be ({q.shape[2] // 2},)")
     if inv_freq is None:
         inv_freq = rotary.inv_freq(q.shape[-1], rope_theta).to(q.device)
     return resolve("dual_chunk_attention", backend, q)(
@@ -80,6 +93,13 @@ def dual_chunk_attention(
     )
 
 
+def check_borders(cu_seqlens: Tensor, tokens: int) -> None:
+    """Raise UserError unless the documents' borders rise from 0 to the number of tokens."""
+    borders = cu_seqlens.tolist()
+    if not borders or borders[0] != 0 or borders[-1] != tokens or borders != sorted(borders):
+        raise UserError(f"cu_seqlens: must rise from 0 to {tokens}, the number of tokens")
+
+
 @register("dual_chunk_attention", "reference")
 def _reference(
     q: Tensor,
@@ -95,9 +115,8 @@ def _reference(
     k_scale: Tensor | None,
     q_offset: int,
 ) -> Tensor:
+    check_borders(cu_seqlens, len(k))
     borders, lengths = cu_seqlens.tolist(), cu_seqlens.diff().long()
-    if borders[0] != 0 or borders[-1] != len(k) or borders != sorted(borders):
-        raise UserError(f"cu_seqlens: must rise from 0 to {len(k)}, the number of tokens")
     # Scales commute with rotations, so they are applied once, first.
     if q_scale is not None:
         q = (q * q_scale[:, None, None]).to(q.dtype)

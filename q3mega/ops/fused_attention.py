@@ -8,10 +8,12 @@ from torch import Tensor
 
 from q3mega.ops.backends import KERNELS
 from q3mega.ops.dispatch import register
+from q3mega.ops.dual_chunk_attention import check_borders
 from q3mega.ops.rotary import Turns
 
 
 def _borders(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    check_borders(cu_seqlens, len(k))
     cu_k = cu_seqlens.long().contiguous()
     return (cu_k if len(q) == len(k) else cu_k.new_tensor([0, len(q)])), cu_k
 

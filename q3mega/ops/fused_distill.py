@@ -1,4 +1,4 @@
-"""distill_loss on row kernels: the gradient comes with the loss (KERNELS: mode F).
+"""distill_loss on row kernels: the gradient comes with the loss (docs/kernels.md: mode F).
 
 The teacher is a second lm_head, or its K best log-probabilities with or without the rest as one
 more bucket.

@@ -36,8 +36,9 @@ class Head:
         self.weight, self.temperature, self.kernels = weight, temperature, KERNELS[backend]
         self.group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
         self.first, self.stride = vocab.offset(weight, self.group), len(weight)
-        valid = self.first + self.stride if valid < 0 else valid
-        self.columns = min(max(valid - self.first, 0), self.stride)
+        whole = vocab.size(weight, self.group)
+        self.valid = whole if valid < 0 else min(whole, valid)
+        self.columns = min(max(self.valid - self.first, 0), self.stride)
         budget = GPU_BYTES if weight.is_cuda else BUFFER_BYTES
         self.step = max(1, min(rows, budget // (4 * self.stride)))
         self.buffer = weight.new_empty(self.step if weight.dtype == WIDE else 0, self.stride)
@@ -52,6 +53,7 @@ class Head:
 
     def column(self, ids: Tensor) -> Tensor:
         """Where this shard holds the ids; -1 where it does not."""
+        vocab.check_ids(ids, self.valid)
         column = ids - self.first
         return torch.where((column >= 0) & (column < self.columns), column, -1).contiguous()
 

@@ -1,8 +1,8 @@
 """linear_logprob and grpo_loss on row kernels.
 
 `grpo_loss` knows its gradients as soon as it knows the logits, so forward and backward are one pass
-of three GEMMs (KERNELS: mode F); the backward only scales what the forward left. `linear_logprob`
-learns its gradients later and computes the logits again (mode R, four GEMMs).
+of three GEMMs (docs/kernels.md: mode F); the backward only scales what the forward left.
+`linear_logprob` learns its gradients later and computes the logits again (mode R, four GEMMs).
 """
 
 from typing import Any, cast

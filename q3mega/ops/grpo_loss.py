@@ -1,4 +1,4 @@
-"""The policy losses of GRPO's family, from hidden states (KERNELS: section B).
+"""The policy losses of GRPO's family, from hidden states.
 
 With ratio r = exp(logp - old), advantage A and weight w a token, the loss is the sum of w times
   grpo, bnpo, dr_grpo, dapo   -min(r A, clip(r, 1 - low, 1 + high) A)      (2402.03300, 2503.14476)
@@ -119,6 +119,7 @@ def grpo_loss(
         raise UserError(f"tis_cap={tis_cap} corrects for the sampler: give rollout_logprobs")
     if kl_coef and ref_logprobs is None:
         raise UserError(f"kl_coef={kl_coef} pulls to a reference policy: give ref_logprobs")
+    targets = torch.where(loss_weights != 0, targets, 0)  # without weight it may be anything
     rows = Rows(advantages, old_logprobs, loss_weights, ref_logprobs, rollout_logprobs)
     clip = clip_low, clip_high
     settings = Settings(variant, clip, clip_ratio_c, kl_coef, kl_estimator, entropy_coef, tis_cap)
@@ -182,7 +183,7 @@ def token_terms(
     rollout: Tensor | None,
     settings: Settings,
 ) -> TokenTerms:
-    """The same for weighted tokens, with the derivative in closed form (KERNELS: section B.1).
+    """The same for weighted tokens, with the derivative in closed form.
 
     For every variant whose ratio is the token's own, so not for gspo's.
     """

@@ -31,8 +31,9 @@ def linear_logprob(
 
     hidden (N, H); weight (V, H), or with `tp_group` the rank's equal shard of it; targets (N,)
     int64, global ids. temperature divides the logits; ids from valid_vocab on have no mass. fp64
-    operands give fp64 results. Raises UserError for a temperature that is not positive or shapes
-    that do not fit, RuntimeError for a backend that is not there.
+    operands give fp64 results. Raises UserError for a temperature that is not positive, shapes that
+    do not fit or ids that the vocabulary does not have, RuntimeError for a backend that is not
+    there.
     """
     vocab.check(hidden, weight, temperature, targets=targets)
     return resolve("linear_logprob", backend, hidden)(
@@ -56,7 +57,7 @@ class _LinearLogprob(torch.autograd.Function):
         valid_vocab: int | None,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
-        column, here = vocab.shard_index(targets, weight, group)
+        column, here = vocab.shard_index(targets, weight, valid_vocab, group)
         stats = hidden.new_empty(len(hidden), 4, dtype=vocab.stat_dtype(hidden))
         for rows in vocab.slices(len(hidden), weight):
             z = vocab.logits(hidden[rows], weight, temperature, valid_vocab, group)

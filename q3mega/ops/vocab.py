@@ -56,17 +56,37 @@ def total(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def check(hidden: Tensor, weight: Tensor, temperature: float, **rows: Tensor | None) -> None:
     """Raise UserError on what no lm-head operator can take; `rows` are (N, ...) by name."""
-    if temperature <= 0:
+    if not temperature > 0:
         raise UserError(f"temperature={temperature}: must be positive")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise UserError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: must be (N, H), (V, H)"
         )
-    for name, row in rows.items():
-        if row is not None and len(row) != len(hidden):
-            raise UserError(
-                f"{name} {tuple(row.shape)}: must have the {len(hidden)} rows of hidden"
-            )
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise UserError(f"hidden {hidden.dtype}, weight {weight.dtype}: must be floating point")
+    for name, row in {"weight": weight, **rows}.items():
+        if row is None:
+            continue
+        wanted = 2 if name.startswith("teacher") else 1
+        if row is not weight and (row.dim() != wanted or len(row) != len(hidden)):
+            shape = f"({len(hidden)}, ...)" if wanted == 2 else f"({len(hidden)},)"
+            raise UserError(f"{name} {tuple(row.shape)}: must be {shape}, a row each of hidden's")
+        if row.device != hidden.device:
+            raise UserError(f"{name} is on {row.device}, hidden on {hidden.device}: move one")
+        if name in ("targets", "teacher_ids", "seq_ids") and row.dtype != torch.int64:
+            raise UserError(f"{name} {row.dtype}: must be int64")
+
+
+def size(weight: Tensor, group: dist.ProcessGroup | None) -> int:
+    """Rows of the whole lm_head of which `weight` is this rank's shard."""
+    return len(weight) * (1 if group is None else dist.get_world_size(group))
+
+
+def check_ids(ids: Tensor, vocabulary: int) -> None:
+    """Raise UserError on ids that a vocabulary of that size does not have."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        found = f"{int(ids.min())}..{int(ids.max())}"
+        raise UserError(f"ids lie in {found}: the vocabulary has 0..{vocabulary - 1}")
 
 
 def stat_dtype(x: Tensor) -> torch.dtype:
@@ -137,9 +157,11 @@ def by_rows(fn: Callable[..., Tensor], rows: Sequence[Tensor], weight: Tensor) -
 
 
 def shard_index(
-    ids: Tensor, weight: Tensor, group: dist.ProcessGroup | None
+    ids: Tensor, weight: Tensor, valid_vocab: int | None, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """(columns of this rank's shard, whether it holds them) of global ids; absent ones are 0."""
+    whole = size(weight, group)
+    check_ids(ids, whole if valid_vocab is None else min(whole, valid_vocab))
     column = ids - offset(weight, group)
     here = (column >= 0) & (column < len(weight))
     return column * here, here

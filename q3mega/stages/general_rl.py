@@ -38,7 +38,7 @@ from q3mega.train import reinforcement
 from q3mega.train.reinforcement import Rollout
 from q3mega.train.supervised import shard
 
-FOLLOW = 1 / 4  # of the general prompts are conversations with random mode flags
+FOLLOW = 0.3  # of the general prompts are conversations with random mode flags
 CALL_SHARE = 0.3  # of an agent task's reward is for the call, the rest for the final answer
 HELD_OUT_PAIRS = 400
 

@@ -1,9 +1,6 @@
 """Processes that each hold a part of the lm_head equal one process, in values and gradients."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,25 +15,11 @@ N, V, H = 12, 12, 6
 @pytest.mark.parametrize(
     ("backend", "world"), [("reference", 2), ("reference", 4), ("cpu", 2), ("cpu", 4)]
 )
-def test_processes_equal_one(tmp_path: Path, backend: str, world: int) -> None:
-    root = str(Path(ops.__file__).resolve().parents[2])
-    env = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world), backend, str(tmp_path / "store")],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        logs = [w.communicate(timeout=120)[0] for w in workers]
-    finally:
-        for w in workers:
-            w.kill()
-    assert [w.returncode for w in workers] == [0] * world, "\n".join(logs)
+def test_processes_equal_one(ranks, backend: str, world: int) -> None:
+    ranks(__file__, world, backend)
 
 
-def worker(rank: int, world: int, backend: str, store: str) -> None:
+def worker(rank: int, world: int, store: str, backend: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     group = dist.group.WORLD
     g = torch.Generator().manual_seed(0)

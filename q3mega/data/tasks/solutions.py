@@ -6,9 +6,10 @@ something to do. The wrong results are as people's are, off by one or the neighb
 one or two to a step, so that a model which has read them samples them. Every line states what the
 next line needs, so no step looks back further than the question and the line above.
 
-The response says the same in one of many ways: a choice that costs nothing, as much of the wording
-of natural text is. It is entropy that RL has no reason to take away; the doubt between right and
-wrong results is the one it has.
+A response ends in a reference of two free letters, as a service desk's may: a choice that costs
+nothing, as much of the wording of natural text does. It is entropy that RL has no reason to take
+away; the doubt between right and wrong results is the one it has. Few choices among many disturb
+RL the least: k ways hold ln k nats and add a noise of 1 - 1/k.
 """
 
 import random
@@ -16,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from string import ascii_letters
 
 from q3mega.data.tasks.base import Problem
 from q3mega.data.tasks.reasoning import FACTORS
@@ -67,23 +69,6 @@ def _number_sorting(problem: Problem, result: Result) -> Work:
         yield {"work": picked[-1], "result": " ".join(rest), "answer": " ".join(picked)}
 
 
-# "Well, it is \boxed{10}. Done.": an opening, a verdict and a closing, drawn freely.
-WORDINGS = (
-    (
-        "Well", "So", "Now", "Okay", "Right", "Yes", "Good", "Then", "Here", "Look", "See", "Ah",
-        "Fine", "Sure", "At last", "In short", "Clearly", "Indeed", "Thus", "Hence", "Great",
-        "All in all", "Finally", "Listen",
-    ),
-    (
-        "the answer is", "it is", "I get", "we get", "this gives", "that makes", "it comes to",
-        "my answer is", "you get", "I find", "we find", "one has", "there is", "I have",
-        "the result is", "out comes",
-    ),
-    (
-        "Done.", "Easy.", "Bye.", "Thanks.", "Nice.", "Voila.", "That is all.", "Good luck.",
-        "Cheers.", "Enjoy.", "Over.", "Hope it helps.",
-    ),
-)  # fmt: skip
 TAKE = "take {work} get {result}"
 # What does the work, and its lines in three surface styles.
 METHODS: dict[str, tuple[Callable[[Problem, Result], Work], tuple[str, str, str]]] = {
@@ -129,11 +114,9 @@ def thinking_text(solution: Solution) -> str:
 
 
 def response_text(solution: Solution, rng: random.Random | None = None) -> str:
-    r"""What the user reads: 'The answer is \boxed{10}.', or with `rng` in other words."""
-    if rng is None:
-        return rf"The answer is \boxed{{{solution.answer}}}."
-    opening, verdict, closing = map(rng.choice, WORDINGS)
-    return rf"{opening}, {verdict} \boxed{{{solution.answer}}}. {closing}"
+    r"""What the user reads: 'The answer is \boxed{10}.', with `rng` and 'Ref aK.' after it."""
+    text = rf"The answer is \boxed{{{solution.answer}}}."
+    return f"{text} Ref {''.join(rng.choices(ascii_letters, k=2))}." if rng else text
 
 
 def boxed(text: str) -> str | None:

@@ -1,0 +1,99 @@
+"""Dual-chunk attention of documents that are cut over ranks (context parallelism).
+
+Every document is padded to a multiple of 2 n tokens and cut into 2 n equal pieces, of which rank r
+of n holds numbers r and 2 n - 1 - r: so all ranks have the same work (Megatron-LM's zigzag). Keys
+and values are gathered, queries stay. Positions are those of the whole document, since a piece of
+queries is a continuation of it (`q_offset`); nothing has to be merged, so the result is that of one
+rank. With grouped-query attention the gathered heads are few: at 4 key heads of 128, in bf16,
+256 MiB a layer for 128k tokens.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from q3mega.errors import UserError
+from q3mega.ops.dual_chunk_attention import check_borders, dual_chunk_attention
+
+
+def zigzag(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
+    """(T / size,) int64: which tokens of the pack `rank` holds, in the order it holds them.
+
+    cu_seqlens (B + 1,): the documents' borders in the pack. Raises UserError where a document is
+    not a multiple of 2 size tokens long.
+    """
+    held = [torch.arange(0)]
+    for start, end in pairwise(cu_seqlens.tolist()):
+        if (end - start) % (2 * size):
+            raise UserError(
+                f"cu_seqlens: a document of {end - start} tokens cannot be cut into {2 * size} "
+                f"equal pieces; pad it to a multiple of {2 * size}"
+            )
+        piece = (end - start) // (2 * size)
+        held += [
+            torch.arange(start + i * piece, start + (i + 1) * piece) for i in _places(rank, size)
+        ]
+    return torch.cat(held).to(cu_seqlens.device)
+
+
+def _places(rank: int, size: int) -> tuple[int, int]:
+    return rank, 2 * size - 1 - rank
+
+
+class _Gather(torch.autograd.Function):
+    """(T / n, ...) of each rank -> (T, ...) in the pack's order; gradients are summed back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.order, ctx.group = order, group
+        parts = x.new_empty(len(order), *x.shape[1:])
+        dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+        return torch.empty_like(parts).index_copy_(0, order, parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        mine = grad.new_empty(len(grad) // ctx.group.size(), *grad.shape[1:])
+        dist.reduce_scatter_tensor(mine, grad[ctx.order], group=ctx.group)
+        return mine, None, None
+
+
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    cp_group: dist.ProcessGroup,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`dual_chunk_attention` of a pack of which this rank holds the tokens of `zigzag`.
+
+    q (T / n, Hq, D), k and v (T / n, Hkv, D), q_scale and k_scale (T / n,): this rank's tokens.
+    cu_seqlens (B + 1,): borders in the whole pack of T tokens. The other options as there. Returns
+    (T / n, Hq, D). Raises UserError as it does, and for documents that cannot be cut.
+    """
+    size, rank = cp_group.size(), cp_group.rank()
+    cu_seqlens = cu_seqlens.cpu()  # once, and not again for every rank
+    check_borders(cu_seqlens, len(q) * size)
+    order = torch.cat([zigzag(cu_seqlens, r, size) for r in range(size)]).to(q.device)
+    if k_scale is not None:
+        k = (k * k_scale[:, None, None]).to(k.dtype)
+    k, v = (_Gather.apply(x, order, cp_group) for x in (k, v))
+    outs, at = [q[:0]], 0
+    for start, end in pairwise(cu_seqlens.tolist()):
+        piece = (end - start) // (2 * size)
+        for place in _places(rank, size) if piece else ():
+            mine, seen = slice(at, at + piece), slice(start, start + (place + 1) * piece)
+            outs.append(
+                dual_chunk_attention(
+                    q[mine], k[seen], v[seen], q_offset=place * piece,
+                    q_scale=None if q_scale is None else q_scale[mine], **options,
+                )
+            )  # fmt: skip
+            at += piece
+    return torch.cat(outs)
