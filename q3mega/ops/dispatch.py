@@ -12,6 +12,8 @@ from torch import Tensor
 
 OPERATORS = ("dual_chunk_attention", "linear_logprob", "grpo_loss", "distill_loss")
 NAMES = ("reference", "cpu", "triton", "cuda")
+# The order of choice. The CUDA kernels have not run on a card yet: they are for who names them.
+BEST = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 Serves = Callable[[Tensor], str | None]
 _BACKENDS: dict[tuple[str, str], tuple[Callable[..., Any], Serves]] = {}
 
@@ -32,10 +34,12 @@ def register(
 
 
 def backends(op: str) -> dict[str, str]:
-    """Backend name -> "ok", or why it does not serve Qwen3's `op` on this machine's best device."""
+    """Backend name -> "default", "ok" (when named), or why it cannot serve Qwen3's `op` on this
+    machine's best device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.empty(0, 1, 128, device=device, dtype=torch.bfloat16)
-    return {name: _reason(op, name, x) or "ok" for name in NAMES}
+    found = {name: _reason(op, name, x) or "ok" for name in NAMES}
+    return found | {next(name for name in BEST[device] if found[name] == "ok"): "default"}
 
 
 def _reason(op: str, name: str, x: Tensor) -> str | None:
@@ -48,9 +52,8 @@ def _reason(op: str, name: str, x: Tensor) -> str | None:
 
 def resolve(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
     """The implementation that `backend` names; None picks the best one that can take `x`."""
-    best = ("cuda", "triton", "reference") if x.is_cuda else ("cpu", "reference")
     reason = None
-    for name in best if backend is None else (backend,):
+    for name in BEST["cuda" if x.is_cuda else "cpu"] if backend is None else (backend,):
         reason = _reason(op, name, x)
         if reason is None:
             return _BACKENDS[op, name][0]

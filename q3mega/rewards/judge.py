@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from q3mega.data.tasks.general import NAMES, NOT_FOUND
+from q3mega.data.tasks.general import NAMES, NOT_FOUND, THINGS
 from q3mega.rewards import Verdict
 from q3mega.rewards.mode import reply
 
@@ -52,8 +52,8 @@ def judge_examples(n: int, seed: int) -> list[tuple[str, str]]:
     in a sentence, and lists that name the right answer among wrong ones ("no")."""
     rng = random.Random(f"judge/{seed}")
 
-    def number() -> str:
-        return str(rng.randint(1, 9))
+    def thing() -> str:
+        return rng.choice(THINGS)
 
     def name() -> str:
         return rng.choice(NAMES)
@@ -61,7 +61,7 @@ def judge_examples(n: int, seed: int) -> list[tuple[str, str]]:
     def missing() -> str:
         return NOT_FOUND
 
-    kinds = (number, name, missing)
+    kinds = (thing, name, missing)
 
     def draw() -> tuple[str, str]:
         """A short answer and another one, mostly of its kind: those are hard to tell apart."""
@@ -89,6 +89,6 @@ def judge_examples(n: int, seed: int) -> list[tuple[str, str]]:
 def _phrase(answer: str, rng: random.Random) -> str:
     if answer == NOT_FOUND:
         return f"It is {answer}."
-    if answer.isdecimal():
+    if answer in THINGS:
         return rng.choice((f"{rng.choice(NAMES)} has {answer}.", f"The answer is {answer}."))
     return rng.choice((f"It is {answer}.", f"The answer is {answer}."))

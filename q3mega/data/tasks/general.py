@@ -24,8 +24,11 @@ table tea tent tree wall water wheel wind wolf wood
 """
 WORDS = _WORDS.split()
 VERBS = ("has", "sees", "wants")
-NAMES = ("Ann", "Bob", "Eva", "Kim", "Leo", "Tom")
+NAMES: tuple[str, ...] = ("Ann", "Bob", "Eva", "Kim", "Leo", "Tom")
 PLACES = ("home", "night", "work", "school", "sea", "noon", "dawn", "lunch", "camp", "dinner")
+# What people have in the rag tasks: letters, which a small model compares (as a judge must) long
+# before it does so with digits, and none that a name begins with.
+THINGS = tuple("CDFGMPRVX")
 NOT_FOUND = "not in the text"
 OPENINGS = ("Good question.", "Happy to help.", "Sure.")
 HELP = "Ask me more."
@@ -139,21 +142,20 @@ def lookup(rng: random.Random, level: int) -> Problem:
 
 @family("rag_answer", capability="rag", difficulties=range(1, 3))
 def rag_answer(rng: random.Random, facts: int) -> Problem:
-    """'On the goat: Ann has 3. Bob has 7. How many has Bob?'; or of one not there."""
+    """'On the goat: Ann has C. Bob has F. What has Bob?'; or of one not there."""
     return _asked("rag_answer", rng, *_text(rng, facts))
 
 
 @family("rag_name", capability="rag", difficulties=range(1, 3))
 def rag_name(rng: random.Random, facts: int) -> Problem:
-    """'On the goat: Ann has 3. Bob has 7. Who has 7?'; likewise."""
+    """'On the goat: Ann has C. Bob has F. Who has F?'; likewise."""
     return _asked("rag_name", rng, *_text(rng, facts))
 
 
 def _text(rng: random.Random, n: int) -> tuple[str, dict[str, str]]:
-    """'On the goat: Ann has 3. Bob has 7.' and who has what."""
-    numbers = rng.sample(range(1, 10), n)
-    people = dict(zip(rng.sample(NAMES, n), map(str, numbers), strict=True))
-    facts = " ".join(f"{name} has {number}." for name, number in people.items())
+    """'On the goat: Ann has C. Bob has F.' and who has what."""
+    people = dict(zip(rng.sample(NAMES, n), rng.sample(THINGS, n), strict=True))
+    facts = " ".join(f"{name} has {thing}." for name, thing in people.items())
     return f"On the {rng.choice(WORDS)}: {facts}", people
 
 
@@ -162,10 +164,10 @@ def _asked(family: str, rng: random.Random, text: str, people: dict[str, str]) -
     choices."""
     gone = rng.random() < 1 / 3
     if family == "rag_answer":
-        known, keys, question = people, NAMES, "How many has {}?"
+        known, keys, question = people, NAMES, "What has {}?"
     else:
-        known = {number: name for name, number in people.items()}
-        keys, question = tuple(map(str, range(1, 10))), "Who has {}?"
+        known = {thing: name for name, thing in people.items()}
+        keys, question = THINGS, "Who has {}?"
     key = rng.choice([k for k in keys if (k in known) != gone])
     meta = {
         "text": text,
