@@ -1,11 +1,13 @@
-"""The operators' CPU backend beside plain PyTorch: time and extra memory of forward and backward.
+"""The operators beside what else computes the same: time and extra memory of forward and backward.
 
-    python benchmarks/operators.py [--threads 2] [--rounds 5] [--only grpo]
+    python benchmarks/operators.py [--device cuda] [--only grpo] [--rounds 5] [--threads 2]
 
-Every case runs its implementations in turn, `rounds` times, in one process; the table gives medians
-and their ratio to ours. Extra memory is the peak of resident memory above the inputs', from one run
-in a fresh process. What compiles (torch.compile, Liger's chunked losses) is warmed up before it
-is timed.
+On a CPU in fp32, on a GPU in bf16 and at larger sizes. Every case runs its implementations in
+turn, `rounds` times, in one process; the table gives medians, their ratio to the first of ours, and
+useful TFLOP/s: those of the fewest products that the result needs. Extra memory is the peak above
+the inputs: on a CPU of resident memory, from one run in a fresh process; on a GPU of what PyTorch
+allocates. Everything runs once before it is timed, for what compiles. Liger-Kernel and TRL are left
+out where they are not installed.
 """
 
 import argparse
@@ -13,87 +15,122 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss
 from torch import Tensor
 
 from q3mega import ops
-from q3mega.ops import rotary
+from q3mega.ops import dispatch, rotary
 
 VOCABULARY = 151_936
+TRL_COLUMNS = 32_768  # of a tile of TRL's, its trainers' choice for divergences
 Run = Callable[[], Tensor]  # builds the loss; the harness calls backward
 
 
-def _leaf(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return x.mul_(scale).requires_grad_()
+class Case(NamedTuple):
+    runs: dict[str, Run]
+    leaves: tuple[Tensor, ...]  # that gradients go to
+    teraflops: float  # useful ones, forward and backward
 
 
-def _beside(
-    ours: Run,
-    eager: Callable[..., Tensor],
-    chunked: Callable[..., Tensor] | None,
-    *operands: Tensor,
-) -> dict[str, Run]:
+class Place(NamedTuple):
+    """Where and in which dtype a case runs."""
+
+    device: str
+    dtype: torch.dtype
+
+    def leaf(self, *shape: int, seed: int, scale: float = 1.0, grad: bool = True) -> Tensor:
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+        return x.to(self.device, self.dtype).requires_grad_(grad)
+
+    def row(self, x: Tensor) -> Tensor:
+        return x.to(self.device)
+
+    def ours(self, op: str, run: Callable[..., Tensor]) -> Iterator[tuple[str, Run]]:
+        """run(backend) of every fast backend that serves `op` here."""
+        for name, state in dispatch.backends(op).items():
+            if name != "reference" and state in ("ok", "default"):
+                yield name, partial(run, name)
+
+
+def _compiled(eager: Callable[..., Tensor], *operands: Tensor) -> dict[str, Run]:
     compiled = torch.compile(eager, dynamic=False)
-    runs = {
-        "ours": ours,
-        "eager": lambda: eager(*operands),
-        "compile": lambda: compiled(*operands),
-    }
-    return runs | ({"Liger": lambda: chunked(*operands)} if chunked else {})
+    return {"eager": lambda: eager(*operands), "compile": lambda: compiled(*operands)}
 
 
-# -- cases: name -> implementations by name --------------------------------------------------------
+def _others(liger: Callable[[], Run], trl: Callable[[], Run]) -> dict[str, Run]:
+    """Those that are installed; each is made by a function, which may import."""
+    known = {"Liger": ("liger_kernel", liger), "TRL": ("trl", trl)}
+    return {name: make() for name, (package, make) in known.items() if find_spec(package)}
 
 
-def grpo(n: int, h: int, masked: float = 0.0, idle: float = 0.0) -> dict[str, Run]:
+# -- cases -----------------------------------------------------------------------------------------
+
+
+def grpo(at: Place, n: int, h: int, masked: float = 0.0, idle: float = 0.0) -> Case:
     """n tokens in 16 sequences; masked: of the tokens, idle: of the sequences without advantage."""
-    hidden, weight = _leaf(n, h, seed=0), _leaf(VOCABULARY, h, seed=1, scale=h**-0.5)
+    hidden, weight = at.leaf(n, h, seed=0), at.leaf(VOCABULARY, h, seed=1, scale=h**-0.5)
     g = torch.Generator().manual_seed(2)
-    targets = torch.randint(VOCABULARY, (n,), generator=g)
-    sequences = torch.randn(16, generator=g) * (torch.arange(16) >= 16 * idle)
+    targets = at.row(torch.randint(VOCABULARY, (n,), generator=g))
+    sequences = at.row(torch.randn(16, generator=g) * (torch.arange(16) >= 16 * idle))
     advantages = sequences.repeat_interleave(n // 16)
-    mask = (torch.rand(n, generator=g) >= masked).float()
-    weights, old = mask / mask.sum(), torch.full((n,), -12.0)
+    mask = at.row((torch.rand(n, generator=g) >= masked).float())
+    weights, old = mask / mask.sum(), at.row(torch.full((n,), -12.0))
+
+    def loss(chosen: Tensor) -> Tensor:
+        ratio = (chosen - old).clamp(-20, 20).exp()
+        per_token = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        return (per_token * weights).sum()
 
     def eager(hidden: Tensor, weight: Tensor) -> Tensor:
-        logp = (hidden @ weight.T).log_softmax(-1)
-        chosen = logp.gather(1, targets[:, None])[:, 0]
-        ratio = (chosen - old).clamp(-20, 20).exp()
-        loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-        return (loss * weights).sum()
+        logp = (hidden @ weight.T).float().log_softmax(-1)
+        return loss(logp.gather(1, targets[:, None])[:, 0])
 
-    def ours() -> Tensor:
+    def ours(backend: str) -> Tensor:
         return ops.grpo_loss(
             hidden, weight, targets, advantages=advantages, old_logprobs=old,
-            loss_weights=weights, backend="cpu",
+            loss_weights=weights, backend=backend,
         ).loss  # fmt: skip
 
-    liger = LigerFusedLinearGRPOLoss(beta=0.0, loss_type="bnpo", use_ref_model=False)
+    def liger() -> Run:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    def chunked(hidden: Tensor, weight: Tensor) -> Tensor:
-        by_sequence = (x.view(16, -1) for x in (targets, mask))
-        return liger(
+        chunked = LigerFusedLinearGRPOLoss(beta=0.0, loss_type="bnpo", use_ref_model=False)
+        by_sequence = [x.view(16, -1) for x in (targets, mask)]
+        return lambda: chunked(
             hidden.view(16, -1, h), weight, *by_sequence, sequences,
             old_per_token_logps=old.view(16, -1),
         )[0]  # fmt: skip
 
-    return _beside(ours, eager, chunked, hidden, weight)
+    def trl() -> Run:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        rest = None, targets, 1.0, TRL_COLUMNS, None, 1.0, ()
+        return lambda: loss(ChunkedLogProbFunction.apply(hidden, weight, *rest)[0])
+
+    own = dict(at.ours("grpo_loss", ours))
+    runs = own | _compiled(eager, hidden, weight) | _others(liger, trl)
+    with_gradient = int(((mask > 0) & (advantages != 0)).sum())
+    return Case(
+        runs, (hidden, weight), (mask.sum().item() + 2 * with_gradient) * 2 * VOCABULARY * h / 1e12
+    )
 
 
-def distill(kind: str, n: int = 512, h: int = 256) -> dict[str, Run]:
-    hidden, weight = _leaf(n, h, seed=0), _leaf(VOCABULARY, h, seed=1, scale=h**-0.5)
-    teacher, head = _leaf(n, h, seed=2).detach(), _leaf(VOCABULARY, h, seed=3, scale=h**-0.5)
-    head = head.detach()
+def distill(at: Place, n: int, h: int, kind: str) -> Case:
+    hidden, weight = at.leaf(n, h, seed=0), at.leaf(VOCABULARY, h, seed=1, scale=h**-0.5)
+    teacher = at.leaf(n, h, seed=2, grad=False)
+    head = at.leaf(VOCABULARY, h, seed=3, scale=h**-0.5, grad=False)
 
     def eager(hidden: Tensor, weight: Tensor) -> Tensor:
-        q = (hidden @ weight.T).log_softmax(-1)
-        p = (teacher @ head.T).log_softmax(-1)
+        q = (hidden @ weight.T).float().log_softmax(-1)
+        p = (teacher @ head.T).float().log_softmax(-1)
         if kind == "forward_kl":
             return F.kl_div(q, p, reduction="sum", log_target=True)
         if kind == "reverse_kl":
@@ -103,53 +140,68 @@ def distill(kind: str, n: int = 512, h: int = 256) -> dict[str, Run]:
         first = F.kl_div(m, p, reduction="sum", log_target=True)
         return 0.5 * (first + F.kl_div(m, q, reduction="sum", log_target=True))
 
-    def ours() -> Tensor:
+    def ours(backend: str) -> Tensor:
         return ops.distill_loss(
             hidden, weight, teacher_hidden=teacher, teacher_weight=head, divergence=kind,
-            backend="cpu",
+            backend=backend,
         ).loss  # fmt: skip
 
     beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[kind]
-    liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
-    labels = torch.zeros(n, dtype=torch.long)
 
-    def chunked(hidden: Tensor, weight: Tensor) -> Tensor:
-        return liger(hidden, weight, teacher, head, labels)
+    def liger() -> Run:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    return _beside(ours, eager, chunked, hidden, weight)
+        chunked = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
+        labels = torch.zeros(n, dtype=torch.long, device=at.device)
+        return lambda: chunked(hidden, weight, teacher, head, labels) * n  # theirs is a mean
+
+    def trl() -> Run:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        rest = None, teacher, head, None, beta
+        return lambda: ChunkedDivergenceFunction.apply(hidden, weight, *rest)[0].sum()
+
+    own = dict(at.ours("distill_loss", ours))
+    runs = own | _compiled(eager, hidden, weight) | _others(liger, trl)
+    return Case(runs, (hidden, weight), 4 * 2 * n * VOCABULARY * h / 1e12)
 
 
-def topk(n: int = 512, h: int = 256, k: int = 64) -> dict[str, Run]:
-    hidden, weight = _leaf(n, h, seed=0), _leaf(VOCABULARY, h, seed=1, scale=h**-0.5)
+def topk(at: Place, n: int, h: int, k: int = 64) -> Case:
+    hidden, weight = at.leaf(n, h, seed=0), at.leaf(VOCABULARY, h, seed=1, scale=h**-0.5)
     g = torch.Generator().manual_seed(2)
-    ids = torch.randint(VOCABULARY // k, (n, k), generator=g) + torch.arange(k) * (VOCABULARY // k)
-    logprobs = torch.randn(n, k, generator=g).log_softmax(-1) - 0.1
+    every = VOCABULARY // k
+    ids = at.row(torch.randint(every, (n, k), generator=g) + torch.arange(k) * every)
+    logprobs = at.row(torch.randn(n, k, generator=g).log_softmax(-1) - 0.1)
 
     def eager(hidden: Tensor, weight: Tensor) -> Tensor:
-        q = (hidden @ weight.T).log_softmax(-1).gather(1, ids).log_softmax(-1)
+        q = (hidden @ weight.T).float().log_softmax(-1).gather(1, ids).log_softmax(-1)
         return F.kl_div(q, logprobs.log_softmax(-1), reduction="sum", log_target=True)
 
-    def ours() -> Tensor:
+    def ours(backend: str) -> Tensor:
         return ops.distill_loss(
             hidden, weight, teacher_topk=(ids, logprobs), divergence="forward_kl", tail=False,
-            backend="cpu",
+            backend=backend,
         ).loss  # fmt: skip
 
-    return _beside(ours, eager, None, hidden, weight)
+    runs = dict(at.ours("distill_loss", ours)) | _compiled(eager, hidden, weight)
+    return Case(runs, (hidden, weight), 3 * 2 * n * k * h / 1e12)
 
 
-def attention(s: int = 4096, heads: int = 2, dim: int = 128) -> dict[str, Run]:
-    q, k, v = (_leaf(s, heads, dim, seed=i) for i in range(3))
-    chunk_size, local = 640, 128
-    chunk = chunk_size - local
-    freq, index = rotary.inv_freq(dim, 1e6), torch.arange(s)
-    pull = _leaf(s, heads, dim, seed=3).detach()
+def attention(
+    at: Place, s: int, heads: int, kv_heads: int, chunk_size: int, local_size: int, dim: int = 128
+) -> Case:
+    q = at.leaf(s, heads, dim, seed=0)
+    k, v = (at.leaf(s, kv_heads, dim, seed=i) for i in (1, 2))
+    pull = at.leaf(s, heads, dim, seed=3, grad=False)
+    chunk = chunk_size - local_size
+    freq, index = rotary.inv_freq(dim, 1e6).to(at.device), torch.arange(s, device=at.device)
 
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Three attentions' scores, of which each entry takes one."""
         place = index % chunk
         key = rotary.rotate(k, place, freq)
         back = index[:, None] // chunk - index // chunk
-        scores = 0.0
+        scores = torch.zeros((), device=at.device)
         for distance, position in (
             (0, place), (1, (place + chunk).clamp(max=chunk_size)),
             (2, torch.full_like(place, chunk_size)),
@@ -163,51 +215,83 @@ def attention(s: int = 4096, heads: int = 2, dim: int = 128) -> dict[str, Run]:
     def sdpa() -> Tensor:
         turned = (rotary.rotate(x, index, freq) for x in (q, k))
         heads_first = (x.transpose(0, 1)[None] for x in (*turned, v))
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=True)
+        out = F.scaled_dot_product_attention(
+            *heads_first, is_causal=True, enable_gqa=heads != kv_heads
+        )
         return (out[0].transpose(0, 1) * pull).sum()
 
-    def by(backend: str) -> Run:
-        return lambda: (
-            ops.dual_chunk_attention(
-                q, k, v, chunk_size=chunk_size, local_size=local, backend=backend
-            )
-            * pull
-        ).sum()
+    def ours(backend: str) -> Tensor:
+        kw = {"chunk_size": chunk_size, "local_size": local_size, "backend": backend}
+        return (ops.dual_chunk_attention(q, k, v, **kw) * pull).sum()
 
-    return {
-        "ours": by("cpu"),
-        "eager": lambda: eager(q, k, v),
-        "SDPA causal": sdpa,
-        "chunk loop": by("reference"),
-    }
+    runs = dict(at.ours("dual_chunk_attention", ours))
+    if at.device == "cpu":  # three (S, S) scores of every head, and heads of keys as of queries
+        runs |= _compiled(eager, q, k, v)
+    runs |= {"SDPA causal": sdpa, "chunk loop": partial(ours, "reference")}
+    return Case(runs, (q, k, v), 3.5 * 2 * s * s * heads * dim / 1e12)
 
 
-CASES: dict[str, Callable[[], dict[str, Run]]] = {
-    "grpo N=1024 H=256": lambda: grpo(1024, 256),
-    "grpo N=512 H=1024": lambda: grpo(512, 1024),
-    "grpo N=512 H=1024, half masked, 30 % idle": lambda: grpo(512, 1024, 0.5, 0.3),
-    "distill forward KL N=512 H=256": lambda: distill("forward_kl"),
-    "distill reverse KL N=512 H=256": lambda: distill("reverse_kl"),
-    "distill JSD N=512 H=256": lambda: distill("jsd"),
-    "distill top-64 N=512 H=256": topk,
-    "attention S=4096 D=128 c=512": attention,
+CASES: dict[str, dict[str, Callable[[Place], Case]]] = {
+    "cpu": {
+        "grpo N=1024 H=256": partial(grpo, n=1024, h=256),
+        "grpo N=512 H=1024": partial(grpo, n=512, h=1024),
+        "grpo N=512 H=1024, half masked, 30 % idle": partial(
+            grpo, n=512, h=1024, masked=0.5, idle=0.3
+        ),
+        "distill forward KL N=512 H=256": partial(distill, n=512, h=256, kind="forward_kl"),
+        "distill reverse KL N=512 H=256": partial(distill, n=512, h=256, kind="reverse_kl"),
+        "distill JSD N=512 H=256": partial(distill, n=512, h=256, kind="jsd"),
+        "distill top-64 N=512 H=256": partial(topk, n=512, h=256),
+        "attention S=4096 D=128 c=512": partial(
+            attention, s=4096, heads=2, kv_heads=2, chunk_size=640, local_size=128
+        ),
+    },
+    "cuda": {
+        "grpo N=8192 H=4096": partial(grpo, n=8192, h=4096),
+        "grpo N=8192 H=4096, half masked, 30 % idle": partial(
+            grpo, n=8192, h=4096, masked=0.5, idle=0.3
+        ),
+        "distill forward KL N=8192 H=4096": partial(distill, n=8192, h=4096, kind="forward_kl"),
+        "distill reverse KL N=8192 H=4096": partial(distill, n=8192, h=4096, kind="reverse_kl"),
+        "distill JSD N=8192 H=4096": partial(distill, n=8192, h=4096, kind="jsd"),
+        "distill top-64 N=8192 H=4096": partial(topk, n=8192, h=4096),
+        "attention S=8192 32q/8kv c=7168": partial(
+            attention, s=8192, heads=32, kv_heads=8, chunk_size=8192, local_size=1024
+        ),
+        "attention S=32768 32q/8kv c=7168": partial(
+            attention, s=32_768, heads=32, kv_heads=8, chunk_size=8192, local_size=1024
+        ),
+    },
 }
 
 
-def _run(build: Run) -> tuple[float, float]:
-    """(forward seconds, backward seconds)."""
-    start = time.perf_counter()
-    loss = build()
-    middle = time.perf_counter()
+# -- measuring -------------------------------------------------------------------------------------
+
+
+def _place(device: str) -> Place:
+    return Place(device, torch.float32 if device == "cpu" else torch.bfloat16)
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _run(case: Case, name: str, device: str) -> tuple[float, float]:
+    """(forward seconds, backward seconds), gradients fresh."""
+    for leaf in case.leaves:
+        leaf.grad = None
+    start = _now(device)
+    loss = case.runs[name]()
+    middle = _now(device)
     loss.backward()
-    return middle - start, time.perf_counter() - middle
+    return middle - start, _now(device) - middle
 
 
-def _peak(
-    case: str, name: str, threads: int, pipe: "multiprocessing.connection.Connection"
-) -> None:
+def _peak(case_name: str, name: str, threads: int, pipe: Connection) -> None:
     torch.set_num_threads(threads)
-    build = CASES[case]()[name]
+    case = CASES["cpu"][case_name](_place("cpu"))
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
 
     def status(key: str) -> int:
@@ -215,49 +299,65 @@ def _peak(
         return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
     before = status("VmRSS")
-    _run(build)
+    _run(case, name, "cpu")
     pipe.send((status("VmHWM") - before) / 2**20)
 
 
-def memory(case: str, name: str, threads: int) -> float:
-    """GiB of one forward and backward above the inputs, in a process of its own."""
+def _memory_in_fresh_process(case_name: str, name: str, threads: int) -> float:
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_peak, args=(case, name, threads, send))
+    process = context.Process(target=_peak, args=(case_name, name, threads, send))
     process.start()
     process.join()
     return receive.recv()
 
 
+def _memory_of_gpu(case: Case, name: str) -> float:
+    for leaf in case.leaves:
+        leaf.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _run(case, name, "cuda")
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=CASES, default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
+    device, record = args.device, {}
     torch.set_num_threads(args.threads)
-    record = {}
-    print("| case | implementation | forward s | backward s | both / ours | extra GiB |")
-    print("|---|---|---|---|---|---|")
-    for case, build in CASES.items():
-        if args.only not in case:
+    card = f", {torch.cuda.get_device_name()}" if device == "cuda" else f", {args.threads} threads"
+    print(f"torch {torch.__version__}, {device}{card}, median of {args.rounds}\n")
+    print("| case | implementation | forward s | backward s | both / ours | TFLOP/s | extra GiB |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for name, build in CASES[device].items():
+        if args.only not in name:
             continue
-        runs, times = build(), {}
-        for name in runs:
-            if name in ("compile", "Liger"):
-                _run(runs[name])
-        for _ in range(args.rounds):
-            for name, run in runs.items():
-                times.setdefault(name, []).append(_run(run))
-        del runs
-        ours = statistics.median(sum(t) for t in times["ours"])
-        for name, taken in times.items():
+        case, times = build(_place(device)), {}
+        for round_ in range(args.rounds + 1):
+            for implementation in case.runs:
+                taken = _run(case, implementation, device)
+                if round_:
+                    times.setdefault(implementation, []).append(taken)
+        ours = statistics.median(map(sum, next(iter(times.values()))))
+        for implementation, taken in times.items():
             forward, backward = (statistics.median(x) for x in zip(*taken, strict=True))
-            both, gib = statistics.median(map(sum, taken)), memory(case, name, args.threads)
-            record[f"{case}/{name}"] = {"forward": forward, "backward": backward, "GiB": gib}
-            row = f"{forward:.2f} | {backward:.2f} | {both / ours:.2f} | {gib:.2f} |"
-            print(f"| {case} | {name} | {row}", flush=True)
+            both = statistics.median(map(sum, taken))
+            gib = (
+                _memory_of_gpu(case, implementation)
+                if device == "cuda"
+                else _memory_in_fresh_process(name, implementation, args.threads)
+            )
+            speed = case.teraflops / both
+            row = {"forward": forward, "backward": backward, "TFLOP/s": speed, "GiB": gib}
+            record[f"{name}/{implementation}"] = row
+            cells = f"{forward:.4g} | {backward:.4g} | {both / ours:.2f} | {speed:.3g} | {gib:.2f}"
+            print(f"| {name} | {implementation} | {cells} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(record, indent=1))
 

@@ -1,4 +1,4 @@
-"""The losses against Liger-Kernel's chunked ones: code that is not ours, on the same operands."""
+"""The losses against those of Liger-Kernel and TRL: code that is not ours, on the same operands."""
 
 from types import SimpleNamespace
 
@@ -9,6 +9,8 @@ from q3mega import device  # noqa: F401
 # isort: split
 import torch
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from q3mega import ops
 
@@ -88,10 +90,40 @@ def test_grpo_family(batch, variant, aggregate, dual_clip, kl_coef):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "divergence,beta", [("jsd", 0.5), ("jsd", 0.2), ("forward_kl", 0.0), ("reverse_kl", 1.0)]
-)
-def test_distillation(batch, divergence, beta):
+def test_log_probability_and_entropy_of_trl(batch):
+    expected = ChunkedLogProbFunction.apply(
+        batch.hidden, batch.weight, None, batch.targets, 0.8, 16, None, 1.0, ("entropy",)
+    )[:2]
+    found = ops.linear_logprob(batch.hidden, batch.weight, batch.targets, temperature=0.8)
+    pull = torch.randn(2, B * T, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (gradients((torch.stack(x) * pull).sum(), batch) for x in (found, expected))
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-6)
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)  # theirs subtracts large sums
+
+
+DIVERGENCES = [("jsd", 0.5), ("jsd", 0.2), ("forward_kl", 0.0), ("reverse_kl", 1.0)]
+
+
+@pytest.mark.parametrize("divergence,beta", DIVERGENCES)
+def test_divergences_of_trl(batch, divergence, beta):
+    g = torch.Generator().manual_seed(1)
+    teacher, head = torch.randn(B * T, H, generator=g), torch.randn(V, H, generator=g)
+    theirs, _ = ChunkedDivergenceFunction.apply(
+        batch.hidden, batch.weight, None, teacher, head, None, beta, 2.0
+    )
+    found = ops.distill_loss(
+        batch.hidden, batch.weight, teacher_hidden=teacher, teacher_weight=head,
+        divergence=divergence, beta=beta or 0.5, temperature=2.0,
+        loss_weights=batch.mask.flatten(),
+    )  # fmt: skip
+    expected = 2.0**2 * (theirs * batch.mask.flatten()).sum()  # theirs: without T squared
+    for x, y in zip(gradients(found.loss, batch), gradients(expected, batch), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("divergence,beta", DIVERGENCES)
+def test_divergences_of_liger(batch, divergence, beta):
     g = torch.Generator().manual_seed(1)
     teacher, head = torch.randn(B * T, H, generator=g), torch.randn(V, H, generator=g)
     labels = torch.where(batch.mask.flatten() > 0, batch.targets, -100)
