@@ -1,6 +1,6 @@
 """What the compilers make of the kernels for an H100, without one.
 
-    python benchmarks/compiled.py
+    python benchmarks/compiled.py > docs/benchmarks/compiled.md
 
 Compiles every Triton kernel for sm_90a at the settings that the launchers use, and the CUDA kernels
 where there is an nvcc; reads registers, spills, stack and shared memory from ptxas, tensor-core and
@@ -8,6 +8,7 @@ local-memory instructions from the disassembly. The other tools are those that T
 The warpgroups of a CUDA attention kernel start with 168 registers a thread and then trade them.
 """
 
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -106,7 +107,10 @@ def chosen(name: str) -> bool:
 
 
 def main() -> None:
-    print(f"Triton {triton.__version__}, nvcc {tool('nvcc') or 'not found'}, sm_90a\n")
+    nvcc = tool("nvcc")
+    version = re.findall(r"\bV([\d.]+)", run(nvcc, "--version"))[0] if nvcc else "not found"
+    print("# The kernels as compiled for Hopper\n\n`python benchmarks/compiled.py`, without a GPU.")
+    print(f"Triton {triton.__version__}, nvcc {version}, sm_90a\n")
     print("| kernel | warps | registers | spilled B | stack B | shared B | HGMMA | local |")
     print("|---|---|---|---|---|---|---|---|")
     for name, warps, c in rows():
