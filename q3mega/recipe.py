@@ -259,7 +259,7 @@ class PreferenceModel(Section):
 class JudgeModel(Section):
     """The model that compares a reply with the reference answer."""
 
-    steps: PositiveInt = 180
+    steps: PositiveInt = 300
     questions: PositiveInt = 32  # a step
     lr: PositiveFloat = 3e-3
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from q3mega.data.tasks.general import NAMES, NOT_FOUND, THINGS
+from q3mega.data.tasks.general import NAMES, NOT_FOUND
 from q3mega.rewards import Verdict
 from q3mega.rewards.mode import reply
 
@@ -22,8 +22,8 @@ STUFFED = 0.1  # list several answers, the right one among them
 def judge_prompt(reference: str, answer: str) -> str:
     """The question put to the judge; tags and line ends are taken out of the answer, and the
     question's own words, so that it cannot speak for the judge."""
-    plain = re.sub(r"[<>\s]+|Reference:|Answer:|Same\?", " ", answer)
-    return f"Reference: {reference} Answer: {' '.join(plain.split())} Same?"
+    plain = re.sub(r"[<>=\s]+|Same\?", " ", answer)
+    return f"Same? {' '.join(plain.split())} = {reference}"
 
 
 def judge(
@@ -52,8 +52,8 @@ def judge_examples(n: int, seed: int) -> list[tuple[str, str]]:
     in a sentence, and lists that name the right answer among wrong ones ("no")."""
     rng = random.Random(f"judge/{seed}")
 
-    def thing() -> str:
-        return rng.choice(THINGS)
+    def number() -> str:
+        return str(rng.randint(1, 9))
 
     def name() -> str:
         return rng.choice(NAMES)
@@ -61,11 +61,11 @@ def judge_examples(n: int, seed: int) -> list[tuple[str, str]]:
     def missing() -> str:
         return NOT_FOUND
 
-    kinds = (thing, name, missing)
+    kinds = (number, name, missing)
 
     def draw() -> tuple[str, str]:
         """A short answer and another one, mostly of its kind: those are hard to tell apart."""
-        kind = rng.choices(kinds, (0.4, 0.4, 0.2))[0]
+        kind = rng.choices(kinds, (0.6, 0.25, 0.15))[0]
         right = wrong = kind()
         while wrong == right:
             wrong = (kind if rng.random() < ALIKE else rng.choice(kinds))()
@@ -89,6 +89,6 @@ def judge_examples(n: int, seed: int) -> list[tuple[str, str]]:
 def _phrase(answer: str, rng: random.Random) -> str:
     if answer == NOT_FOUND:
         return f"It is {answer}."
-    if answer in THINGS:
+    if answer.isdecimal():
         return rng.choice((f"{rng.choice(NAMES)} has {answer}.", f"The answer is {answer}."))
     return rng.choice((f"It is {answer}.", f"The answer is {answer}."))

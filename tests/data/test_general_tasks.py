@@ -20,7 +20,7 @@ def worth(problem, response):
     if problem.capability == "preference":
         return float(rubric(response, problem) == 1.0)
     if problem.capability == "rag":
-        same = f"Reference: {problem.answer} Answer: {problem.answer} Same?"
+        same = f"Same? {problem.answer} = {problem.answer}"
         return judge([text], [row], lambda prompts: [float(p == same) for p in prompts])[0].score
     names = "answered" if problem.family == "think_follow" else TASK_REWARD[problem.family][1]
     return score(names, text, row).score
@@ -108,21 +108,6 @@ def test_rag_answers_are_in_the_text_or_nowhere(family):
         if family == "rag_name":
             facts = {number: name for name, number in facts.items()}
         assert facts.get(asked.split()[-1], general.NOT_FOUND) == p.answer
-
-
-def test_more_questions_on_a_text_are_other_ones_and_never_held_out():
-    rng = random.Random(0)
-    held_out = {p.question for p in generate("rag_answer", 200, seed=0, heldout=True)}
-    for query in generate("rag_answer", 200, seed=0):
-        turns = general.read_on(query, rng, skill=1.0, n=4)
-        asked, replies = ([t["content"] for t in turns[i::2]] for i in (0, 1))
-        assert len({query.meta["question"], *asked}) == 5
-        assert not held_out & {f"{query.meta['text']} {question}" for question in asked}
-        has = query.meta["people"]
-        for question, reply in zip(asked, replies, strict=True):
-            verb, key = question.removesuffix("?").split(" has ")
-            answers = has if verb == "What" else {thing: name for name, thing in has.items()}
-            assert reply == answers.get(key, general.NOT_FOUND)
 
 
 def test_preference_pairs_follow_the_rubric_and_the_split():

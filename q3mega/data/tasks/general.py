@@ -24,11 +24,8 @@ table tea tent tree wall water wheel wind wolf wood
 """
 WORDS = _WORDS.split()
 VERBS = ("has", "sees", "wants")
-NAMES: tuple[str, ...] = ("Ann", "Bob", "Eva", "Kim", "Leo", "Tom")
+NAMES = ("Ann", "Bob", "Eva", "Kim", "Leo", "Tom")
 PLACES = ("home", "night", "work", "school", "sea", "noon", "dawn", "lunch", "camp", "dinner")
-# What people have in the rag tasks: letters, which a small model compares (as a judge must) long
-# before it does so with digits, and none that a name begins with.
-THINGS = tuple("CDFGMPRVX")
 NOT_FOUND = "not in the text"
 OPENINGS = ("Good question.", "Happy to help.", "Sure.")
 HELP = "Ask me more."
@@ -142,56 +139,33 @@ def lookup(rng: random.Random, level: int) -> Problem:
 
 @family("rag_answer", capability="rag", difficulties=range(1, 3))
 def rag_answer(rng: random.Random, facts: int) -> Problem:
-    """'On the goat: Ann has C. Bob has F. What has Bob?'; or of one not there."""
-    return _asked("rag_answer", rng, *_text(rng, facts))
+    """'On the goat: Ann has 3. Bob has 7. How many has Bob?'; or of one not there."""
+    people, rows = _facts(rng, facts)
+    gone = rng.random() < 1 / 3
+    who = rng.choice([n for n in NAMES if n not in people] if gone else sorted(people))
+    answer = NOT_FOUND if gone else people[who]
+    text = f"On the {rng.choice(WORDS)}: {rows} How many has {who}?"
+    meta = {"choices": [*sorted(people.values()), NOT_FOUND]}
+    return problem("rag_answer", "rag", text, answer, facts, meta=meta)
 
 
 @family("rag_name", capability="rag", difficulties=range(1, 3))
 def rag_name(rng: random.Random, facts: int) -> Problem:
-    """'On the goat: Ann has C. Bob has F. Who has F?'; likewise."""
-    return _asked("rag_name", rng, *_text(rng, facts))
-
-
-def _text(rng: random.Random, n: int) -> tuple[str, dict[str, str]]:
-    """'On the goat: Ann has C. Bob has F.' and who has what."""
-    people = dict(zip(rng.sample(NAMES, n), rng.sample(THINGS, n), strict=True))
-    facts = " ".join(f"{name} has {thing}." for name, thing in people.items())
-    return f"On the {rng.choice(WORDS)}: {facts}", people
-
-
-def _asked(family: str, rng: random.Random, text: str, people: dict[str, str]) -> Problem:
-    """A question on the text; a third of them on what is not there. meta: text, people, question,
-    choices."""
+    """'On the goat: Ann has 3. Bob has 7. Who has 7?'; likewise."""
+    people, rows = _facts(rng, facts)
     gone = rng.random() < 1 / 3
-    if family == "rag_answer":
-        known, keys, question = people, NAMES, "What has {}?"
-    else:
-        known = {thing: name for name, thing in people.items()}
-        keys, question = THINGS, "Who has {}?"
-    key = rng.choice([k for k in keys if (k in known) != gone])
-    meta = {
-        "text": text,
-        "people": people,
-        "question": question.format(key),
-        "choices": [*sorted(known.values()), NOT_FOUND],
-    }
-    asked, answer = f"{text} {meta['question']}", known.get(key, NOT_FOUND)
-    return problem(family, "rag", asked, answer, len(people), meta=meta)
+    who, free = rng.choice(sorted(people)), set(range(1, 10)) - set(map(int, people.values()))
+    number = rng.choice(sorted(free)) if gone else people[who]
+    answer = NOT_FOUND if gone else who
+    text = f"On the {rng.choice(WORDS)}: {rows} Who has {number}?"
+    meta = {"choices": [*sorted(people), NOT_FOUND]}
+    return problem("rag_name", "rag", text, answer, facts, meta=meta)
 
 
-def read_on(query: Problem, rng: random.Random, skill: float, n: int) -> list[dict[str, str]]:
-    """The turns of n other questions on the text of a rag query, answered at rate `skill`."""
-    asked = {query.meta["question"]}
-    turns: list[dict[str, str]] = []
-    while len(turns) < 2 * n:
-        family = rng.choice(("rag_answer", "rag_name"))
-        more = _asked(family, rng, query.meta["text"], query.meta["people"])
-        question = more.meta["question"]
-        if question not in asked and not more.heldout:
-            asked.add(question)
-            turns.append({"role": "user", "content": question})
-            turns.append({"role": "assistant", "content": respond(more, rng, skill)})
-    return turns
+def _facts(rng: random.Random, n: int) -> tuple[dict[str, str], str]:
+    numbers = rng.sample(range(1, 10), n)
+    people = dict(zip(rng.sample(NAMES, n), map(str, numbers), strict=True))
+    return people, " ".join(f"{name} has {number}." for name, number in people.items())
 
 
 GENERAL = tuple(name for name, f in FAMILIES.items() if f.capability in CAPABILITIES)
