@@ -165,7 +165,7 @@ def entropy_ratio(metrics: Path) -> dict[str, dict[str, float]]:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     values = [row["entropy"] for row in rows if "entropy" in row]
     ratio = float(np.mean(values[-10:]) / np.mean(values[:10]))
-    return {"entropy_ratio": {"value": ratio, "n": len(values), "low": ratio, "high": ratio}}
+    return {"entropy_ratio": {"value": ratio, "n": len(values)}}
 
 
 def capabilities(
@@ -262,12 +262,7 @@ def loss_by_kind(
         parts = engine.evaluate(pack(mine, 4 * sequence), _nats)
         sums = np.array(parallel.gather_over_data(parts))
         total, n = sums.sum(0)
-        results[f"loss_{kind}"] = {
-            "value": total / n,
-            "n": int(n),
-            "low": total / n,
-            "high": total / n,
-        }
+        results[f"loss_{kind}"] = {"value": total / n, "n": int(n)}
     return results
 
 
@@ -297,7 +292,8 @@ def expert_load(
         hook.remove()
     loads = [float(total.max() / total.mean()) for total in counts]
     return {
-        "expert_load": {"value": max(loads), "n": len(loads), "low": min(loads), "high": max(loads)}
+        "expert_load_worst_layer": {"value": max(loads), "n": len(loads)},
+        "expert_load_best_layer": {"value": min(loads), "n": len(loads)},
     }
 
 

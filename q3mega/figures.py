@@ -54,7 +54,7 @@ def bars(series: Mapping[str, Mapping[str, Metric]], title: str) -> str:
     axis.set_xticklabels([g.replace("_", "\n", 1) for g in groups], parse_math=False, fontsize=8)
     axis.set_ylim(0, 1)
     axis.set_ylabel("accuracy")
-    _legend(axis)
+    figure.legend(loc="outside upper center", ncols=len(series), fontsize=8)
     return _html(figure, title)
 
 

@@ -48,10 +48,11 @@ def test_expert_load_is_the_busiest_over_the_mean(tmp_path):
     train_tokenizer(texts, 280, tmp_path)
     shape = replace(SHAPES["moe"], vocab=280)
     engine = Engine(shape, LAYOUT(), seed=1)
-    found = expert_load(engine, Tokenizer(tmp_path), ["worked"], seed=0)["expert_load"]
-    assert found["n"] == shape.layers
-    assert 1 <= found["low"] <= found["value"] <= shape.experts / shape.topk
+    found = expert_load(engine, Tokenizer(tmp_path), ["worked"], seed=0)
+    worst, best = (found[f"expert_load_{end}_layer"] for end in ("worst", "best"))
+    assert worst["n"] == shape.layers
+    assert 1 <= best["value"] <= worst["value"] <= shape.experts / shape.topk
     router = engine.chunks[0].decoder.layers[0].mlp.router
     router.weight.data.zero_()  # all experts alike: ties go to the same two, the worst load
-    worst = expert_load(engine, Tokenizer(tmp_path), ["worked"], seed=0)["expert_load"]
-    assert worst["value"] == pytest.approx(shape.experts / shape.topk)
+    found = expert_load(engine, Tokenizer(tmp_path), ["worked"], seed=0)
+    assert found["expert_load_worst_layer"]["value"] == pytest.approx(shape.experts / shape.topk)

@@ -80,7 +80,7 @@ def distill_on_policy(stage: Stage) -> None:
         results |= {
             "rl_pass1": rates["pass1"],
             "rl_pass8": rates["pass8"],
-            "flops_ratio_rl_over_opd": {"value": ratio, "n": 1, "low": ratio, "high": ratio},
+            "flops_ratio_rl_over_opd": {"value": ratio, "n": 1},
         }
     if config.compare_sft_samples:
         compare_sft(stage, source)
