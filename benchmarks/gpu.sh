@@ -14,9 +14,9 @@ fi
 "$python" -m q3mega.cli doctor
 "$python" -m pytest -m gpu tests/ops
 if command -v compute-sanitizer > /dev/null; then
-  compute-sanitizer --error-exitcode 1 "$python" -m pytest -m gpu tests/ops/test_cuda.py -k "not 151_936"
+  compute-sanitizer --error-exitcode 1 "$python" -m pytest -m gpu tests/ops/test_cuda.py
 fi
-page="docs/benchmarks/$(echo "$card" | tr ' A-Z' '-a-z').md"
+page="docs/benchmarks/$(echo "$card" | tr 'A-Z ' 'a-z-').md"
 partial=$(mktemp)
 {
   echo "# $card"

@@ -54,7 +54,7 @@ def bars(series: Mapping[str, Mapping[str, Metric]], title: str) -> str:
     axis.set_xticklabels([g.replace("_", "\n", 1) for g in groups], parse_math=False, fontsize=8)
     axis.set_ylim(0, 1)
     axis.set_ylabel("accuracy")
-    figure.legend(loc="outside upper center", ncols=len(series), fontsize=8)
+    _legend(figure, loc="outside upper center", ncols=len(series))
     return _html(figure, title)
 
 
@@ -68,8 +68,8 @@ def _panels(n: int) -> tuple[Figure, list[Any]]:
     return figure, list(figure.subplots(1, n, squeeze=False)[0])
 
 
-def _legend(axis: Any) -> None:
-    for text in axis.legend(fontsize=8).get_texts():
+def _legend(of: Any, **how: Any) -> None:
+    for text in of.legend(fontsize=8, **how).get_texts():
         text.set_parse_math(False)
 
 

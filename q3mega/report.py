@@ -183,10 +183,8 @@ def _pretraining(run_dir: Path) -> str:
 
 def _accuracies(evals: Evals) -> str:
     series = {
-        mode: {
-            stage: found[name] for stage, found in evals.items() for name in names & found.keys()
-        }
-        for mode, names in ((mode, set(names)) for mode, names in _MODES.items())
+        mode: {s: found[n] for s, found in evals.items() for n in names if n in found}
+        for mode, names in _MODES.items()
     }
     return _bars("Accuracy by stage and mode", series)
 
