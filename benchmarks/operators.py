@@ -3,11 +3,11 @@
     python benchmarks/operators.py [--device cuda] [--only grpo] [--rounds 5] [--threads 2]
 
 On a CPU in fp32, on a GPU in bf16 and at larger sizes. Every case runs its implementations in
-turn, `rounds` times, in one process; the table gives medians, their ratio to the first of ours, and
-useful TFLOP/s: those of the fewest products that the result needs. Extra memory is the peak above
-the inputs: on a CPU of resident memory, from one run in a fresh process; on a GPU of what PyTorch
-allocates. Everything runs once before it is timed, for what compiles. Liger-Kernel and TRL are left
-out where they are not installed.
+turn, `rounds` times, in one process; the first table gives medians and useful TFLOP/s: those of the
+fewest products that the result needs. Extra memory is the peak above the inputs: on a CPU of
+resident memory, from one run in a fresh process; on a GPU of what PyTorch allocates. The second
+table divides the others' figures by those of the first of ours. Everything runs once before it is
+timed, for what compiles. Liger-Kernel and TRL are left out where they are not installed.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from q3mega import ops
 from q3mega.ops import dispatch, rotary
 
 VOCABULARY = 151_936
+OTHERS = ("eager", "compile", "Liger", "TRL", "chunk loop", "SDPA causal")
 TRL_COLUMNS = 32_768  # of a tile of TRL's, its trainers' choice for divergences
 Run = Callable[[], Tensor]  # builds the loss; the harness calls backward
 
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     runs: dict[str, Run]
     leaves: tuple[Tensor, ...]  # that gradients go to
     teraflops: float  # useful ones, forward and backward
+    apart: bool = False  # forward and backward are compared each by itself
 
 
 class Place(NamedTuple):
@@ -228,13 +230,14 @@ def attention(
     if at.device == "cpu":  # three (S, S) scores of every head, and heads of keys as of queries
         runs |= _compiled(eager, q, k, v)
     runs |= {"SDPA causal": sdpa, "chunk loop": partial(ours, "reference")}
-    return Case(runs, (q, k, v), 3.5 * 2 * s * s * heads * dim / 1e12)
+    return Case(runs, (q, k, v), 3.5 * 2 * s * s * heads * dim / 1e12, apart=True)
 
 
 CASES: dict[str, dict[str, Callable[[Place], Case]]] = {
     "cpu": {
         "grpo N=1024 H=256": partial(grpo, n=1024, h=256),
         "grpo N=512 H=1024": partial(grpo, n=512, h=1024),
+        "grpo N=2048 H=1024": partial(grpo, n=2048, h=1024),
         "grpo N=512 H=1024, half masked, 30 % idle": partial(
             grpo, n=512, h=1024, masked=0.5, idle=0.3
         ),
@@ -321,6 +324,13 @@ def _memory_of_gpu(case: Case, name: str) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
+def _ratios(rows: dict[str, dict[str, float]], part: str) -> list[str]:
+    """Each of OTHERS' time over ours, and our extra memory over eager's."""
+    ours = next(iter(rows.values()))
+    cells = [f"{rows[x][part] / ours[part]:.2f}" if x in rows else "" for x in OTHERS]
+    return [*cells, f"{ours['GiB'] / rows['eager']['GiB']:.3f}" if "eager" in rows else ""]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=CASES, default="cpu")
@@ -329,11 +339,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
-    device, record = args.device, {}
+    device, record, ratios = args.device, {}, []
     torch.set_num_threads(args.threads)
     card = f", {torch.cuda.get_device_name()}" if device == "cuda" else f", {args.threads} threads"
     print(f"torch {torch.__version__}, {device}{card}, median of {args.rounds}\n")
-    print("| case | implementation | forward s | backward s | both / ours | TFLOP/s | extra GiB |")
+    print("| case | implementation | forward s | backward s | both s | TFLOP/s | extra GiB |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for name, build in CASES[device].items():
         if args.only not in name:
@@ -344,7 +354,7 @@ def main() -> None:
                 taken = _run(case, implementation, device)
                 if round_:
                     times.setdefault(implementation, []).append(taken)
-        ours = statistics.median(map(sum, next(iter(times.values()))))
+        rows: dict[str, dict[str, float]] = {}
         for implementation, taken in times.items():
             forward, backward = (statistics.median(x) for x in zip(*taken, strict=True))
             both = statistics.median(map(sum, taken))
@@ -353,11 +363,17 @@ def main() -> None:
                 if device == "cuda"
                 else _memory_in_fresh_process(name, implementation, args.threads)
             )
-            speed = case.teraflops / both
-            row = {"forward": forward, "backward": backward, "TFLOP/s": speed, "GiB": gib}
-            record[f"{name}/{implementation}"] = row
-            cells = f"{forward:.4g} | {backward:.4g} | {both / ours:.2f} | {speed:.3g} | {gib:.2f}"
-            print(f"| {name} | {implementation} | {cells} |", flush=True)
+            row = {"forward": forward, "backward": backward, "both": both, "GiB": gib}
+            rows[implementation] = row
+            cells = f"{forward:.4g} | {backward:.4g} | {both:.4g} | {case.teraflops / both:.3g}"
+            print(f"| {name} | {implementation} | {cells} | {gib:.2f} |", flush=True)
+        for part in ("forward", "backward") if case.apart else ("both",):
+            ratios.append((f"{name}, {part}", *_ratios(rows, part)))
+        record[name] = rows
+    print(f"\n| time / ours | {' | '.join(OTHERS)} | our extra memory / eager's |")
+    print("|---" * (len(OTHERS) + 2) + "|")
+    for cells in ratios:
+        print(f"| {' | '.join(cells)} |")
     if args.json:
         args.json.write_text(json.dumps(record, indent=1))
 
