@@ -4,7 +4,7 @@ Columns are per token and travel together, so that advantages, old log-probabili
 scores reach the loss beside the tokens they belong to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,27 +58,33 @@ class Batch:
     def max_length(self) -> int:
         return int(self.cu_seqlens.diff().max())
 
-    def filled(self, multiple: int) -> "Batch":
-        """Tokens and borders with one more document of zeros, up to a multiple of `multiple`."""
-        missing = -len(self.tokens) % multiple
-        if not missing:
-            return self
-        end = self.cu_seqlens[-1:] + missing
-        tokens, targets, weights = (
-            torch.cat([t, t.new_zeros(missing)])
-            for t in (self.tokens, self.targets, self.loss_weights)
-        )
-        return Batch(tokens, targets, weights, torch.cat([self.cu_seqlens, end]), {})
+    def at(self, place: Tensor, length: int) -> "Batch":
+        """The same tokens at places (T,) of a pack of `length`; zeros without weight elsewhere.
+
+        The borders are the caller's to set.
+        """
+
+        def spread(column: Tensor) -> Tensor:
+            return column.new_zeros(length, *column.shape[1:]).index_copy_(0, place, column)
+
+        return self._each(spread, self.cu_seqlens)
+
+    def take(self, index: Tensor, cu_seqlens: Tensor) -> "Batch":
+        """The tokens at `index`, with borders of their own."""
+        return self._each(lambda column: column[index], cu_seqlens)
 
     def to(self, device: torch.device) -> "Batch":
         if self.tokens.device == device:
             return self
-        columns = {name: column.to(device) for name, column in self.columns.items()}
+        return self._each(lambda column: column.to(device), self.cu_seqlens.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor], cu_seqlens: Tensor) -> "Batch":
+        columns = {name: change(column) for name, column in self.columns.items()}
         return Batch(
-            self.tokens.to(device),
-            self.targets.to(device),
-            self.loss_weights.to(device),
-            self.cu_seqlens.to(device),
+            change(self.tokens),
+            change(self.targets),
+            change(self.loss_weights),
+            cu_seqlens,
             columns,
         )
 

@@ -5,7 +5,7 @@ caller's choice and every layout gives the same gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from torch import Tensor
 from q3mega.data.batch import Batch
 from q3mega.engine import checkpoint, parallel
 from q3mega.engine.optimizer import OptimizerSpec, build_optimizer
+from q3mega.engine.parallel import Part
 from q3mega.model import Qwen3Shape, huggingface
 from q3mega.model.attention import Positions
 from q3mega.model.megatron import build_model, transformer_config
@@ -129,18 +130,19 @@ class Engine:
             module.zero_grad_buffer()
             module.train()
         self.optimizer.zero_grad()
-        batches, tokens = self._same_count(batches)
+        parts = [self._part(b) for b in batches]
+        parts, tokens = self._same_count(parts)
 
-        def loss_func(batch: Batch, out: Head) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            loss, metrics = loss_fn(out, batch)
+        def loss_func(part: Part, out: Head) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            loss, metrics = loss_fn(out, part.batch)
             # megatron divides gradients by the token count; the MoE balance loss relies on it
-            count = torch.tensor(len(batch), dtype=torch.int, device=loss.device)
+            count = torch.tensor(len(part.batch), dtype=torch.int, device=loss.device)
             return loss * tokens, count, {"loss": loss.detach(), **metrics}
 
-        parts = self._forward(batches, loss_func, forward_only=False)
+        found = self._forward(parts, loss_func, forward_only=False)
         success, grad_norm, _ = self.optimizer.step()
         self.updated = True
-        metrics = self._total(parts)
+        metrics = self._total(found)
         if not success:
             metrics["skipped"] = 1.0
         metrics["grad_norm"] = float(grad_norm or 0.0)
@@ -149,97 +151,91 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], fn: Callable[[Head, Batch], _T]) -> list[_T]:
-        """fn over this rank's micro-batches, no gradient; results on the last pipeline stage."""
+        """fn over this rank's micro-batches, no gradient; results on the last pipeline stage.
+
+        Every rank of a context-parallel group sees the whole of them.
+        """
         for module in self.modules:
             module.eval()
-        own = len(batches)
-        if self.layout.expert > 1:  # ranks meet inside every expert layer
-            batches, _ = self._same_count(batches)
+        parts = [self._part(b) for b in batches]
+        if self.layout.expert > 1 or self.layout.virtual_pipeline > 1:  # ranks meet in every layer
+            parts, _ = self._same_count(parts)
 
-        def loss_func(batch: Batch, out: Head) -> tuple[Tensor, Tensor, Any]:
+        def loss_func(part: Part, out: Head) -> tuple[Tensor, Tensor, Any]:
             zero = out.hidden.new_zeros(())
-            return zero, torch.tensor(1, dtype=torch.int), fn(out, batch)
+            whole = Head(part.whole(out.hidden), out.weight, out.tp_group)
+            return zero, torch.tensor(1, dtype=torch.int), fn(whole, part.original)
 
-        return self._forward(batches, loss_func, forward_only=True)[:own]
+        return self._forward(parts, loss_func, forward_only=True)[: len(batches)]
 
-    def _forward(self, batches: Sequence[Batch], loss_func: Any, forward_only: bool) -> list[Any]:
-        if not batches:
+    def _part(self, batch: Batch) -> Part:
+        on_device = batch.to(device.device())
+        return parallel.part(on_device, sequence_parallel=self.config.sequence_parallel)
+
+    def _forward(self, parts: Sequence[Part], loss_func: Any, forward_only: bool) -> list[Any]:
+        if not parts:
             return []
 
-        # sequence parallelism cuts the packed tokens evenly: fill up with one document of padding
-        multiple = self.layout.tensor if self.config.sequence_parallel else 1
-
-        def head(
-            hidden_states: Tensor,
-            output_layer: Any,
-            output_weight: Any,
-            context: int,
-            **_: Any,
-        ) -> Head:
+        def head(hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Head:
             if self.config.sequence_parallel:
                 # not summed here: the operator sums the gradient over the group itself
                 hidden_states = gather_from_sequence_parallel_region(
                     hidden_states, tensor_parallel_output_grad=False
                 )
             weight = output_layer.weight if output_weight is None else output_weight
-            return Head(hidden_states[:context, 0], weight, self.tp_group)
+            return Head(hidden_states[:, 0], weight, self.tp_group)
 
-        def forward_step(batches: Iterator[Batch], module: Any) -> tuple[Any, Any]:
-            batch = next(batches).to(device.device())
-            filled = batch.filled(multiple)
+        def forward_step(parts: Iterator[Part], module: Any) -> tuple[Any, Any]:
+            part = next(parts)
+            longest = int(part.cu_seqlens.diff().max())
             packed = PackedSeqParams(
                 qkv_format="thd",
-                cu_seqlens_q=filled.cu_seqlens,
-                cu_seqlens_kv=filled.cu_seqlens,
-                max_seqlen_q=filled.max_length,
-                max_seqlen_kv=filled.max_length,
+                cu_seqlens_q=part.cu_seqlens,
+                cu_seqlens_kv=part.cu_seqlens,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
             )
             out = module(
-                filled.tokens[None],
+                part.batch.tokens[None],
                 None,
                 None,
                 packed_seq_params=packed,
                 output_processor=head,
-                output_processor_context=len(batch),
             )
-            return out, partial(loss_func, batch)
+            return out, partial(loss_func, part)
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in self.modules]
+            data_iterator=[iter(parts) for _ in self.modules]
             if len(self.modules) > 1
-            else iter(batches),
+            else iter(parts),
             model=self.modules if len(self.modules) > 1 else self.modules[0],
-            num_microbatches=len(batches),
-            seq_length=max(len(b.filled(multiple)) for b in batches),
+            num_microbatches=len(parts),
+            seq_length=max(int(p.cu_seqlens[-1]) for p in parts),
             micro_batch_size=1,
             forward_only=forward_only,
         )
 
-    def _same_count(self, batches: Sequence[Batch]) -> tuple[list[Batch], int]:
+    def _same_count(self, parts: list[Part]) -> tuple[list[Part], int]:
         """As many micro-batches on every rank (weightless repeats), and all ranks' tokens."""
-        count = torch.tensor([len(batches), sum(len(b) for b in batches)])
+        count = torch.tensor([len(parts), sum(len(p.batch) for p in parts)])
         counts = [count.clone() for _ in range(parallel.data_size())]
         if len(counts) > 1:
             dist.all_gather(counts, count, group=parallel.data_group())
         most = max(int(c[0]) for c in counts)
-        if not batches and most:
+        if self.layout.virtual_pipeline > 1:  # an interleaved pipeline goes round in whole turns
+            most = -(-most // self.layout.pipeline) * self.layout.pipeline
+        if not parts and most:
             raise ValueError(
                 "a data-parallel rank got no micro-batch: use fewer ranks or more data"
             )
-        filler = [
-            Batch(b.tokens, b.targets, torch.zeros_like(b.loss_weights), b.cu_seqlens, b.columns)
-            for b in list(batches[:1]) * (most - len(batches))
-        ]
-        extra = sum(len(b) for b in filler)
+        fillers = [_weightless(parts[0]) for _ in range(most - len(parts))]
         tokens = sum(int(c[1]) for c in counts)
-        if most * len(counts) > sum(
-            int(c[0]) for c in counts
-        ):  # fillers count in megatron's divisor
-            total = torch.tensor(extra)
-            dist.all_reduce(total, group=parallel.data_group())
-            tokens += int(total)
-        return [*batches, *filler], tokens
+        if most * len(counts) > sum(int(c[0]) for c in counts):  # they count in megatron's divisor
+            extra = torch.tensor(sum(len(p.batch) for p in fillers))
+            dist.all_reduce(extra, group=parallel.data_group())
+            tokens += int(extra)
+        return [*parts, *fillers], tokens * self.layout.context
 
     def _total(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
         names = sorted(parts[0]) if parts else []
@@ -262,3 +258,8 @@ class Engine:
         found = checkpoint.load_latest(self, folder)
         self.updated = found is not None
         return found
+
+
+def _weightless(part: Part) -> Part:
+    weights = torch.zeros_like(part.batch.loss_weights)
+    return replace(part, batch=replace(part.batch, loss_weights=weights))

@@ -1,6 +1,10 @@
-"""The parallel layout: process groups from a recipe's layout, and sums over data-parallel ranks."""
+"""The parallel layout: process groups from a recipe's layout, each rank's part of a micro-batch,
+and sums over data-parallel ranks.
+"""
 
+import math
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from q3mega import device
@@ -10,17 +14,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
+from torch import Tensor
 
-from q3mega.errors import UserError
+from q3mega.data.batch import Batch
+from q3mega.ops import context_parallel
 
 
 def initialise(layout: Any, seed: int) -> None:
     """Join the process group that torchrun describes (or be alone), cut it as the layout says."""
-    if layout.context > 1:
-        raise UserError(
-            f"layout.context={layout.context}: packed attention does not split sequences over "
-            "ranks yet; use context=1"
-        )
     if not dist.is_initialized():
         if device.HAS_GPU:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -62,6 +63,52 @@ def config_fields(layout: Any) -> dict[str, Any]:
     return fields
 
 
+@dataclass
+class Part:
+    """This rank's part of a micro-batch, whose documents context parallelism cuts over ranks.
+
+    batch: the tokens held here, borders among them. cu_seqlens: the borders of the whole pack, in
+    which documents are filled up so that they can be cut, and the whole so that sequence
+    parallelism can cut it. place (T,): where the whole holds the tokens of `original`.
+    """
+
+    original: Batch
+    batch: Batch
+    cu_seqlens: Tensor
+    place: Tensor
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        """(T, ...) of all the original's tokens from what each rank has of its own. No gradient."""
+        if _context_size() > 1:
+            group = ps.get_context_parallel_group()
+            hidden = context_parallel.gather(hidden, self.cu_seqlens, group)
+        return hidden[self.place]
+
+
+def part(batch: Batch, *, sequence_parallel: bool) -> Part:
+    """Cut a micro-batch, the same on all ranks of a context- or tensor-parallel group."""
+    size = _context_size()
+    document = 2 * size if size > 1 else 1
+    ways = ps.get_tensor_model_parallel_world_size() if sequence_parallel else 1
+    lengths = batch.cu_seqlens.diff().long()
+    filled = (lengths + document - 1) // document * document
+    end = torch.cat([filled.new_zeros(1), filled.cumsum(0)])
+    row = torch.repeat_interleave(end[:-1] - batch.cu_seqlens[:-1], lengths)
+    place = row + torch.arange(len(batch), device=row.device)
+    rest = -int(end[-1]) % math.lcm(document, size * ways)
+    if rest:
+        end = torch.cat([end, end[-1:] + rest])
+    end = end.to(batch.cu_seqlens.dtype)
+    spread = batch.at(place, int(end[-1]))
+    rank = ps.get_context_parallel_rank()
+    held = context_parallel.zigzag(end, rank, size) if size > 1 else torch.arange(len(spread))
+    return Part(batch, spread.take(held.to(place.device), end // size), end, place)
+
+
+def _context_size() -> int:
+    return ps.get_context_parallel_world_size()
+
+
 def data_group() -> dist.ProcessGroup:
     return ps.get_data_parallel_group()
 
@@ -75,17 +122,17 @@ def data_size() -> int:
 
 
 def sum_over_data(values: dict[str, float], config: Any) -> dict[str, float]:
-    """Sums over data-parallel ranks, then known to every pipeline stage. Fixed key order."""
+    """Sums over data- and context-parallel ranks, then known to every pipeline stage."""
     if dist.get_world_size() == 1:
         return values
-    box: list[Any] = [sorted(values)]
+    box: list[Any] = [sorted(values)]  # one order of keys everywhere
     last = ps.get_pipeline_model_parallel_last_rank()
     if config.pipeline_model_parallel_size > 1:
         dist.broadcast_object_list(box, last, group=ps.get_pipeline_model_parallel_group())
     total = torch.tensor(
         [values.get(n, 0.0) for n in box[0]], dtype=torch.float64, device=device.device()
     )
-    dist.all_reduce(total, group=data_group())
+    dist.all_reduce(total, group=ps.get_data_parallel_group(with_context_parallel=True))
     if config.pipeline_model_parallel_size > 1:
         dist.broadcast(total, last, group=ps.get_pipeline_model_parallel_group())
     return dict(zip(box[0], total.tolist(), strict=True))

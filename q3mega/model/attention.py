@@ -9,14 +9,17 @@ from q3mega import device  # noqa: F401
 
 # isort: split
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from q3mega import ops
 from q3mega.ops import rotary
+from q3mega.ops.context_parallel import context_parallel_attention
 
 PLAIN = 1 << 30  # a chunk that no sequence outgrows: dual-chunk attention is then RoPE attention
 
@@ -126,7 +129,8 @@ class CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Packed: q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq * D).
+        """Packed: q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq * D); T are the tokens held here,
+        cu_seqlens the borders of the whole pack.
 
         Decode, one token a cached sequence: q (1, B, Hq, D), k and v (1, B, Hkv, D)
         -> (1, B, Hq * D).
@@ -138,7 +142,11 @@ class CoreAttention(MegatronModule):
         if packed_seq_params is None:
             return self._decode(query[0], key[0], value[0], inv_freq, scale)[None]
         cu_seqlens = packed_seq_params.cu_seqlens_q
-        out = ops.dual_chunk_attention(
+        attend = ops.dual_chunk_attention
+        if self.config.context_parallel_size > 1:
+            group = parallel_state.get_context_parallel_group()
+            attend = partial(context_parallel_attention, cp_group=group)
+        out = attend(
             query,
             key,
             value,

@@ -201,21 +201,26 @@ def gather(models: list[Any], shape: Qwen3Shape) -> dict[str, Tensor]:
     own: dict[str, Tensor] = {}
     for model in models:
         for name, prefix, tensor in _parameters(model):
-            full = _gather(name, tensor.detach()).cpu()
-            if name in _TOP:
-                if not (name == "output_layer.weight" and shape.tied):
-                    own[_TOP[name]] = full.clone()
-            else:
-                own.update(
-                    (n, t.contiguous().clone()) for n, t in _split(name, prefix, shape, full)
-                )
-    owner = ps.get_data_parallel_rank(with_context_parallel=True) == 0 or shape.experts > 0
+            full = _gather(name, tensor.detach())
+            if not _speaks(name) or (name == "output_layer.weight" and shape.tied):
+                continue
+            full = full.cpu()
+            parts = [(_TOP[name], full)] if name in _TOP else _split(name, prefix, shape, full)
+            own.update((n, t.contiguous().clone()) for n, t in parts)
     if dist.get_world_size() == 1:
         return own
     boxes: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    keep = own if owner and ps.get_tensor_model_parallel_rank() == 0 else {}
-    dist.gather_object(keep, boxes, dst=0)
+    dist.gather_object(own, boxes, dst=0)
     return {name: t for box in boxes for name, t in box.items()} if boxes else {}
+
+
+def _speaks(name: str) -> bool:
+    """Whether this rank hands the parameter over: one of those that hold the same does."""
+    if _EXPERT.fullmatch(name):  # experts are laid out over the ranks in a way of their own
+        copies = ps.get_expert_data_parallel_rank()
+    else:
+        copies = ps.get_data_parallel_rank(with_context_parallel=True)
+    return copies == 0 and _shard_group(name).rank() == 0
 
 
 def config_of(shape: Qwen3Shape, rope_base: float, tokens: dict[str, int]) -> Any:

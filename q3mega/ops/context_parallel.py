@@ -60,6 +60,16 @@ class _Gather(torch.autograd.Function):
         return mine, None, None
 
 
+def gather(x: Tensor, cu_seqlens: Tensor, cp_group: dist.ProcessGroup) -> Tensor:
+    """(T / n, ...) of this rank's tokens, see `zigzag` -> (T, ...) in the pack's order.
+
+    Differentiable: the ranks' gradients are summed.
+    """
+    size, borders = cp_group.size(), cu_seqlens.cpu()
+    order = torch.cat([zigzag(borders, rank, size) for rank in range(size)])
+    return _Gather.apply(x, order.to(x.device), cp_group)
+
+
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,
@@ -80,10 +90,9 @@ def context_parallel_attention(
     size, rank = cp_group.size(), cp_group.rank()
     cu_seqlens = cu_seqlens.cpu()  # once, and not again for every rank
     check_borders(cu_seqlens, len(q) * size)
-    order = torch.cat([zigzag(cu_seqlens, r, size) for r in range(size)]).to(q.device)
     if k_scale is not None:
         k = (k * k_scale[:, None, None]).to(k.dtype)
-    k, v = (_Gather.apply(x, order, cp_group) for x in (k, v))
+    k, v = (gather(x, cu_seqlens, cp_group) for x in (k, v))
     outs, at = [q[:0]], 0
     for start, end in pairwise(cu_seqlens.tolist()):
         piece = (end - start) // (2 * size)

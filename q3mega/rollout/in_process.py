@@ -27,11 +27,12 @@ class InProcessSampler:
         if (
             engine.layout.pipeline > 1
             or engine.layout.expert > 1
+            or engine.layout.context > 1
             or engine.config.sequence_parallel
         ):
             raise UserError(
-                "in-process sampling needs layout.pipeline=1, layout.expert=1 and "
-                "layout.sequence_parallel=false: give the sampling stage such a layout"
+                "in-process sampling needs layout.pipeline=1, layout.expert=1, layout.context=1 "
+                "and layout.sequence_parallel=false: give the sampling stage such a layout"
             )
         self.engine, self.max_batch = engine, max_batch
         self.stops = (tokenizer.eos, tokenizer.eod)

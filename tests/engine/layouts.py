@@ -24,7 +24,7 @@ def main() -> None:
     layout, kind, loss_name = LAYOUT(**json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
     wrong = len(sys.argv) > 5  # a deliberately wrong normaliser: each rank's own token count
     torch.set_num_threads(1)
-    spec = OptimizerSpec(lr=1e-2, steps=10, weight_decay=0.1)
+    spec = OptimizerSpec(lr=2e-3, steps=10, weight_decay=0.1)
     engine = Engine(SHAPES[kind], layout, seed=3, optimizer=spec)
     engine.load_hf(sys.argv[4])
     engine.config.moe_aux_loss_coeff = (

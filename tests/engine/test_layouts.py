@@ -17,9 +17,14 @@ CASES = [
     ("tied", {"pipeline": 2}, 2),
     ("dense", {"distributed_optimizer": False}, 2),
     ("tied", {}, 2),
+    ("dense", {"context": 2}, 2),
+    ("deep", {"pipeline": 2, "virtual_pipeline": 2}, 2),
     ("moe", {"expert": 2}, 2),
     ("moe", {}, 2),
     ("dense", {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 4),
+    ("dense", {"tensor": 2, "context": 2, "sequence_parallel": True}, 4),
+    ("moe", {"tensor": 2, "expert": 2, "sequence_parallel": True}, 2),
+    ("moe", {"pipeline": 2, "expert": 2, "context": 2}, 4),
 ]
 
 
@@ -63,7 +68,7 @@ def test_a_layout_is_the_same_model(torchrun, alone, weights, kind, layout, proc
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {}])
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"context": 2}, {}])
 def test_the_policy_loss_is_the_same_too(torchrun, alone, weights, layout):
     got = torchrun(
         "layouts.py", 2, json.dumps({"processes": 2, **layout}), "dense", "policy", weights["dense"]
