@@ -61,6 +61,7 @@ def policy_gradient(**settings: Any) -> LossFn:
             loss_weights=batch.loss_weights,
             seq_ids=batch.seq_ids,
             tp_group=head.tp_group,
+            cp_group=head.cp_group,
             **settings,
         )
         active = batch.loss_weights > 0

@@ -38,11 +38,14 @@ from q3mega.model.megatron import build_model, transformer_config
 
 @dataclass
 class Head:
-    """What a loss sees: final hidden states (T, H), lm_head weight (V / TP, H), its TP group."""
+    """What a loss sees: final hidden states (T, H), lm_head weight (V / TP, H), its TP group, and
+    the group over which the documents of the batch are cut.
+    """
 
     hidden: Tensor
     weight: Tensor
     tp_group: dist.ProcessGroup | None
+    cp_group: dist.ProcessGroup | None = None
 
 
 # (head, batch) -> (loss: a sum, metrics: name -> a sum, to add up over micro-batches and ranks)
@@ -74,6 +77,8 @@ class Engine:
             self.modules = [Float16Module(self.config, m) for m in self.modules]
         group = ps.get_tensor_model_parallel_group()
         self.tp_group = group if group.size() > 1 else None
+        group = ps.get_context_parallel_group()
+        self.cp_group = group if group.size() > 1 else None
         self.optimizer: Any = None
         self.updated = False
         if optimizer is None:
@@ -183,7 +188,7 @@ class Engine:
                     hidden_states, tensor_parallel_output_grad=False
                 )
             weight = output_layer.weight if output_weight is None else output_weight
-            return Head(hidden_states[:, 0], weight, self.tp_group)
+            return Head(hidden_states[:, 0], weight, self.tp_group, self.cp_group)
 
         def forward_step(parts: Iterator[Part], module: Any) -> tuple[Any, Any]:
             part = next(parts)

@@ -28,6 +28,7 @@ from q3mega.ops.grpo_loss import (
     Estimator,
     GrpoOutput,
     Rows,
+    Sequences,
     Settings,
     Variant,
     composed,
@@ -173,14 +174,14 @@ def _grpo_loss(
     rows: Rows,
     settings: Settings,
     temperature: float,
-    seq_ids: Tensor | None,
+    sequences: Sequences | None,
     valid_vocab: int | None,
     group: ProcessGroup | None,
 ) -> GrpoOutput:
     if settings.variant.startswith("gspo"):  # a token's gradient hangs on its sequence: mode R
         return composed(
-            hidden, weight, targets, rows, settings, temperature, seq_ids, valid_vocab, group,
-            backend,
+            hidden, weight, targets, rows, settings, temperature, sequences, valid_vocab,
+            group, backend,
         )  # fmt: skip
     wanted = wants_gradients(hidden, weight)
     operands = (

@@ -50,6 +50,13 @@ class Rows(NamedTuple):
     rollout: Tensor | None
 
 
+class Sequences(NamedTuple):
+    """Which sequence each token belongs to (N,), and the ranks over which sequences are cut."""
+
+    ids: Tensor
+    cp_group: dist.ProcessGroup | None
+
+
 class Settings(NamedTuple):
     """The choice of loss: what every backend takes as it is."""
 
@@ -93,6 +100,7 @@ def grpo_loss(
     seq_ids: Tensor | None = None,
     valid_vocab: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    cp_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> GrpoOutput:
     """Sum of per-token policy losses times loss_weights, see the module's text.
@@ -101,8 +109,9 @@ def grpo_loss(
     loss_weights, ref_logprobs, rollout_logprobs (N,) fp32. clip_high is cispo's cap itself.
     clip_ratio_c: for A < 0 the ratio is capped there (dual clip). tis_cap: truncated importance
     weight min(exp(old - rollout), tis_cap) on the policy term. seq_ids (N,) int64 from 0, needed by
-    gspo and gspo_token, whose means run over the tokens of non-zero weight. Raises UserError for
-    an unknown choice, a missing argument or shapes that do not fit.
+    gspo and gspo_token, whose means run over the tokens of non-zero weight; with cp_group, over
+    those on all its ranks, which know the same sequences. Raises UserError for an unknown choice,
+    a missing argument or shapes that do not fit.
     """
     vocab.check(
         hidden, weight, temperature, targets=targets, advantages=advantages,
@@ -123,8 +132,9 @@ def grpo_loss(
     rows = Rows(advantages, old_logprobs, loss_weights, ref_logprobs, rollout_logprobs)
     clip = clip_low, clip_high
     settings = Settings(variant, clip, clip_ratio_c, kl_coef, kl_estimator, entropy_coef, tis_cap)
+    sequences = None if seq_ids is None else Sequences(seq_ids, cp_group)
     return resolve("grpo_loss", backend, hidden)(
-        hidden, weight, targets, rows, settings, temperature, seq_ids, valid_vocab, tp_group
+        hidden, weight, targets, rows, settings, temperature, sequences, valid_vocab, tp_group
     )
 
 
@@ -135,7 +145,7 @@ def composed(
     rows: Rows,
     settings: Settings,
     temperature: float,
-    seq_ids: Tensor | None,
+    sequences: Sequences | None,
     valid_vocab: int | None,
     group: dist.ProcessGroup | None,
     backend: str,
@@ -154,8 +164,8 @@ def composed(
         return torch.where(active, x, 0.0)
 
     advantages, log_ratio = known(advantages), known(logp - old)
-    if seq_ids is not None and variant.startswith("gspo"):
-        mean = _sequence_mean(log_ratio, seq_ids, active)
+    if sequences is not None and variant.startswith("gspo"):
+        mean = _sequence_mean(log_ratio, sequences, active)
         log_ratio = mean if variant == "gspo" else mean.detach() + logp - logp.detach()
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     loss, clipped = _policy(variant, ratio, logp, advantages, clip, dual_clip)
@@ -255,9 +265,11 @@ def _kl(d: Tensor, estimator: Estimator) -> Tensor:
     return d.exp() - d - 1
 
 
-def _sequence_mean(x: Tensor, seq_ids: Tensor, mask: Tensor) -> Tensor:
+def _sequence_mean(x: Tensor, sequences: Sequences, mask: Tensor) -> Tensor:
     """Every token gets the mean of x, zero outside the mask, over its sequence's masked tokens."""
-    n = int(seq_ids.max()) + 1 if len(seq_ids) else 0
-    total = x.new_zeros(n).index_add(0, seq_ids, x)
-    count = x.new_zeros(n).index_add(0, seq_ids, mask.to(x.dtype)).clamp(min=1)
-    return (total / count)[seq_ids]
+    ids, group = sequences
+    n = int(ids.max()) + 1 if len(ids) else 0
+    total = x.new_zeros(n).index_add(0, ids, x)
+    count = x.new_zeros(n).index_add(0, ids, mask.to(x.dtype))
+    total, count = (vocab.spread(vocab.total(v, group), group) for v in (total, count))
+    return (total / count.clamp(min=1))[ids]

@@ -19,6 +19,12 @@ from q3mega.engine import Engine, OptimizerSpec
 from q3mega.model import huggingface
 from q3mega.train.supervised import shard
 
+LOSSES = {
+    "supervised": supervised,
+    "policy": policy_gradient(variant="dapo", clip_high=0.28, entropy_coef=0.01),
+    "gspo": policy_gradient(variant="gspo", clip_low=3e-1, clip_high=4e-1),
+}
+
 
 def main() -> None:
     layout, kind, loss_name = LAYOUT(**json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
@@ -30,11 +36,7 @@ def main() -> None:
     engine.config.moe_aux_loss_coeff = (
         0.0  # its running estimate depends on the order of micro-batches
     )
-    loss = (
-        supervised
-        if loss_name == "supervised"
-        else policy_gradient(variant="dapo", clip_high=0.28, entropy_coef=0.01)
-    )
+    loss = LOSSES[loss_name]
     steps = []
     for step in range(3):
         batches = shard(normalise(documents(step)), 96)

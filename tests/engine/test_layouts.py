@@ -68,12 +68,12 @@ def test_a_layout_is_the_same_model(torchrun, alone, weights, kind, layout, proc
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("loss", ["policy", "gspo"])
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"context": 2}, {}])
-def test_the_policy_loss_is_the_same_too(torchrun, alone, weights, layout):
-    got = torchrun(
-        "layouts.py", 2, json.dumps({"processes": 2, **layout}), "dense", "policy", weights["dense"]
-    )
-    assert close(got, alone("dense", "policy"), 1e-5)
+def test_the_policy_loss_is_the_same_too(torchrun, alone, weights, layout, loss):
+    layout = json.dumps({"processes": 2, **layout})
+    got = torchrun("layouts.py", 2, layout, "dense", loss, weights["dense"])
+    assert close(got, alone("dense", loss), 1e-5)
 
 
 @pytest.mark.dist
