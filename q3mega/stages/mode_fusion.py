@@ -24,7 +24,7 @@ from q3mega.rollout import STOP_THINKING, SamplingParams
 from q3mega.stages.fine_tune import fine_tune
 from q3mega.stages.stage import Stage
 
-FLAGLESS = 1 / 3  # of the thinking samples carry no flag
+FLAGLESS = 0.15  # of the thinking samples carry no flag
 SYSTEM = 0.2  # of the flags stand in a system turn
 HISTORY = 0.25  # of the samples have an earlier turn with a flag of its own
 PREFILLED = 0.25  # of the non-thinking samples have the empty block in the prompt
@@ -57,7 +57,7 @@ def rejection_samples(stage: Stage, model: Engine) -> tuple[list[Sample], int]:
     share = max(0, config.thinking_queries - len(queries)) // len(REASONING)
     queries += [p for f in REASONING for p in generate(f, share, seed=stage.seed("more", f))]
     queries = rng.sample(queries, min(len(queries), config.thinking_queries))
-    params = SamplingParams(config.max_tokens, seed=stage.seed("reject"))
+    params = SamplingParams(config.max_tokens, 0.6, seed=stage.seed("reject"))
     samples, dropped = [], 0
     for (answer,) in evaluate.answers(stage.sampler(model), stage.tokenizer, queries, params):
         if answer.correct and answer.mode == "think":
