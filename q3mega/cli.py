@@ -56,6 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     report.add_argument("run_dir", metavar="RUN")
 
+    plan = commands.add_parser("plan", help="memory and time of a step, before a GPU is asked for")
+    plan.set_defaults(command=_plan)
+    plan.add_argument("recipe", nargs="?", help="a YAML file: each of its stages on its layout")
+    plan.add_argument("overrides", nargs="*", metavar="stage.field=value", help="change a setting")
+    plan.add_argument("--model", help="instead of a recipe: search layouts of this size")
+    plan.add_argument("--gpus", type=int, help="with --model: how many")
+    plan.add_argument("--card", default="h100", help="h100, h200 or a100")
+    plan.add_argument("--sequence", type=int, default=4096, help="with --model: tokens")
+    plan.add_argument("--batch", type=int, default=1024, help="with --model: sequences a step")
+
     for name, command, purpose in (
         ("generate", _generate, "one answer of a checkpoint"),
         ("chat", _chat, "talk to a checkpoint; an empty line ends it"),
@@ -101,6 +111,21 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from q3mega import plan
+    from q3mega.recipe import Recipe
+
+    a = arguments
+    if (a.recipe is None) == (a.model is None):
+        raise UserError("plan takes a recipe, or --model and --gpus")
+    if a.recipe:
+        table, fits = plan.table_of_stages(Recipe.load(a.recipe, a.overrides), a.card)
+    else:
+        table, fits = plan.table_of_layouts(a.model, a.gpus, a.card, a.sequence, a.batch)
+    print(table)
+    return 0 if fits else 2
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -99,7 +99,7 @@ class Layout(Section):
     distributed_optimizer: bool = True
 
 
-def check_layout(layout: Layout, model: ModelSpec) -> None:
+def check_layout(layout: Layout, model: ModelSpec | Qwen3Shape) -> None:
     """Raise UserError on the first rule of megatron-core that `layout` breaks for `model`."""
 
     def divides(field: str, divisor: int, of: str, whole: int) -> None:

@@ -36,7 +36,8 @@ class Qwen3Shape:
         if self.experts and not 1 <= self.topk <= self.experts:
             raise UserError(f"model.topk={self.topk} must lie in 1..model.experts={self.experts}")
 
-    def _attention(self) -> int:
+    def attention_parameters(self) -> int:
+        """Of a layer's projections."""
         return self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
 
     def _mlp(self, *, active: bool) -> int:
@@ -48,7 +49,10 @@ class Qwen3Shape:
     def num_parameters(self, *, active: bool = False, embeddings: bool = True) -> int:
         """Parameters; `active`: only the experts a token uses. Both untied matrices count."""
         norms = 2 * self.hidden + 2 * self.head_dim
-        total = self.layers * (self._attention() + self._mlp(active=active) + norms) + self.hidden
+        total = (
+            self.layers * (self.attention_parameters() + self._mlp(active=active) + norms)
+            + self.hidden
+        )
         return total + (self.vocab * self.hidden * (1 if self.tied else 2) if embeddings else 0)
 
     def forward_flops(self, tokens: float, context: float) -> float:
@@ -57,7 +61,7 @@ class Qwen3Shape:
         Training counts three of these (forward and twice backward); a causal sequence of length S
         has context S / 2.
         """
-        matrices = self.layers * (self._attention() + self._mlp(active=True))
+        matrices = self.layers * (self.attention_parameters() + self._mlp(active=True))
         attention = self.layers * 2 * self.heads * self.head_dim * context
         return 2.0 * tokens * (matrices + self.vocab * self.hidden + attention)
 

@@ -1,0 +1,49 @@
+"""The planner against published throughput and memory (benchmarks/published.py has the rows).
+
+The rates were fitted to these rows, so this holds the fit, and no more: it is no forecast.
+"""
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from published import A3B, A22B, EP16, MEMORY, PUBLISHED, errors, job
+
+from q3mega.model import QWEN3
+from q3mega.plan import CARDS, GIB, best, memory, step
+
+
+def test_step_times_are_near_the_published_ones() -> None:
+    found = errors()
+    assert statistics.median(map(abs, found.values())) <= 0.15
+    assert {n: e for n, e in found.items() if abs(e) > 0.35} == {}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_is_near_the_published_one(name: str) -> None:
+    planned, _ = PUBLISHED[name]
+    assert sum(memory(planned).values()) / GIB == pytest.approx(MEMORY[name], rel=0.1)
+
+
+def test_useful_flops_are_the_accounting_of_the_field() -> None:
+    shape = QWEN3[A22B]
+    assert 3 * shape.forward_flops(1, 2048) == pytest.approx(148.3e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [({"overlap": True}, {}), ({"graphs": True}, {}), ({}, {"forced": False}),
+     ({}, {"dispatch": "all_to_all"}), ({}, {"recompute": "full"})],
+)  # fmt: skip
+def test_what_helps_helps(better: dict[str, Any], worse: dict[str, Any]) -> None:
+    base = job(A3B, **EP16)
+    assert step(replace(base, **better)).seconds < step(replace(base, **worse)).seconds
+
+
+def test_the_best_layouts_fit_and_are_sorted() -> None:
+    found = best(job(A3B, 16, 1024, forced=False), 16)
+    assert found
+    assert all(sum(memory(j).values()) <= CARDS["h100"].memory for j in found)
+    times = [step(j).seconds for j in found]
+    assert times == sorted(times)
