@@ -417,9 +417,11 @@ def layouts(job: Job, gpus: int) -> Iterator[Job]:
 
 
 def _virtual(layers: int, pipeline: int) -> list[int]:
-    if pipeline == 1 or layers % pipeline:
+    """Up to four ways of cutting a stage's layers; the ends count as two if need be."""
+    whole = layers if layers % pipeline == 0 else layers + 2
+    if pipeline == 1 or whole % pipeline:
         return [1]
-    per_stage = layers // pipeline
+    per_stage = whole // pipeline
     return [v for v in range(1, per_stage + 1) if per_stage % v == 0][:4]
 
 

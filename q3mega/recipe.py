@@ -98,6 +98,11 @@ class Layout(Section):
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
 
+    def counts_ends(self, layers: int) -> bool:
+        """Whether embedding and lm_head each count as a layer, since pipelines divide only so."""
+        chunks = self.pipeline * self.virtual_pipeline
+        return layers % chunks > 0 and (layers + 2) % chunks == 0 and layers + 2 > chunks
+
 
 def check_layout(layout: Layout, model: ModelSpec | Qwen3Shape) -> None:
     """Raise UserError on the first rule of megatron-core that `layout` breaks for `model`."""
@@ -112,7 +117,11 @@ def check_layout(layout: Layout, model: ModelSpec | Qwen3Shape) -> None:
     divides("tensor", layout.tensor, "kv_heads", model.kv_heads)
     divides("tensor", layout.tensor, "ffn", model.ffn)
     chunks = layout.pipeline * layout.virtual_pipeline
-    divides("pipeline * virtual_pipeline", chunks, "layers", model.layers)
+    if model.layers % chunks and not layout.counts_ends(model.layers):
+        raise UserError(
+            f"layout.pipeline * virtual_pipeline={chunks} divides neither layers={model.layers} "
+            "nor, with embedding and lm_head counted as one each, two more"
+        )
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:
         raise UserError(
             f"layout.virtual_pipeline={layout.virtual_pipeline} needs layout.pipeline > 1"

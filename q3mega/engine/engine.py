@@ -68,7 +68,8 @@ class Engine:
     ) -> None:
         self.shape, self.layout, self.spec = shape, layout, optimizer
         parallel.initialise(layout, seed)
-        self.config = transformer_config(shape, dtype=dtype, **parallel.config_fields(layout))
+        fields = parallel.config_fields(layout, shape.layers)
+        self.config = transformer_config(shape, dtype=dtype, **fields)
         positions = positions or Positions(shape.rope_base)
         stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
         self.chunks = [build_model(shape, self.config, positions, stage) for stage in stages]

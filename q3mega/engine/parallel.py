@@ -45,8 +45,9 @@ def initialise(layout: Any, seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def config_fields(layout: Any) -> dict[str, Any]:
-    """The layout in TransformerConfig's words."""
+def config_fields(layout: Any, layers: int) -> dict[str, Any]:
+    """The layout in TransformerConfig's words, for a model of so many layers."""
+    ends = layout.counts_ends(layers)
     fields: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
@@ -55,6 +56,8 @@ def config_fields(layout: Any) -> dict[str, Any]:
         "expert_tensor_parallel_size": layout.expert_tensor,
         "sequence_parallel": layout.sequence_parallel,
         "variable_seq_lengths": layout.pipeline > 1,  # packed micro-batches differ in length
+        "account_for_embedding_in_pipeline_split": ends,
+        "account_for_loss_in_pipeline_split": ends,
     }
     if layout.virtual_pipeline > 1:
         fields["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline

@@ -19,6 +19,7 @@ CASES = [
     ("tied", {}, 2),
     ("dense", {"context": 2}, 2),
     ("deep", {"pipeline": 2, "virtual_pipeline": 2}, 2),
+    ("deep", {"pipeline": 3}, 3),  # embedding and lm_head counted as layers
     ("moe", {"expert": 2}, 2),
     ("moe", {}, 2),
     ("dense", {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 4),
