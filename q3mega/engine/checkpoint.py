@@ -98,7 +98,8 @@ def load_latest(engine: Any, folder: Path) -> tuple[int, dict[str, Any]] | None:
             engine.optimizer.load_state_dict(loaded["optimizer"])
         engine.schedule.load_state_dict(loaded["schedule"])
         rng = path / f"rng_{dist.get_rank()}.pt"
-        torch.set_rng_state(torch.load(rng, weights_only=True)["torch"])
+        if rng.exists():  # a rank that was not there before keeps the state of its seed
+            torch.set_rng_state(torch.load(rng, weights_only=True)["torch"])
         state = json.loads((path / "state.json").read_text())
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

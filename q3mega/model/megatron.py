@@ -155,4 +155,7 @@ def build_model(
     model.attention_state = AttentionState(positions)
     for layer in model.decoder.layers:
         layer.self_attention.core_attention.state = model.attention_state
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:  # an optimizer of their own also where no rank splits them, so that
+            parameter.allreduce = False  # checkpoints are alike whether experts are split or not
     return model
