@@ -20,6 +20,7 @@ from q3mega.recipe import (
     Layout,
     Pretrain,
     Recipe,
+    Recompute,
     RLSettings,
     check_layout,
 )
@@ -83,7 +84,7 @@ class Job:
     batch: int = 1024
     micro_batch: int = 1
     precision: Literal["bf16", "fp8"] = "bf16"
-    recompute: Literal["none", "norms", "experts", "full"] = "none"
+    recompute: Recompute = "none"
     dispatch: Literal["all_to_all", "fused"] = "fused"
     overlap: bool = False  # the experts' communication behind computation
     graphs: bool = False
@@ -371,7 +372,7 @@ def _planned(recipe: Recipe, name: str, card: Card) -> Planned:
         batch = config.prompts
     job = Job(
         spec.shape(vocab), config.layout, card, longest, batch,
-        max(1, config.micro_batch_tokens // longest),
+        max(1, config.micro_batch_tokens // longest), recompute=config.layout.recompute,
     )  # fmt: skip
     needs, takes = memory(job), {"train": step(job).seconds}
     sampled = Rollouts(

@@ -31,6 +31,7 @@ from q3mega.sections import Section, explain, field_names, override, parse_yaml,
 Kind = Literal[
     "prose", "code", "science", "facts", "worked", "direct", "chat", "retrieval", "retrieval_long",
 ]  # fmt: skip
+Recompute = Literal["none", "norms", "experts", "full"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -97,6 +98,7 @@ class Layout(Section):
     expert_tensor: PositiveInt = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
+    recompute: Recompute = "none"  # in the backward: RMSNorms, all of an expert layer, every layer
 
     def counts_ends(self, layers: int) -> bool:
         """Whether embedding and lm_head each count as a layer, since pipelines divide only so."""
@@ -129,6 +131,8 @@ def check_layout(layout: Layout, model: ModelSpec | Qwen3Shape) -> None:
     if layout.sequence_parallel and layout.tensor == 1:
         raise UserError("layout.sequence_parallel=True needs layout.tensor > 1")
     if not model.experts:
+        if layout.recompute == "experts":
+            raise UserError(f"layout.recompute={layout.recompute} needs experts, this is dense")
         for field in ("expert", "expert_tensor"):
             if (ways := getattr(layout, field)) > 1:
                 raise UserError(f"layout.{field}={ways} needs a model with experts, this is dense")
@@ -331,6 +335,7 @@ class Recipe(Section):
     model: ModelSpec
     student: ModelSpec | None = None
     layout: Layout
+    precision: Literal["fp32", "bf16"] = "fp32"  # of weights; gradients and Adam are fp32
     stages: dict[str, SerializeAsAny[StageConfig]]
 
     @model_validator(mode="before")

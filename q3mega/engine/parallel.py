@@ -5,6 +5,7 @@ and sums over data-parallel ranks.
 import math
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from q3mega import device
@@ -18,6 +19,10 @@ from torch import Tensor
 
 from q3mega.data.batch import Batch
 from q3mega.ops import context_parallel
+
+if find_spec("transformer_engine") is None:
+    # This class takes its own default, False, for "fp8 is on", and then needs that package.
+    tensor_parallel.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
 
 
 def initialise(layout: Any, seed: int) -> None:
@@ -59,6 +64,13 @@ def config_fields(layout: Any, layers: int) -> dict[str, Any]:
         "account_for_embedding_in_pipeline_split": ends,
         "account_for_loss_in_pipeline_split": ends,
     }
+    if layout.recompute == "full":
+        fields["recompute_granularity"] = "full"
+        fields |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    elif layout.recompute != "none":
+        modules = {"norms": ["layernorm"], "experts": ["layernorm", "moe"]}
+        fields["recompute_granularity"] = "selective"
+        fields["recompute_modules"] = modules[layout.recompute]
     if layout.virtual_pipeline > 1:
         fields["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
         # with the default flags an interleaved pipeline of two stages is silently wrong

@@ -223,7 +223,9 @@ def _speaks(name: str) -> bool:
     return copies == 0 and _shard_group(name).rank() == 0
 
 
-def config_of(shape: Qwen3Shape, rope_base: float, tokens: dict[str, int]) -> Any:
+def config_of(
+    shape: Qwen3Shape, rope_base: float, tokens: dict[str, int], dtype: torch.dtype
+) -> Any:
     """The transformers config of a shape; tokens: eos_token_id, pad_token_id."""
     from transformers import Qwen3Config, Qwen3MoeConfig
 
@@ -239,7 +241,7 @@ def config_of(shape: Qwen3Shape, rope_base: float, tokens: dict[str, int]) -> An
         "rms_norm_eps": shape.norm_eps,
         "tie_word_embeddings": shape.tied,
         "rope_parameters": {"rope_type": "default", "rope_theta": rope_base},
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         **tokens,
     }
     if not shape.experts:
@@ -294,7 +296,8 @@ def save(
     if dist.get_rank() == 0:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config_of(shape, rope_base, tokens).save_pretrained(folder)
+        dtype = models[0].config.params_dtype
+        config_of(shape, rope_base, tokens, dtype).save_pretrained(folder)
         partial = folder / "model.safetensors.partial"
         save_file(dict(sorted(weights.items())), partial, metadata={"format": "pt"})
         os.replace(partial, folder / "model.safetensors")

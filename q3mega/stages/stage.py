@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from q3mega.data.tasks import Problem
@@ -20,6 +21,8 @@ from q3mega.model.huggingface import shape_of
 from q3mega.recipe import ModelSpec, Recipe
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.train.log import Log
+
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Stage:
@@ -92,7 +95,10 @@ class Stage:
             shape = shape_of(source)
         assert shape is not None
         spec = replace(self._optimizer(steps), **optimizer) if steps else None
-        engine = Engine(shape, self.config.layout, seed=self.seed("init"), optimizer=spec)
+        engine = Engine(
+            shape, self.config.layout, seed=self.seed("init"), optimizer=spec,
+            dtype=PRECISION[self.recipe.precision],
+        )  # fmt: skip
         if source is not None:
             engine.load_hf(source)
         return engine

@@ -67,6 +67,38 @@ def test_gradients_are_those_of_transformers(tmp_path):
     assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "recompute"),
+    [("dense", "norms"), ("dense", "full"), ("moe", "experts"), ("moe", "full")],
+)
+def test_recomputing_changes_nothing(kind, recompute):
+    steps = []
+    for choice in ("none", recompute):
+        engine = Engine(SHAPES[kind], LAYOUT(recompute=choice), seed=1, optimizer=SPEC)
+        assert engine.config.recompute_granularity == (
+            None if choice == "none" else "full" if choice == "full" else "selective"
+        )
+        steps.append(
+            [engine.train_step(pack(normalise(documents(s)), 200), supervised) for s in (0, 1)]
+        )
+    for plain, again in zip(*steps, strict=True):  # experts are counted twice: sums reordered
+        assert again == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tied", "moe"])
+def test_bf16_learns_what_fp32_learns(kind, tmp_path):
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = Engine(SHAPES[kind], LAYOUT(), seed=1, optimizer=SPEC, dtype=dtype)
+        batches = pack(normalise(documents(0)), 200)
+        losses[dtype] = [engine.train_step(batches, supervised)["loss"] for _ in range(8)]
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.02)
+    assert losses[torch.bfloat16][-1] < 0.9 * losses[torch.bfloat16][0]
+    engine.save_hf(tmp_path, {})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resume_is_exact_to_the_bit(optimizer, tmp_path):
     from dataclasses import replace
