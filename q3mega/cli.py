@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import platform
 import signal
 import sys
@@ -65,6 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--card", default="h100", help="h100, h200 or a100")
     plan.add_argument("--sequence", type=int, default=4096, help="with --model: tokens")
     plan.add_argument("--batch", type=int, default=1024, help="with --model: sequences a step")
+
+    convert = commands.add_parser("convert", help="weights to megatron-core's format and back")
+    convert.set_defaults(command=_convert)
+    convert.add_argument("direction", choices=("hf-to-mcore", "mcore-to-hf"))
+    convert.add_argument("source", type=Path)
+    convert.add_argument("target", type=Path)
+    convert.add_argument("overrides", nargs="*", metavar="axis=ways", help="tensor=2; torchrun")
+    convert.add_argument("--verify", action="store_true", help="compare logits with transformers")
 
     for name, command, purpose in (
         ("generate", _generate, "one answer of a checkpoint"),
@@ -132,6 +141,17 @@ def _report(arguments: argparse.Namespace) -> int:
     from q3mega.report import publish
 
     publish(arguments.run_dir)
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from q3mega.convert import hf_to_mcore, mcore_to_hf
+    from q3mega.recipe import layout_of
+
+    a = arguments
+    layout = layout_of(a.overrides, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    move = hf_to_mcore if a.direction == "hf-to-mcore" else mcore_to_hf
+    move(a.source, a.target, layout, check=a.verify)
     return 0
 
 

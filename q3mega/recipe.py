@@ -7,6 +7,7 @@ wrong with a file or an override becomes a `UserError` of one line that names th
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -147,6 +148,19 @@ def check_layout(layout: Layout, model: ModelSpec | Qwen3Shape) -> None:
             f"layout.tensor={layout.tensor} of a mixture of experts needs "
             "layout.sequence_parallel=true"
         )
+
+
+def layout_of(overrides: Sequence[str], processes: int) -> Layout:
+    """A layout of `axis=ways` words; UserError for what is none."""
+    raw: dict[str, Any] = {"processes": processes}
+    for word in overrides:
+        field, _, value = word.partition("=")
+        raw[field] = parse_yaml(value, f"override {short(word)}")
+    try:
+        return Layout.model_validate(raw)
+    except ValidationError as error:
+        names = partial(field_names, Layout)
+        raise UserError(f"layout.{explain(error.errors()[0], names)}") from None
 
 
 class StageConfig(Section):

@@ -47,6 +47,15 @@ class Head:
     tp_group: dist.ProcessGroup | None
     cp_group: dist.ProcessGroup | None = None
 
+    def logits(self) -> Tensor:
+        """(T, V) fp32, of the whole vocabulary: for a few rows to sample from or to compare."""
+        own = (self.hidden @ self.weight.T).float()
+        if self.tp_group is None:
+            return own
+        shards = [torch.empty_like(own) for _ in range(self.tp_group.size())]
+        dist.all_gather(shards, own, group=self.tp_group)
+        return torch.cat(shards, -1)
+
 
 # (head, batch) -> (loss: a sum, metrics: name -> a sum, to add up over micro-batches and ranks)
 LossFn = Callable[[Head, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -103,8 +112,7 @@ class Engine:
 
     def load_hf(self, folder: str | Path) -> None:
         """Weights from a Hugging Face folder of this shape."""
-        for chunk in self.chunks:
-            huggingface.load(chunk, self.shape, folder)
+        huggingface.load(self.chunks, self.shape, folder)
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 

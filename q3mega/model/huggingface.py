@@ -1,7 +1,9 @@
 """Hugging Face checkpoints in and out of a megatron-core model, any layout.
 
 One pair of functions, `_merge` and `_split`, is the whole weight map; shards are cut from, and
-gathered into, the full tensor that they describe. Reading touches only what a rank needs.
+gathered into, the full tensor that they describe. Reading touches only what a rank needs, writing
+is shared by the ranks that hold a pipeline stage's or an expert's first copy; neither holds more
+than one file's tensors beside the model.
 """
 
 from q3mega import device  # noqa: F401
@@ -41,6 +43,8 @@ _LAYER = {
 }
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
 _Read = Callable[[str], Tensor]
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+FILE_BYTES = 4 << 30  # of one file, and of what a rank holds of it at once
 
 
 def _merge(name: str, prefix: str, shape: Qwen3Shape, read: _Read) -> Tensor:
@@ -133,18 +137,18 @@ def _gather(name: str, shard: Tensor) -> Tensor:
 
 
 class _Reader:
-    """Tensors of a Hugging Face folder by name, one or many files."""
+    """Tensors of a Hugging Face folder by name, one or many files; remembers what was asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
+        self.folder, self.used = folder, set[str]()
+        index = folder / _INDEX
         files = (
             sorted(set(json.loads(index.read_text())["weight_map"].values()))
             if index.exists()
             else []
         )
         self.where: dict[str, Any] = {}
-        for file in files or ["model.safetensors"]:
+        for file in files or [_SINGLE]:
             path = folder / file
             if not path.exists():
                 raise UserError(
@@ -161,11 +165,29 @@ class _Reader:
     def __call__(self, name: str) -> Tensor:
         if name not in self.where:
             raise UserError(f"checkpoint {self.folder} lacks tensor {name}: is it a Qwen3 model?")
+        self.used.add(name)
         return self.where[name].get_tensor(name)
 
+    def check_leftovers(self, tied: bool) -> None:
+        """Raise UserError for tensors that no rank has asked for. Every rank calls."""
+        asked: list[Any] = [self.used]
+        if dist.get_world_size() > 1:
+            asked = [None] * dist.get_world_size()
+            dist.all_gather_object(asked, self.used)
+        copies = {"lm_head.weight"} if tied else set()
+        left = sorted(self.where.keys() - set().union(*asked) - copies)
+        if left:
+            raise UserError(
+                f"checkpoint {self.folder} has {len(left)} tensors without a place in this model "
+                f"({', '.join(left[:3])}): is it a Qwen3 model, and whole?"
+            )
 
-def load(model: Any, shape: Qwen3Shape, folder: str | Path) -> None:
-    """Fill this rank's part of `model` from a Hugging Face folder; refuses another shape."""
+
+def load(models: list[Any], shape: Qwen3Shape, folder: str | Path) -> None:
+    """Fill this rank's part of the model from a Hugging Face folder; every rank calls.
+
+    Raises UserError for another shape, a missing tensor, and one that has no place in the model.
+    """
     folder = Path(folder)
     found = shape_of(folder)
     width = "moe_ffn" if shape.experts else "ffn"
@@ -188,17 +210,24 @@ def load(model: Any, shape: Qwen3Shape, folder: str | Path) -> None:
             )
     read = _Reader(folder)
     with torch.no_grad():
-        for name, prefix, tensor in _parameters(model):
-            if name == "output_layer.weight" and shape.tied:  # last stage of a tied pipeline
-                full = read(_TOP["embedding.word_embeddings.weight"])
-            else:
-                full = read(_TOP[name]) if name in _TOP else _merge(name, prefix, shape, read)
-            tensor.copy_(_shard(name, full))
+        for model in models:
+            for name, prefix, tensor in _parameters(model):
+                if name == "output_layer.weight" and shape.tied:  # last stage of a tied pipeline
+                    full = read(_TOP["embedding.word_embeddings.weight"])
+                else:
+                    full = read(_TOP[name]) if name in _TOP else _merge(name, prefix, shape, read)
+                part = _shard(name, full)
+                if part.shape != tensor.shape:
+                    raise UserError(
+                        f"checkpoint {folder}: {prefix}{name} would be {tuple(part.shape)} and "
+                        f"must be {tuple(tensor.shape)}; its tensors do not fit its config.json"
+                    )
+                tensor.copy_(part)
+    read.check_leftovers(shape.tied)
 
 
-def gather(models: list[Any], shape: Qwen3Shape) -> dict[str, Tensor]:
-    """Full weights under Hugging Face names on rank 0 (empty elsewhere), fp32 or as trained."""
-    own: dict[str, Tensor] = {}
+def _spoken(models: list[Any], shape: Qwen3Shape) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face names and tensors that this rank hands over, on the CPU. Every rank calls."""
     for model in models:
         for name, prefix, tensor in _parameters(model):
             full = _gather(name, tensor.detach())
@@ -206,12 +235,7 @@ def gather(models: list[Any], shape: Qwen3Shape) -> dict[str, Tensor]:
                 continue
             full = full.cpu()
             parts = [(_TOP[name], full)] if name in _TOP else _split(name, prefix, shape, full)
-            own.update((n, t.contiguous().clone()) for n, t in parts)
-    if dist.get_world_size() == 1:
-        return own
-    boxes: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(own, boxes, dst=0)
-    return {name: t for box in boxes for name, t in box.items()} if boxes else {}
+            yield from ((n, t.contiguous().clone()) for n, t in parts)
 
 
 def _speaks(name: str) -> bool:
@@ -283,6 +307,15 @@ def shape_of(folder: str | Path) -> Qwen3Shape:
     )
 
 
+def dtype_of(folder: str | Path) -> torch.dtype:
+    """Of the weights, as a Hugging Face folder's config.json declares it."""
+    c = json.loads((Path(folder) / "config.json").read_text())
+    name = c.get("dtype", c.get("torch_dtype", "float32"))
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"{folder}/config.json: dtype={name} is not float32 or bfloat16")
+    return getattr(torch, name)
+
+
 def save(
     models: list[Any],
     shape: Qwen3Shape,
@@ -291,14 +324,51 @@ def save(
     rope_base: float,
     tokens: dict[str, int],
 ) -> None:
-    """Write weights and config.json; every rank calls, rank 0 writes. Published by one rename."""
-    weights = gather(models, shape)
+    """Write weights and config.json; every rank calls, on one file system.
+
+    Files appear under their names when all are written. More than one has an index.
+    """
+    folder = Path(folder)
     if dist.get_rank() == 0:
-        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         dtype = models[0].config.params_dtype
         config_of(shape, rope_base, tokens, dtype).save_pretrained(folder)
-        partial = folder / "model.safetensors.partial"
-        save_file(dict(sorted(weights.items())), partial, metadata={"format": "pt"})
-        os.replace(partial, folder / "model.safetensors")
     dist.barrier()
+    files: list[tuple[str, dict[str, int]]] = []  # (partial file, tensor -> bytes)
+    held: dict[str, Tensor] = {}
+
+    def write() -> None:
+        partial = f"{dist.get_rank():05d}-{len(files):05d}.partial"
+        save_file(dict(sorted(held.items())), folder / partial, metadata={"format": "pt"})
+        files.append((partial, {name: t.nbytes for name, t in held.items()}))
+        held.clear()
+
+    for name, tensor in _spoken(models, shape):
+        held[name] = tensor
+        if sum(t.nbytes for t in held.values()) >= FILE_BYTES:
+            write()
+    if held:
+        write()
+    boxes: list[Any] = [files]
+    if dist.get_world_size() > 1:
+        boxes = [None] * dist.get_world_size()
+        dist.all_gather_object(boxes, files)
+    if dist.get_rank() == 0:
+        _publish(folder, [file for box in boxes for file in box])
+    dist.barrier()
+
+
+def _publish(folder: Path, files: list[tuple[str, dict[str, int]]]) -> None:
+    for old in (folder / _INDEX, *folder.glob("model*.safetensors")):
+        old.unlink(missing_ok=True)
+    if len(files) == 1:
+        os.replace(folder / files[0][0], folder / _SINGLE)
+        return
+    where = {}
+    for i, (partial, sizes) in enumerate(files, 1):
+        final = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        os.replace(folder / partial, folder / final)
+        where.update(dict.fromkeys(sizes, final))
+    total = sum(size for _, sizes in files for size in sizes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2))

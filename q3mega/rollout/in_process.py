@@ -7,7 +7,6 @@ cache lives in the core attention; this file only decides which token comes next
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from q3mega.data.batch import Sample, collate
@@ -85,9 +84,8 @@ class InProcessSampler:
     ) -> list[Completion]:
         batch = collate([Sample(p, [0.0] * len(p)) for p in prompts])
         [head] = self.engine.evaluate([batch], lambda head, _: head)
-        logits = self._logits(
-            Head(head.hidden[batch.cu_seqlens[1:].long() - 1], head.weight, head.tp_group)
-        )
+        ends = batch.cu_seqlens[1:].long() - 1
+        logits = Head(head.hidden[ends], head.weight, head.tp_group).logits()
         out = [Completion([], [], [], "length") for _ in prompts]
         rows = torch.arange(len(prompts))
         thinking = [p[-1] == self.think_open for p in prompts]
@@ -136,25 +134,17 @@ class InProcessSampler:
 
     def _next(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Feed one token a sequence (B,), return the next logits (B, V)."""
-        head = self.engine.chunks[0](
+        head: Head = self.engine.chunks[0](
             tokens[:, None], None, None, output_processor=self._last_hidden
         )
         cache.lengths += 1
-        return self._logits(head)
+        return head.logits()
 
     def _last_hidden(
         self, hidden_states: Tensor, output_layer: object, output_weight: Tensor | None, **_: object
     ) -> Head:
         weight = output_layer.weight if output_weight is None else output_weight  # type: ignore[attr-defined]
         return Head(hidden_states[0], weight, self.engine.tp_group)
-
-    def _logits(self, head: Head) -> Tensor:
-        logits = (head.hidden @ head.weight.T).float()
-        if head.tp_group is None:
-            return logits
-        shards = [torch.empty_like(logits) for _ in range(head.tp_group.size())]
-        dist.all_gather(shards, logits, group=head.tp_group)
-        return torch.cat(shards, -1)
 
     def _choose(
         self, logits: Tensor, uniform: Tensor, params: SamplingParams

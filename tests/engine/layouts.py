@@ -12,11 +12,10 @@ from q3mega import device  # noqa: F401
 # isort: split
 import torch
 import torch.distributed as dist
-from tiny import LAYOUT, SHAPES, documents
+from tiny import LAYOUT, SHAPES, documents, weights
 
 from q3mega.algorithms.losses import normalise, policy_gradient, supervised
 from q3mega.engine import Engine, OptimizerSpec
-from q3mega.model import huggingface
 from q3mega.train.supervised import shard
 
 LOSSES = {
@@ -45,9 +44,8 @@ def main() -> None:
                 batch.loss_weights /= batch.loss_weights.sum()
         metrics = engine.train_step(batches, loss)
         steps.append((metrics["loss"], metrics["grad_norm"]))
-    weights = huggingface.gather(engine.chunks, engine.shape)
+    sums = weights(engine)
     if dist.get_rank() == 0:
-        sums = {n: float(w.double().square().sum()) for n, w in sorted(weights.items())}
         print(json.dumps({"steps": steps, "weights": sums}))
     dist.barrier()
     dist.destroy_process_group()

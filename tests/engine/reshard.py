@@ -12,16 +12,15 @@ from q3mega import device  # noqa: F401
 # isort: split
 import torch
 import torch.distributed as dist
-from tiny import LAYOUT, SHAPES, documents
+from tiny import LAYOUT, SHAPES, documents, weights
 
 from q3mega.algorithms.losses import normalise, supervised
 from q3mega.engine import Engine, OptimizerSpec
-from q3mega.model import huggingface
 from q3mega.train.supervised import shard
 
 
 def main() -> None:
-    what, layout, kind, weights, checkpoints = sys.argv[1:]
+    what, layout, kind, initial, checkpoints = sys.argv[1:]
     torch.set_num_threads(1)
     spec = OptimizerSpec(lr=2e-3, steps=10, weight_decay=0.1, warmup_steps=2)
     engine = Engine(SHAPES[kind], LAYOUT(**json.loads(layout)), seed=3, optimizer=spec)
@@ -32,15 +31,14 @@ def main() -> None:
         assert (step, state) == (2, {"position": 7})
         first, last = 2, 3
     else:
-        engine.load_hf(weights)
+        engine.load_hf(initial)
     metrics = {}
     for step in range(first, last):
         metrics = engine.train_step(shard(normalise(documents(step)), 96), supervised)
     if what == "save":
         engine.save(Path(checkpoints), 2, {"position": 7})
-    found = huggingface.gather(engine.chunks, engine.shape)
+    sums = weights(engine)
     if dist.get_rank() == 0:
-        sums = {n: float(w.double().square().sum()) for n, w in sorted(found.items())}
         names = ("loss", "grad_norm", "lr")
         print(json.dumps({"steps": [[metrics[n] for n in names]], "weights": sums}))
     dist.barrier()

@@ -131,9 +131,11 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     engine = Engine(SHAPES["tied"], LAYOUT(), seed=1, optimizer=SPEC)
     engine.train_step(pack(normalise(documents(0)), 200), supervised)
     engine.save(tmp_path, 1, {})
-    for shard in tmp_path.glob("step_000001/*.distcp"):
-        shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(UserError, match="step_000001 is damaged"):
+    [shard, *_] = tmp_path.glob("step_000001/*.distcp")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=rf"step_000001 is damaged \({shard.name} is not as"):
         engine.load_latest(tmp_path)
 
 

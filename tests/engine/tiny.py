@@ -1,7 +1,12 @@
 """Small shapes and random documents for the engine's tests."""
 
+import os
 import random
+import tempfile
 from functools import partial
+from pathlib import Path
+
+from safetensors import safe_open
 
 from q3mega.data.batch import Sample
 from q3mega.model import Qwen3Shape
@@ -41,3 +46,16 @@ def documents(seed: int, n: int = 10) -> list[Sample]:
         }
         out.append(Sample(tokens, [0.0] * prompt + [1.0] * (length - prompt), columns))
     return out
+
+
+def weights(engine) -> dict[str, float]:
+    """The sum of squares of each tensor that the engine hands over; every rank calls."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "alone")
+    folder = Path(tempfile.gettempdir()) / f"weights-{run}-{os.environ.get('MASTER_PORT', 0)}"
+    engine.save_hf(folder, {})
+    sums = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                sums[name] = float(tensors.get_tensor(name).double().square().sum())
+    return dict(sorted(sums.items()))
