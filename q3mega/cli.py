@@ -67,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--sequence", type=int, default=4096, help="with --model: tokens")
     plan.add_argument("--batch", type=int, default=1024, help="with --model: sequences a step")
 
+    slurm = commands.add_parser("slurm", help="a job script for each stage of a recipe")
+    slurm.set_defaults(command=_slurm)
+    slurm.add_argument("recipe", help="a YAML file")
+    slurm.add_argument("overrides", nargs="*", metavar="stage.field=value", help="change a setting")
+    slurm.add_argument("--run-dir", help="on a file system of all nodes (default: runs/<name>)")
+    slurm.add_argument("--submit", action="store_true", help="put them in the queue, as a chain")
+
     convert = commands.add_parser("convert", help="weights to megatron-core's format and back")
     convert.set_defaults(command=_convert)
     convert.add_argument("direction", choices=("hf-to-mcore", "mcore-to-hf"))
@@ -141,6 +148,19 @@ def _report(arguments: argparse.Namespace) -> int:
     from q3mega.report import publish
 
     publish(arguments.run_dir)
+    return 0
+
+
+def _slurm(arguments: argparse.Namespace) -> int:
+    from q3mega import slurm
+    from q3mega.recipe import Recipe
+
+    recipe = Recipe.load(arguments.recipe, arguments.overrides)
+    run_dir = Path(arguments.run_dir or Path("runs") / recipe.name)
+    paths = slurm.write(recipe, run_dir)
+    jobs = slurm.submit(paths) if arguments.submit else [""] * len(paths)
+    for path, job in zip(paths, jobs, strict=True):
+        print(path, job)
     return 0
 
 

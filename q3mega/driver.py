@@ -31,6 +31,12 @@ from q3mega.recipe import Recipe
 from q3mega.sections import nearest
 
 MIN_FREE_BYTES = 200 * 2**20
+DETERMINISM = {  # what makes a run repeat bit for bit
+    "MKL_CBWR": "AVX2",  # the same matmul kernels whatever the memory alignment
+    "PYTHONHASHSEED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 _POLL_SECONDS = 0.2
 _PLAIN_LINE_SECONDS = 15.0
 _LIBC = ctypes.CDLL(None)  # loaded before any fork
@@ -56,12 +62,8 @@ def run(
     """
     run_dir = Path(run_dir)
     stages = _chosen(recipe, only, start)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
+    prepare(recipe, run_dir)
     with _lock(run_dir), _Progress(recipe) as progress:
-        _keep_recipe(recipe, run_dir)
         for stage in stages:
             folder = recipe.stage_dir(run_dir, stage)
             if (folder / "DONE").exists():
@@ -71,6 +73,15 @@ def run(
             folder.mkdir(exist_ok=True)
             _run_stage(recipe, run_dir, stage, module, progress)
     return report.publish(run_dir)
+
+
+def prepare(recipe: Recipe, run_dir: Path) -> None:
+    """Make the run folder and keep the recipe there; UserError when it holds another one."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
+    _keep_recipe(recipe, run_dir)
 
 
 def _chosen(recipe: Recipe, only: str | None, start: str | None) -> list[str]:
@@ -175,7 +186,7 @@ def _run_stage(
 
 
 def _environments(processes: int) -> list[dict[str, str]]:
-    """torchrun's variables for each rank, and what makes a run repeat bit for bit."""
+    """torchrun's variables for each rank."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -183,10 +194,7 @@ def _environments(processes: int) -> list[dict[str, str]]:
     shared = {
         "OMP_NUM_THREADS": str(max(1, cores // processes)),
         **os.environ,
-        "MKL_CBWR": "AVX2",  # the same matmul kernels whatever the memory alignment
-        "PYTHONHASHSEED": "0",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
+        **DETERMINISM,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(processes),

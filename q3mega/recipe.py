@@ -150,6 +150,18 @@ def check_layout(layout: Layout, model: ModelSpec | Qwen3Shape) -> None:
         )
 
 
+class Slurm(Section):
+    """What `q3mega slurm` asks the cluster for; nodes follow from a stage's layout."""
+
+    processes_per_node: PositiveInt = 8
+    gpus: bool = True  # one a process
+    cpus_per_process: PositiveInt = 8
+    partition: str | None = None
+    account: str | None = None
+    time: str = "24:00:00"  # a stage's limit
+    setup: tuple[str, ...] = ()  # shell lines before the ranks start: modules, a container
+
+
 def layout_of(overrides: Sequence[str], processes: int) -> Layout:
     """A layout of `axis=ways` words; UserError for what is none."""
     raw: dict[str, Any] = {"processes": processes}
@@ -350,6 +362,7 @@ class Recipe(Section):
     student: ModelSpec | None = None
     layout: Layout
     precision: Literal["fp32", "bf16"] = "fp32"  # of weights; gradients and Adam are fp32
+    slurm: Slurm = Slurm()
     stages: dict[str, SerializeAsAny[StageConfig]]
 
     @model_validator(mode="before")

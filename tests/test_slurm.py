@@ -1,0 +1,155 @@
+"""Job scripts, and a real one-node SLURM that preempts a stage and finishes the chain."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from q3mega import slurm
+from q3mega.cli import main
+from q3mega.errors import UserError
+from q3mega.recipe import Recipe
+
+TINY = Path(__file__).parent / "stages" / "tiny.yaml"
+ON_CPUS = ["slurm.gpus=false", "slurm.cpus_per_process=1", "slurm.processes_per_node=2"]
+
+
+def test_a_script_asks_for_what_the_layout_needs(tmp_path: Path) -> None:
+    recipe = Recipe.load(
+        TINY,
+        [
+            "pretrain_long.layout.processes=16",
+            "slurm.partition=h100",
+            "slurm.setup=[module load x]",
+        ],
+    )
+    text = slurm.script(recipe, tmp_path / "a run", "pretrain_long")
+    for line in ("--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=h100"):
+        assert f"#SBATCH {line}\n" in text
+    assert "\nmodule load x\n" in text
+    assert "#SBATCH --requeue" in text
+    assert "account" not in text
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_nodes_are_filled(tmp_path: Path) -> None:
+    recipe = Recipe.load(TINY, ["cold_start.layout.processes=12"])
+    with pytest.raises(UserError, match=r"processes=12 does not fill nodes of .*=8"):
+        slurm.script(recipe, tmp_path, "cold_start")
+
+
+def test_every_stage_has_its_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["slurm", str(TINY), "--run-dir", str(tmp_path)]) == 0
+    paths = [Path(line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert [p.stem for p in paths] == [
+        Recipe.load(TINY).stage_dir(tmp_path, stage).name for stage in Recipe.load(TINY).stages
+    ]
+    assert all(p.exists() for p in paths)
+    assert (tmp_path / "recipe.yaml").exists()
+
+
+CONF = """
+ClusterName=q3mega
+SlurmctldHost={host}(127.0.0.1)
+AuthType=auth/none
+CredType=cred/none
+SlurmUser={user}
+SlurmdUser={user}
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+StateSaveLocation={folder}
+SlurmdSpoolDir={folder}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=bf_interval=1,sched_interval=2
+MailProg=/bin/true
+KillWait=2
+MpiDefault=none
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def _port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Debian's slurm-wlm as one controller and one node of two cores."""
+    programs = [shutil.which(p, path=f"{os.environ['PATH']}:/usr/sbin") for p in DAEMONS]
+    if None in programs:
+        pytest.skip("needs slurmctld and slurmd (Debian: slurm-wlm)")
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    host = socket.gethostname().split(".")[0]
+    user = subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip()
+    conf = folder / "slurm.conf"
+    conf.write_text(CONF.format(host=host, user=user, folder=folder, ports=(_port(), _port())))
+    monkeypatch.setenv("SLURM_CONF", str(conf))
+    daemons = [subprocess.Popen([program, "-D"]) for program in programs]  # type: ignore[list-item]
+    try:
+        wait(lambda: "idle" in ask("sinfo", "-h", "-o", "%T"), 60)
+        yield
+    finally:
+        ask("scancel", "--user", user)
+        for daemon in daemons:
+            daemon.terminate()
+        for daemon in daemons:
+            daemon.wait(timeout=30)
+
+
+DAEMONS = ("slurmctld", "slurmd")
+
+
+def ask(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def wait(until: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline, ask("squeue", "-l")
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_preempted_chain_finishes_as_an_uncut_run(tmp_path: Path, cluster: None) -> None:
+    raw = yaml.safe_load(TINY.read_text())
+    kept = ("pretrain_general", "pretrain_reasoning")
+    raw["stages"] = {name: raw["stages"][name] for name in kept}
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(yaml.safe_dump(raw, sort_keys=False))
+
+    runs = {name: tmp_path / name for name in ("uncut", "queued")}
+    command = [sys.executable, "-m", "q3mega.cli", "run", str(recipe), *ON_CPUS]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--run-dir", str(runs["uncut"])], check=True, env=environment)
+
+    paths = slurm.write(Recipe.load(recipe, ON_CPUS), runs["queued"])
+    jobs = slurm.submit(paths)
+    saved = runs["queued"] / "01-pretrain_general" / "checkpoints"
+    wait(lambda: any(saved.glob("step_??????")), 120)
+    assert ask("scontrol", "requeue", jobs[0]) == ""
+    wait(lambda: "Restarts=1" in ask("scontrol", "show", "job", jobs[0]), 60)
+    wait(lambda: all("COMPLETED" in ask("scontrol", "show", "job", j) for j in jobs), 300)
+    for stage in ("01-pretrain_general", "02-pretrain_reasoning"):
+        uncut, queued = (run / stage / "hf" / "model.safetensors" for run in runs.values())
+        assert uncut.read_bytes() == queued.read_bytes()
+    assert (runs["queued"] / "report.html").exists()
