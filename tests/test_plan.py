@@ -3,15 +3,19 @@
 The rates were fitted to these rows, so this holds the fit, and no more: it is no forecast.
 """
 
+import json
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from published import A3B, A22B, EP16, MEMORY, PUBLISHED, errors, job
 
 from q3mega.model import QWEN3
-from q3mega.plan import CARDS, GIB, best, memory, step
+from q3mega.plan import CARDS, GIB, best, memory, parameters, step
 
 
 def test_step_times_are_near_the_published_ones() -> None:
@@ -47,3 +51,19 @@ def test_the_best_layouts_fit_and_are_sorted() -> None:
     assert all(sum(memory(j).values()) <= CARDS["h100"].memory for j in found)
     times = [step(j).seconds for j in found]
     assert times == sorted(times)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "gpus", "batch"), [("qwen3-8b", 8, 256), (A3B, 16, 1024), (A22B, 256, 2048)]
+)
+def test_what_fits_is_what_megatron_builds(model: str, gpus: int, batch: int) -> None:
+    for found in best(job(model, gpus, batch), gpus, count=2):
+        layout = found.layout.model_dump_json()
+        script = Path(__file__).with_name("meta_rank.py")
+        done = subprocess.run(
+            [sys.executable, str(script), model, layout], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        built = json.loads(done.stdout.splitlines()[-1])
+        assert sum(parameters(found)) == pytest.approx(sum(built), rel=0.05)
