@@ -290,7 +290,9 @@ def expert_load(
         engine.evaluate(pack(samples, 4096), lambda head, batch: None)
     for hook in hooks:
         hook.remove()
-    loads = [float(total.max() / total.mean()) for total in counts]
+    counts = [parallel.sum_over_tokens(total) for total in counts]
+    own = [float(total.max() / total.mean()) for total in counts]
+    loads = parallel.gather_over_pipeline(own)
     return {
         "expert_load_worst_layer": {"value": max(loads), "n": len(loads)},
         "expert_load_best_layer": {"value": min(loads), "n": len(loads)},
@@ -331,7 +333,7 @@ def _haystacks(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Sam
 
 def _read_back(head: Head, batch: Batch) -> list[bool]:
     """One outcome a value: a run of weighted positions."""
-    guess = (head.hidden @ head.weight.T).argmax(-1)  # one process holds the whole lm_head
+    guess = head.logits().argmax(-1)
     right, asked = (guess == batch.targets).tolist(), (batch.loss_weights > 0).tolist()
     values = itertools.groupby(zip(asked, right, strict=True), key=lambda token: token[0])
     return [all(hit for _, hit in tokens) for is_value, tokens in values if is_value]

@@ -165,9 +165,8 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], fn: Callable[[Head, Batch], _T]) -> list[_T]:
-        """fn over this rank's micro-batches, no gradient; results on the last pipeline stage.
-
-        Every rank of a context-parallel group sees the whole of them.
+        """fn over this rank's micro-batches, no gradient: run by the last pipeline stage on whole
+        micro-batches, the results known to all stages.
         """
         for module in self.modules:
             module.eval()
@@ -180,7 +179,8 @@ class Engine:
             whole = Head(part.whole(out.hidden), out.weight, out.tp_group)
             return zero, torch.tensor(1, dtype=torch.int), fn(whole, part.original)
 
-        return self._forward(parts, loss_func, forward_only=True)[: len(batches)]
+        found = self._forward(parts, loss_func, forward_only=True)[: len(batches)]
+        return parallel.gather_over_pipeline(found)  # the other stages have none
 
     def _part(self, batch: Batch) -> Part:
         on_device = batch.to(device.device())

@@ -160,3 +160,20 @@ def gather_over_data(items: list[Any]) -> list[Any]:
     boxes: list[Any] = [None] * data_size()
     dist.all_gather_object(boxes, items, group=data_group())
     return [item for box in boxes for item in box]
+
+
+def gather_over_pipeline(items: list[Any]) -> list[Any]:
+    """The pipeline stages' lists, joined in their order, on every stage."""
+    group = ps.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return items
+    boxes: list[Any] = [None] * group.size()
+    dist.all_gather_object(boxes, items, group=group)
+    return [item for box in boxes for item in box]
+
+
+def sum_over_tokens(counts: Tensor) -> Tensor:
+    """Counts of this rank's tokens, summed over the ranks that share a micro-batch's tokens."""
+    total = counts.to(device.device(), copy=True)
+    dist.all_reduce(total, group=ps.get_tensor_and_context_parallel_group())
+    return total.cpu()
