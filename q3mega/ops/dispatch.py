@@ -4,6 +4,7 @@ An operator's front in this package is its definition, the "reference"; faster b
 here, each with a test of what it can serve. Asking for one that cannot raises with the reason.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -51,8 +52,11 @@ def _reason(op: str, name: str, x: Tensor) -> str | None:
 
 
 def resolve(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
-    """The implementation that `backend` names; None picks the best one that can take `x`."""
-    reason = None
+    """The implementation that `backend` names; None picks the best one that can take `x`.
+
+    The environment's Q3MEGA_BACKEND stands for a name wherever none is given.
+    """
+    reason, backend = None, backend or os.environ.get("Q3MEGA_BACKEND")
     for name in BEST["cuda" if x.is_cuda else "cpu"] if backend is None else (backend,):
         reason = _reason(op, name, x)
         if reason is None:

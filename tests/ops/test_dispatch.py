@@ -23,6 +23,13 @@ def test_every_operator_has_a_reference_and_a_reason_for_the_rest(op: str) -> No
         dispatch.resolve(op, "abacus", torch.zeros(1))
 
 
+def test_the_environment_names_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, 1, 128)
+    monkeypatch.setenv("Q3MEGA_BACKEND", "reference")
+    for op in dispatch.OPERATORS:
+        assert dispatch.resolve(op, None, x) is dispatch.resolve(op, "reference", x)
+
+
 def test_a_forced_reference_is_the_definition() -> None:
     hidden, weight = torch.randn(5, 4), torch.randn(9, 4)
     targets = torch.randint(9, (5,))
