@@ -114,9 +114,7 @@ def answers(
         tokenizer.encode(render(flagged(p, mode), tools=p.tools, add_generation_prompt=True))
         for _, p in mine
     ]
-    completions = (
-        sampler.generate(prompts, replace(params, seed=params.seed + rank)) if mine else []
-    )
+    completions = sampler.generate(prompts, replace(params, seed=params.seed + rank))
     done = [(i, c) for (i, _), c in zip(mine, completions, strict=True)]
     found = dict(parallel.gather_over_data(done))
     return [[Answer(p, c, text_of(c, tokenizer)) for c in found[i]] for i, p in enumerate(problems)]

@@ -6,6 +6,11 @@ import os
 # order, and processes do not fight over the cores.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
@@ -19,3 +24,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """torchrun(script, processes, *arguments) -> rank 0's last printed line, from JSON.
+
+    script: a path, or a name in tests/engine.
+    """
+
+    def run(script: str, processes: int, *arguments: str):
+        path = Path(__file__).parent / "engine" / script
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+        ]
+        done = subprocess.run(
+            [*command, str(path), *arguments],
+            capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    return run

@@ -115,4 +115,5 @@ def preference(token: int, weight: float) -> LossFn:
 
 def scalar(head: Head, batch: Batch, token: int) -> Tensor:
     """(B,) the preference model's scalar of each document."""
-    return head.hidden[batch.cu_seqlens[1:].long() - 1] @ head.weight[token]
+    ends = head.hidden[batch.cu_seqlens[1:].long() - 1]
+    return ends @ head.rows(torch.tensor([token], device=ends.device))[0]

@@ -27,13 +27,14 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from q3mega.data.batch import Batch
+from q3mega.data.batch import Batch, Sample, collate
 from q3mega.engine import checkpoint, parallel
 from q3mega.engine.optimizer import OptimizerSpec, build_optimizer
 from q3mega.engine.parallel import Part
 from q3mega.model import Qwen3Shape, huggingface
 from q3mega.model.attention import Positions
 from q3mega.model.megatron import build_model, transformer_config
+from q3mega.ops import vocab
 
 
 @dataclass
@@ -55,6 +56,13 @@ class Head:
         shards = [torch.empty_like(own) for _ in range(self.tp_group.size())]
         dist.all_gather(shards, own, group=self.tp_group)
         return torch.cat(shards, -1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """(n, H) the lm_head's rows of the ids, whichever rank holds them; differentiable."""
+        place = ids - vocab.offset(self.weight, self.tp_group)
+        held = ((place >= 0) & (place < len(self.weight)))[:, None]
+        own = self.weight[place.clamp(0, len(self.weight) - 1)]
+        return vocab.total(torch.where(held, own, 0.0), self.tp_group)
 
 
 # (head, batch) -> (loss: a sum, metrics: name -> a sum, to add up over micro-batches and ranks)
@@ -191,13 +199,9 @@ class Engine:
             return []
 
         def head(hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Head:
-            if self.config.sequence_parallel:
-                # not summed here: the operator sums the gradient over the group itself
-                hidden_states = gather_from_sequence_parallel_region(
-                    hidden_states, tensor_parallel_output_grad=False
-                )
             weight = output_layer.weight if output_weight is None else output_weight
-            return Head(hidden_states[:, 0], weight, self.tp_group, self.cp_group)
+            hidden = self.gathered(hidden_states)[:, 0]
+            return Head(hidden, weight, self.tp_group, self.cp_group)
 
         def forward_step(parts: Iterator[Part], module: Any) -> tuple[Any, Any]:
             part = next(parts)
@@ -230,6 +234,15 @@ class Engine:
             forward_only=forward_only,
         )
 
+    def gathered(self, hidden: Tensor) -> Tensor:
+        """(T, ...) of the last layer's output, of which sequence parallelism leaves a rank a part.
+
+        The gradient is not summed here: the losses' operators sum it over the group themselves.
+        """
+        if not self.config.sequence_parallel:
+            return hidden
+        return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+
     def _same_count(self, parts: list[Part]) -> tuple[list[Part], int]:
         """As many micro-batches on every rank (weightless repeats), and all ranks' tokens."""
         count = torch.tensor([len(parts), sum(len(p.batch) for p in parts)])
@@ -239,11 +252,8 @@ class Engine:
         most = max(int(c[0]) for c in counts)
         if self.layout.virtual_pipeline > 1:  # an interleaved pipeline goes round in whole turns
             most = -(-most // self.layout.pipeline) * self.layout.pipeline
-        if not parts and most:
-            raise ValueError(
-                "a data-parallel rank got no micro-batch: use fewer ranks or more data"
-            )
-        fillers = [_weightless(parts[0]) for _ in range(most - len(parts))]
+        spare = parts[0] if parts else self._part(collate([Sample([0], [0.0])]))
+        fillers = [_weightless(spare) for _ in range(most - len(parts))]
         tokens = sum(int(c[1]) for c in counts)
         if most * len(counts) > sum(int(c[0]) for c in counts):  # they count in megatron's divisor
             extra = torch.tensor(sum(len(p.batch) for p in fillers))

@@ -177,3 +177,13 @@ def sum_over_tokens(counts: Tensor) -> Tensor:
     total = counts.to(device.device(), copy=True)
     dist.all_reduce(total, group=ps.get_tensor_and_context_parallel_group())
     return total.cpu()
+
+
+def most_of_experts(count: int) -> int:
+    """The largest count of the ranks that meet in the expert layers."""
+    group = ps.get_expert_tensor_and_model_parallel_group()
+    if group.size() == 1:
+        return count
+    most = torch.tensor(count, device=device.device())
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    return int(most)

@@ -132,15 +132,15 @@ class CoreAttention(MegatronModule):
         """Packed: q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq * D); T are the tokens held here,
         cu_seqlens the borders of the whole pack.
 
-        Decode, one token a cached sequence: q (1, B, Hq, D), k and v (1, B, Hkv, D)
-        -> (1, B, Hq * D).
+        Decode, one token a cached sequence: q (B, 1, Hq, D), k and v (B, 1, Hkv, D)
+        -> (B, 1, Hq * D).
         """
         state = self.state
         assert state is not None
         inv_freq = state.inv_freq(query.shape[-1], query.device)
         scale = self.scale * state.positions.logit_scale
         if packed_seq_params is None:
-            return self._decode(query[0], key[0], value[0], inv_freq, scale)[None]
+            return self._decode(query[:, 0], key[:, 0], value[:, 0], inv_freq, scale)[:, None]
         cu_seqlens = packed_seq_params.cu_seqlens_q
         attend = ops.dual_chunk_attention
         if self.config.context_parallel_size > 1:

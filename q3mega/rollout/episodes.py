@@ -41,9 +41,7 @@ def run_episodes(
                 following = tokenizer.encode("\n" + render(answer, add_generation_prompt=True))
                 _extend(done[i], following, [0.0] * len(following), [0] * len(following))
                 still.append(i)
-        active = still
-        if not active:
-            break
+        active = still  # with none left the turns still count: other ranks may go on
     return list(zip(done, turns, strict=True))
 
 

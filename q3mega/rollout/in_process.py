@@ -11,11 +11,12 @@ from torch import Tensor
 
 from q3mega.data.batch import Sample, collate
 from q3mega.data.tokenizer import Tokenizer
-from q3mega.engine import Engine, Head
+from q3mega.engine import Engine, Head, parallel
 from q3mega.errors import UserError
 from q3mega.model.attention import KVCache
 from q3mega.rollout.base import Completion, SamplingParams
 
+IDLE = -1  # the sequence of a row that only keeps the ranks in step
 KEEP = 0.8  # of the rows still running: below that the finished ones are dropped
 
 
@@ -23,20 +24,17 @@ class InProcessSampler:
     """Samples from `engine`. Sequences beyond `max_batch` wait for the next round."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, max_batch: int = 512) -> None:
-        if (
-            engine.layout.pipeline > 1
-            or engine.layout.expert > 1
-            or engine.layout.context > 1
-            or engine.config.sequence_parallel
-        ):
+        if engine.layout.pipeline > 1 or engine.layout.context > 1:
             raise UserError(
-                "in-process sampling needs layout.pipeline=1, layout.expert=1, layout.context=1 "
-                "and layout.sequence_parallel=false: give the sampling stage such a layout"
+                "in-process sampling needs layout.pipeline=1 and layout.context=1: give the "
+                "sampling stage such a layout"
             )
         self.engine, self.max_batch = engine, max_batch
         self.stops = (tokenizer.eos, tokenizer.eod)
         self.think_open, self.think_close = tokenizer.think_open, tokenizer.think_close
         self.tokenizer = tokenizer
+        # one token a sequence is cut over ranks as a batch of tokens is
+        self.multiple = engine.layout.tensor if engine.config.sequence_parallel else 1
 
     @torch.no_grad()
     def generate(
@@ -52,7 +50,8 @@ class InProcessSampler:
         module = self.engine.chunks[0]
         training = module.training
         module.eval()
-        for start in range(0, len(queue), self.max_batch):
+        rounds = parallel.most_of_experts(-(-len(queue) // self.max_batch))
+        for start in range(0, rounds * self.max_batch, self.max_batch):
             part = slice(start, start + self.max_batch)
             done += self._run(queue[part], uniform[part], params, stop_thinking)
         module.train(training)
@@ -66,7 +65,7 @@ class InProcessSampler:
         stop_thinking: list[int],
     ) -> list[Completion]:
         state = self.engine.chunks[0].attention_state
-        longest = max(map(len, prompts))
+        longest = max(map(len, prompts), default=1)
         cache = KVCache(longest + uniform.shape[1])
         state.cache = cache
         try:
@@ -82,12 +81,19 @@ class InProcessSampler:
         stop_thinking: list[int],
         cache: KVCache,
     ) -> list[Completion]:
-        batch = collate([Sample(p, [0.0] * len(p)) for p in prompts])
+        # A rank without prompts goes along with the experts' other ranks, for a sequence of none.
+        fed = prompts or [[self.tokenizer.eos]]
+        batch = collate([Sample(p, [0.0] * len(p)) for p in fed])
         [head] = self.engine.evaluate([batch], lambda head, _: head)
         ends = batch.cu_seqlens[1:].long() - 1
         logits = Head(head.hidden[ends], head.weight, head.tp_group).logits()
         out = [Completion([], [], [], "length") for _ in prompts]
-        rows = torch.arange(len(prompts))
+        rows = torch.arange(len(prompts)) if prompts else torch.tensor([IDLE])
+        uniform = uniform if prompts else uniform.new_zeros(1, uniform.shape[1])
+        keep = self._whole(torch.arange(len(rows)))
+        if len(keep) < len(cache.lengths) or len(keep) > len(rows):  # a document filled the pack
+            rows, logits = self._rows(rows, keep), logits[keep]
+            cache.keep(keep)
         thinking = [p[-1] == self.think_open for p in prompts]
         forced: list[list[int]] = [[] for _ in prompts]  # the stop text still to be written
         sampled = [0] * len(prompts)
@@ -98,7 +104,7 @@ class InProcessSampler:
             alive = []
             drawn, scores = tokens.tolist(), logprobs.tolist()
             for i, row in enumerate(rows.tolist()):
-                if finished[row]:
+                if row == IDLE or finished[row]:
                     continue
                 completion, token = out[row], drawn[i]
                 inserted = bool(forced[row])
@@ -123,19 +129,30 @@ class InProcessSampler:
                 finished[row] = sampled[row] >= params.max_tokens and not forced[row]
                 if not finished[row]:
                     alive.append(i)
-            if not alive:
+            if not parallel.most_of_experts(len(alive)):
                 return out
             if len(alive) < KEEP * len(rows):  # moving the cache costs more than a few idle rows
-                keep = torch.tensor(alive)
-                rows, tokens = rows[keep], tokens[keep]
-                cache.keep(keep)
+                keep = self._whole(torch.tensor(alive or [0]))
+                if len(keep) < len(rows):
+                    rows, tokens = self._rows(rows, keep), tokens[keep]
+                    cache.keep(keep)
             logits = self._next(tokens, cache)
             step += 1
+
+    def _whole(self, places: Tensor) -> Tensor:
+        """Places of rows to go on with, filled up to a number that can be cut by the first row."""
+        return torch.cat([places, places.new_zeros(-len(places) % self.multiple)])
+
+    @staticmethod
+    def _rows(rows: Tensor, keep: Tensor) -> Tensor:
+        """The sequences at `keep`; a row that comes twice belongs to none the second time."""
+        repeated = torch.tensor([place in keep[:i] for i, place in enumerate(keep)])
+        return torch.where(repeated, IDLE, rows[keep])
 
     def _next(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Feed one token a sequence (B,), return the next logits (B, V)."""
         head: Head = self.engine.chunks[0](
-            tokens[:, None], None, None, output_processor=self._last_hidden
+            tokens[None], None, None, output_processor=self._last_hidden
         )
         cache.lengths += 1
         return head.logits()
@@ -144,7 +161,7 @@ class InProcessSampler:
         self, hidden_states: Tensor, output_layer: object, output_weight: Tensor | None, **_: object
     ) -> Head:
         weight = output_layer.weight if output_weight is None else output_weight  # type: ignore[attr-defined]
-        return Head(hidden_states[0], weight, self.engine.tp_group)
+        return Head(self.engine.gathered(hidden_states)[:, 0], weight, self.engine.tp_group)
 
     def _choose(
         self, logits: Tensor, uniform: Tensor, params: SamplingParams

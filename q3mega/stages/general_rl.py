@@ -180,7 +180,8 @@ class Scorer:
 
         def yes(head: Head, batch: Batch) -> list[float]:
             last = head.hidden[batch.cu_seqlens[1:].long() - 1]
-            return (last @ head.weight[self.judge_ids].T).softmax(-1)[:, 0].tolist()
+            ids = torch.tensor(self.judge_ids, device=last.device)
+            return (last @ head.rows(ids).T).softmax(-1)[:, 0].tolist()
 
         return each_sequence(self.judge_model, self.tokenizer.encode_batch(texts), yes)
 
