@@ -52,7 +52,7 @@ def bars(series: Mapping[str, Mapping[str, Metric]], title: str) -> str:
         axis.bar(places, values, width, yerr=reach, capsize=2, label=label)
     axis.set_xticks(range(len(groups)))
     axis.set_xticklabels([g.replace("_", "\n", 1) for g in groups], parse_math=False, fontsize=8)
-    axis.set_ylim(0, 1)
+    axis.set_ylim(0, 1.05)
     axis.set_ylabel("accuracy")
     _legend(figure, loc="outside upper center", ncols=len(series))
     return _html(figure, title)
