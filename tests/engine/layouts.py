@@ -14,12 +14,22 @@ import torch
 import torch.distributed as dist
 from tiny import LAYOUT, SHAPES, documents, weights
 
-from q3mega.algorithms.losses import normalise, policy_gradient, supervised
+from q3mega.algorithms.losses import distillation, normalise, policy_gradient, supervised
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.train.supervised import shard
 
+TEACHER = torch.randn(2, 64, 24, generator=torch.Generator().manual_seed(5))  # hidden, lm_head
+
+
+def distill(head, batch):
+    """Against a teacher whose hidden state is a function of the token."""
+    ways, rank = (head.tp_group.size(), head.tp_group.rank()) if head.tp_group else (1, 0)
+    return distillation(TEACHER[1].chunk(ways)[rank], "reverse_kl")(head, batch)
+
+
 LOSSES = {
     "supervised": supervised,
+    "distill": distill,
     "policy": policy_gradient(variant="dapo", clip_high=0.28, entropy_coef=0.01),
     "gspo": policy_gradient(variant="gspo", clip_low=3e-1, clip_high=4e-1),
 }
@@ -39,6 +49,8 @@ def main() -> None:
     steps = []
     for step in range(3):
         batches = shard(normalise(documents(step)), 96)
+        for batch in batches:
+            batch.columns["teacher_hidden"] = TEACHER[0][batch.tokens]
         if wrong:
             for batch in batches:
                 batch.loss_weights /= batch.loss_weights.sum()

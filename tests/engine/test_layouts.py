@@ -25,6 +25,7 @@ CASES = [
     ("dense", {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 4),
     ("dense", {"tensor": 2, "context": 2, "sequence_parallel": True}, 4),
     ("moe", {"tensor": 2, "expert": 2, "sequence_parallel": True}, 2),
+    ("moe", {"tensor": 2, "expert_tensor": 2, "sequence_parallel": True}, 2),
     ("moe", {"pipeline": 2, "expert": 2, "context": 2}, 4),
 ]
 
@@ -69,9 +70,9 @@ def test_a_layout_is_the_same_model(torchrun, alone, weights, kind, layout, proc
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("loss", ["policy", "gspo"])
+@pytest.mark.parametrize("loss", ["policy", "gspo", "distill"])
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"context": 2}, {}])
-def test_the_policy_loss_is_the_same_too(torchrun, alone, weights, layout, loss):
+def test_the_other_losses_are_the_same_too(torchrun, alone, weights, layout, loss):
     layout = json.dumps({"processes": 2, **layout})
     got = torchrun("layouts.py", 2, layout, "dense", loss, weights["dense"])
     assert close(got, alone("dense", loss), 1e-5)
