@@ -245,7 +245,8 @@ class Engine:
 
     def _same_count(self, parts: list[Part]) -> tuple[list[Part], int]:
         """As many micro-batches on every rank (weightless repeats), and all ranks' tokens."""
-        count = torch.tensor([len(parts), sum(len(p.batch) for p in parts)])
+        here = device.device()
+        count = torch.tensor([len(parts), sum(len(p.batch) for p in parts)], device=here)
         counts = [count.clone() for _ in range(parallel.data_size())]
         if len(counts) > 1:
             dist.all_gather(counts, count, group=parallel.data_group())
@@ -256,7 +257,7 @@ class Engine:
         fillers = [_weightless(spare) for _ in range(most - len(parts))]
         tokens = sum(int(c[1]) for c in counts)
         if most * len(counts) > sum(int(c[0]) for c in counts):  # they count in megatron's divisor
-            extra = torch.tensor(sum(len(p.batch) for p in fillers))
+            extra = torch.tensor(sum(len(p.batch) for p in fillers), device=here)
             dist.all_reduce(extra, group=parallel.data_group())
             tokens += int(extra)
         return [*parts, *fillers], tokens * self.layout.context

@@ -331,6 +331,8 @@ def save(
     folder = Path(folder)
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        for cut in folder.glob("*.partial"):
+            cut.unlink()
         dtype = models[0].config.params_dtype
         config_of(shape, rope_base, tokens, dtype).save_pretrained(folder)
     dist.barrier()
@@ -343,10 +345,13 @@ def save(
         files.append((partial, {name: t.nbytes for name, t in held.items()}))
         held.clear()
 
+    size = 0
     for name, tensor in _spoken(models, shape):
         held[name] = tensor
-        if sum(t.nbytes for t in held.values()) >= FILE_BYTES:
+        size += tensor.nbytes
+        if size >= FILE_BYTES:
             write()
+            size = 0
     if held:
         write()
     boxes: list[Any] = [files]
