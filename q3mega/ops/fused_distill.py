@@ -139,7 +139,7 @@ def _distill_renormalised(
             gradients.hidden[rows] = d_hidden.to(hidden.dtype)
         if of_weight:
             outer = dz[:, :, None] * h[:, None]
-            gradients.weight.index_add_(0, places.flatten(), outer.flatten(0, 1))
+            gradients.add_rows(places.flatten(), outer.flatten(0, 1))
     return _squared(temperature, w, per_token, gradients)
 
 

@@ -79,23 +79,38 @@ class Gradients:
     def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, bool]) -> None:
         self.head, (self.of_hidden, self.of_weight) = head, wanted
         self.hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
-        wide = torch.zeros_like(head.weight, dtype=WIDE) if wanted[1] else hidden.new_empty(0)
-        self.weight = wide
+        self.weight: Tensor | None = None  # the first block writes it: pages are touched once
 
     def add(self, rows: Tensor, hidden: Tensor, dz: Tensor) -> None:
         """dz (n, V): the loss's gradient with respect to hidden / temperature @ weight.T."""
         dz, t = dz.to(self.head.weight.dtype), self.head.temperature
         if self.of_hidden:
             self.hidden[rows] = (dz @ self.head.weight).div_(t)
-        if self.of_weight and dz.dtype == WIDE:
+        if not self.of_weight:
+            return
+        if dz.dtype == WIDE and self.weight is not None:
             self.weight.addmm_(dz.T, hidden / t)
-        elif self.of_weight:
+            return
+        if dz.dtype == WIDE:
+            self.weight = dz.T @ (hidden / t)
+        elif self.weight is None:
+            self.weight = torch.mm(dz.T, hidden, out_dtype=WIDE).div_(t)
+        else:
             self.weight.add_(torch.mm(dz.T, hidden, out_dtype=WIDE), alpha=1 / t)
+
+    def add_rows(self, places: Tensor, rows: Tensor) -> None:
+        """rows (n, H) onto the lm_head's rows at places (n,)."""
+        if self.weight is None:
+            self.weight = torch.zeros_like(self.head.weight, dtype=WIDE)
+        self.weight.index_add_(0, places, rows)
 
     def done(self) -> tuple[Tensor, Tensor]:
         if self.head.group is not None and self.of_hidden:
             all_reduce(self.hidden, group=self.head.group)
-        return self.hidden, self.weight.to(self.head.weight.dtype)
+        if not self.of_weight:
+            return self.hidden, self.hidden.new_empty(0)
+        weight = torch.zeros_like(self.head.weight) if self.weight is None else self.weight
+        return self.hidden, weight.to(self.head.weight.dtype)
 
 
 def blocks(index: Tensor, head: Head) -> Iterator[Tensor]:
@@ -128,12 +143,19 @@ def fake_gradients(hidden: Tensor, weight: Tensor, *wanted: bool) -> tuple[Tenso
 
 
 def keep_gradients(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.inputs = len(inputs)
-    ctx.save_for_backward(*output[-2:])
+    """Held apart from autograd's saved tensors, which would be copied when they become gradients:
+    that of a large lm_head is most of what the operator needs."""
+    ctx.set_materialize_grads(False)  # the outputs that hold gradients have none of their own
+    ctx.inputs, ctx.held = len(inputs), [d.detach() for d in output[-2:]]
 
 
 def pull_gradients(ctx: Any, g: Tensor, *_: Any) -> Any:
-    scaled = [d * g if want else None for d, want in zip(ctx.saved_tensors, ctx.needs_input_grad)]  # noqa: B905
+    if ctx.held is None:
+        raise RuntimeError(
+            "this loss gives its gradients away in its first backward: compute it anew"
+        )
+    held, ctx.held = ctx.held, None
+    scaled = [d.mul_(g) if want else None for d, want in zip(held, ctx.needs_input_grad)]  # noqa: B905
     return *scaled, *[None] * (ctx.inputs - 2)
 
 
