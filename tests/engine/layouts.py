@@ -1,7 +1,8 @@
-"""Three optimizer steps and an evaluation under one layout; rank 0 prints losses and weights' norm.
+"""Three optimizer steps under each of some layouts; rank 0 prints losses and weights of all.
 
-Run by test_layouts.py: `torchrun layouts.py '{"tensor": 2}' dense supervised FOLDER`. FOLDER holds
-the initial weights, since random ones depend on where the layers are built.
+Run by test_layouts.py: `torchrun layouts.py CASES`, a JSON list of [kind, layout, loss, folder,
+wrong]. The folder holds the initial weights, since random ones depend on where the layers are
+built; wrong: each rank normalises by its own token count.
 """
 
 import json
@@ -12,6 +13,7 @@ from q3mega import device  # noqa: F401
 # isort: split
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as ps
 from tiny import LAYOUT, SHAPES, documents, weights
 
 from q3mega.algorithms.losses import distillation, normalise, policy_gradient, supervised
@@ -35,30 +37,33 @@ LOSSES = {
 }
 
 
-def main() -> None:
-    layout, kind, loss_name = LAYOUT(**json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
-    wrong = len(sys.argv) > 5  # a deliberately wrong normaliser: each rank's own token count
-    torch.set_num_threads(1)
+def steps(kind: str, layout: dict, loss_name: str, folder: str, wrong: bool) -> dict:
     spec = OptimizerSpec(lr=2e-3, steps=10, weight_decay=0.1)
-    engine = Engine(SHAPES[kind], layout, seed=3, optimizer=spec)
-    engine.load_hf(sys.argv[4])
+    engine = Engine(SHAPES[kind], LAYOUT(**layout), seed=3, optimizer=spec)
+    engine.load_hf(folder)
     engine.config.moe_aux_loss_coeff = (
         0.0  # its running estimate depends on the order of micro-batches
     )
-    loss = LOSSES[loss_name]
-    steps = []
+    found = []
     for step in range(3):
         batches = shard(normalise(documents(step)), 96)
         for batch in batches:
             batch.columns["teacher_hidden"] = TEACHER[0][batch.tokens]
-        if wrong:
-            for batch in batches:
+            if wrong:
                 batch.loss_weights /= batch.loss_weights.sum()
-        metrics = engine.train_step(batches, loss)
-        steps.append((metrics["loss"], metrics["grad_norm"]))
-    sums = weights(engine)
+        metrics = engine.train_step(batches, LOSSES[loss_name])
+        found.append((metrics["loss"], metrics["grad_norm"]))
+    return {"steps": found, "weights": weights(engine)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found = []
+    for case in json.loads(sys.argv[1]):
+        found.append(steps(*case))
+        ps.destroy_model_parallel()
     if dist.get_rank() == 0:
-        print(json.dumps({"steps": steps, "weights": sums}))
+        print(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -30,26 +30,36 @@ CASES = [
 ]
 
 
+LOSSES = [
+    ("dense", layout, 2, loss)
+    for loss in ("policy", "gspo", "distill")
+    for layout in ({"tensor": 2}, {"context": 2}, {})
+]
+ALL = [*((kind, layout, ranks, "supervised") for kind, layout, ranks in CASES), *LOSSES]
+
+
+def name(kind, layout, ranks, loss, wrong=False):
+    return json.dumps([kind, {"processes": ranks, **layout}, loss, wrong])
+
+
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """kind -> a Hugging Face folder with the weights that every layout starts from."""
+def results(torchrun, tmp_path_factory):
+    """name(...) -> what rank 0 saw; one launch for all cases of as many ranks."""
     folders = {}
     for kind, shape in SHAPES.items():
         folders[kind] = str(tmp_path_factory.mktemp(kind))
         Engine(shape, LAYOUT(), seed=3).save_hf(folders[kind], {})
-    return folders
-
-
-@pytest.fixture(scope="module")
-def alone(torchrun, weights):
-    cache: dict[tuple[str, str], dict] = {}
-
-    def result(kind: str, loss: str) -> dict:
-        if (kind, loss) not in cache:
-            cache[kind, loss] = torchrun("layouts.py", 1, "{}", kind, loss, weights[kind])
-        return cache[kind, loss]
-
-    return result
+    alone = {(kind, loss) for kind, _, _, loss in ALL}
+    cases = [*ALL, *((kind, {}, 1, loss) for kind, loss in sorted(alone))]
+    named = [name(*case) for case in cases] + [name("dense", {}, 2, "supervised", wrong=True)]
+    found = {}
+    for ranks in sorted({json.loads(n)[1]["processes"] for n in named}):
+        mine = [n for n in named if json.loads(n)[1]["processes"] == ranks]
+        full = []
+        for kind, layout, loss, wrong in map(json.loads, mine):
+            full.append([kind, layout, loss, folders[kind], wrong])
+        found |= zip(mine, torchrun("layouts.py", ranks, json.dumps(full)), strict=True)
+    return found
 
 
 def close(got: dict, want: dict, tolerance: float) -> bool:
@@ -62,31 +72,13 @@ def close(got: dict, want: dict, tolerance: float) -> bool:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("kind", "layout", "processes"), CASES)
-def test_a_layout_is_the_same_model(torchrun, alone, weights, kind, layout, processes):
-    layout = {"processes": processes, **layout}
-    got = torchrun("layouts.py", processes, json.dumps(layout), kind, "supervised", weights[kind])
-    assert close(got, alone(kind, "supervised"), 1e-4 if kind == "moe" else 1e-5)
+@pytest.mark.parametrize(("kind", "layout", "ranks", "loss"), ALL)
+def test_a_layout_is_the_same_model(results, kind, layout, ranks, loss):
+    got, alone = results[name(kind, layout, ranks, loss)], results[name(kind, {}, 1, loss)]
+    assert close(got, alone, 1e-4 if kind == "moe" else 1e-5)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("loss", ["policy", "gspo", "distill"])
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {"context": 2}, {}])
-def test_the_other_losses_are_the_same_too(torchrun, alone, weights, layout, loss):
-    layout = json.dumps({"processes": 2, **layout})
-    got = torchrun("layouts.py", 2, layout, "dense", loss, weights["dense"])
-    assert close(got, alone("dense", loss), 1e-5)
-
-
-@pytest.mark.dist
-def test_a_wrong_normaliser_is_seen(torchrun, alone, weights):
-    got = torchrun(
-        "layouts.py",
-        2,
-        json.dumps({"processes": 2}),
-        "dense",
-        "supervised",
-        weights["dense"],
-        "wrong",
-    )
-    assert not close(got, alone("dense", "supervised"), 1e-2)
+def test_a_wrong_normaliser_is_seen(results):
+    got = results[name("dense", {}, 2, "supervised", wrong=True)]
+    assert not close(got, results[name("dense", {}, 1, "supervised")], 1e-2)

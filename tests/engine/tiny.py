@@ -50,8 +50,8 @@ def documents(seed: int, n: int = 10) -> list[Sample]:
 
 def weights(engine) -> dict[str, float]:
     """The sum of squares of each tensor that the engine hands over; every rank calls."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "alone")
-    folder = Path(tempfile.gettempdir()) / f"weights-{run}-{os.environ.get('MASTER_PORT', 0)}"
+    run = f"{os.environ.get('MASTER_PORT', 0)}-{os.getppid()}"  # torchrun's, the same on all ranks
+    folder = Path(tempfile.gettempdir()) / f"q3mega-weights-{run}"
     engine.save_hf(folder, {})
     sums = {}
     for file in folder.glob("*.safetensors"):
