@@ -1,6 +1,7 @@
-"""Save after two steps under one layout, or load and take the third; rank 0 prints that step.
+"""Save after two steps under each of some layouts, or load and take the third; rank 0 prints all.
 
-Run by test_reshard.py: `torchrun reshard.py save|load '{"tensor": 2}' moe WEIGHTS CHECKPOINTS`.
+Run by test_reshard.py: `torchrun reshard.py save|load CASES`, a JSON list of [kind, layout, folder
+of weights, folder of checkpoints].
 """
 
 import json
@@ -12,6 +13,7 @@ from q3mega import device  # noqa: F401
 # isort: split
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as ps
 from tiny import LAYOUT, SHAPES, documents, weights
 
 from q3mega.algorithms.losses import normalise, supervised
@@ -19,28 +21,36 @@ from q3mega.engine import Engine, OptimizerSpec
 from q3mega.train.supervised import shard
 
 
-def main() -> None:
-    what, layout, kind, initial, checkpoints = sys.argv[1:]
-    torch.set_num_threads(1)
+def save(kind: str, layout: dict, initial: str, checkpoints: str) -> None:
+    engine = build(kind, layout)
+    engine.load_hf(initial)
+    for step in (0, 1):
+        engine.train_step(shard(normalise(documents(step)), 96), supervised)
+    engine.save(Path(checkpoints), 2, {"position": 7})
+
+
+def load(kind: str, layout: dict, initial: str, checkpoints: str) -> dict:
+    engine = build(kind, layout)
+    assert engine.load_latest(Path(checkpoints)) == (2, {"position": 7})
+    metrics = engine.train_step(shard(normalise(documents(2)), 96), supervised)
+    return {"step": [metrics[n] for n in ("loss", "grad_norm", "lr")], "weights": weights(engine)}
+
+
+def build(kind: str, layout: dict) -> Engine:
     spec = OptimizerSpec(lr=2e-3, steps=10, weight_decay=0.1, warmup_steps=2)
-    engine = Engine(SHAPES[kind], LAYOUT(**json.loads(layout)), seed=3, optimizer=spec)
+    engine = Engine(SHAPES[kind], LAYOUT(**layout), seed=3, optimizer=spec)
     engine.config.moe_aux_loss_coeff = 0.0  # depends on the order of micro-batches
-    first, last = 0, 2
-    if what == "load":
-        step, state = engine.load_latest(Path(checkpoints))
-        assert (step, state) == (2, {"position": 7})
-        first, last = 2, 3
-    else:
-        engine.load_hf(initial)
-    metrics = {}
-    for step in range(first, last):
-        metrics = engine.train_step(shard(normalise(documents(step)), 96), supervised)
-    if what == "save":
-        engine.save(Path(checkpoints), 2, {"position": 7})
-    sums = weights(engine)
+    return engine
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found = []
+    for case in json.loads(sys.argv[2]):
+        found.append({"save": save, "load": load}[sys.argv[1]](*case))
+        ps.destroy_model_parallel()
     if dist.get_rank() == 0:
-        names = ("loss", "grad_norm", "lr")
-        print(json.dumps({"steps": [[metrics[n] for n in names]], "weights": sums}))
+        print(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 

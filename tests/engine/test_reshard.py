@@ -24,33 +24,39 @@ PAIRS = [
 ]
 
 
+def name(kind, before, ranks_before, after, ranks_after):
+    """A checkpoint and who loads it."""
+    layouts = {"processes": ranks_before, **before}, {"processes": ranks_after, **after}
+    return json.dumps([kind, *layouts])
+
+
 @pytest.fixture(scope="module")
-def saved(torchrun, tmp_path_factory):
-    """saved(kind, layout, processes) -> a folder with weights and a checkpoint after two steps."""
-    weights, found = {}, {}
-
-    def folder(kind, layout, processes):
-        if kind not in weights:
-            weights[kind] = str(tmp_path_factory.mktemp(kind))
-            Engine(SHAPES[kind], LAYOUT(), seed=3).save_hf(weights[kind], {})
-        text = json.dumps({"processes": processes, **layout})
-        if (kind, text) not in found:
-            found[kind, text] = str(tmp_path_factory.mktemp("checkpoints"))
-            given = "save", text, kind, weights[kind], found[kind, text]
-            torchrun("reshard.py", processes, *given)
-        return weights[kind], found[kind, text]
-
-    return folder
+def steps(torchrun, tmp_path_factory):
+    """name(...) -> the third step; every layout also loads what it saved itself."""
+    initial = {}
+    for kind in {pair[0] for pair in PAIRS}:
+        initial[kind] = str(tmp_path_factory.mktemp(kind))
+        Engine(SHAPES[kind], LAYOUT(), seed=3).save_hf(initial[kind], {})
+    loads = {name(*p) for p in PAIRS} | {name(*p[:3], *p[1:3]) for p in PAIRS}
+    saves = {json.dumps(json.loads(n)[:2]) for n in loads}
+    folders = {n: str(tmp_path_factory.mktemp("checkpoints")) for n in saves}
+    found = {}
+    for what, names in (("save", sorted(saves)), ("load", sorted(loads))):
+        for ranks in (1, 2):
+            mine = [n for n in names if json.loads(n)[-1]["processes"] == ranks]
+            cases = []
+            for kind, before, *after in map(json.loads, mine):
+                folder = folders[json.dumps([kind, before])]
+                cases.append([kind, (after or [before])[0], initial[kind], folder])
+            found |= zip(mine, torchrun("reshard.py", ranks, what, json.dumps(cases)), strict=True)
+    return found
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("kind", "before", "ranks_before", "after", "ranks_after"), PAIRS)
-def test_the_next_step_is_the_same(torchrun, saved, kind, before, ranks_before, after, ranks_after):
-    folders = saved(kind, before, ranks_before)
-    steps = []
-    for layout, ranks in ((before, ranks_before), (after, ranks_after)):
-        text = json.dumps({"processes": ranks, **layout})
-        steps.append(torchrun("reshard.py", ranks, "load", text, kind, *folders))
+def test_the_next_step_is_the_same(steps, kind, before, ranks_before, after, ranks_after):
+    own = steps[name(kind, before, ranks_before, before, ranks_before)]
+    other = steps[name(kind, before, ranks_before, after, ranks_after)]
     near = {"rel": 1e-4 if kind == "moe" else 1e-5}
-    assert steps[1]["steps"][0] == pytest.approx(steps[0]["steps"][0], **near)
-    assert steps[1]["weights"] == pytest.approx(steps[0]["weights"], **near)
+    assert other["step"] == pytest.approx(own["step"], **near)
+    assert other["weights"] == pytest.approx(own["weights"], **near)

@@ -1,7 +1,7 @@
-"""Samples under one layout; rank 0 prints every rank's tokens and log-probabilities.
+"""Samples under each of some layouts; rank 0 prints every rank's tokens and log-probabilities.
 
-Run by test_layouts.py: `torchrun sampling.py '{"tensor": 2}' moe WEIGHTS PROMPTS`, where rank r of
-the data-parallel ranks takes PROMPTS[r].
+Run by test_sampling_layouts.py: `torchrun sampling.py CASES`, a JSON list of [kind, layout, folder
+of weights, prompts], where rank r of the data-parallel ranks takes prompts[r].
 """
 
 import json
@@ -14,6 +14,7 @@ from q3mega import device  # noqa: F401
 # isort: split
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as ps
 
 sys.path.append(str(Path(__file__).parent.parent / "engine"))
 from tiny import LAYOUT, SHAPES
@@ -27,20 +28,25 @@ TOKENIZER = SimpleNamespace(
 )
 
 
-def main() -> None:
-    layout, kind, weights, prompts = sys.argv[1:]
-    torch.set_num_threads(1)
-    engine = Engine(SHAPES[kind], LAYOUT(**json.loads(layout)), seed=3)
+def sample(kind: str, layout: dict, weights: str, prompts: list) -> list:
+    engine = Engine(SHAPES[kind], LAYOUT(**layout), seed=3)
     engine.load_hf(weights)
     for parameter in engine.chunks[0].parameters():
         parameter.data *= 2  # away from uniform, so that some end early
     sampler = InProcessSampler(engine, TOKENIZER, max_batch=3)
-    mine = json.loads(prompts)[parallel.data_rank()]
-    found = sampler.generate(mine, SamplingParams(24, temperature=0, n=1, seed=1))
-    rows = [(c.tokens, c.logprobs) for (c,) in found]
-    every = parallel.gather_over_data(rows)
+    params = SamplingParams(24, temperature=0, n=1, seed=1)
+    found = sampler.generate(prompts[parallel.data_rank()], params)
+    return parallel.gather_over_data([(c.tokens, c.logprobs) for (c,) in found])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found = []
+    for case in json.loads(sys.argv[1]):
+        found.append(sample(*case))
+        ps.destroy_model_parallel()
     if dist.get_rank() == 0:
-        print(json.dumps(every))
+        print(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
