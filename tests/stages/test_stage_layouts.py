@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
+SEQUENCE = "pretrain_general.layout.sequence_parallel=true"
 
 
 def run(folder: Path, *overrides: str) -> dict[str, dict[str, float]]:
@@ -24,14 +25,16 @@ def run(folder: Path, *overrides: str) -> dict[str, dict[str, float]]:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_layouts_evaluate_alike(tmp_path: Path) -> None:
-    first = "pretrain_general", "pretrain_general.steps=2", "pretrain_general.save_every=2"
+    given = "pretrain_general", "pretrain_general.steps=2", "model.kv_heads=2"
+    run(tmp_path / "start", *given)  # random weights would depend on where the layers are built
+    init = f"pretrain_general.init={tmp_path / 'start' / '01-pretrain_general' / 'hf'}"
     found = {
-        layout: run(tmp_path / layout.replace("=", "_"), *first, "model.kv_heads=2", *words)
+        layout: run(tmp_path / layout.replace("=", "_"), *given, init, *words)
         for layout, words in {
             "data=2": [],
-            "pipeline=2": ["layout.pipeline=2"],
-            "tensor=2": ["layout.tensor=2", "layout.sequence_parallel=true"],
-            "context=2": ["layout.context=2"],
+            "pipeline=2": ["pretrain_general.layout.pipeline=2"],
+            "tensor=2": ["pretrain_general.layout.tensor=2", SEQUENCE],
+            "context=2": ["pretrain_general.layout.context=2"],
         }.items()
     }
     expected = found.pop("data=2")
