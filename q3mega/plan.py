@@ -110,15 +110,24 @@ class Job:
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def parameters(job: Job) -> tuple[float, float]:
-    """(dense, experts') parameters of the fullest rank: the first pipeline stage."""
+def _layers(job: Job, stage: int) -> int:
+    """Of a pipeline stage; where embedding and lm_head count, the ends hold one less."""
     s, a = job.shape, job.layout
-    experts = s.layers * s.experts * 3 * s.hidden * s.moe_ffn
-    ends = s.vocab * s.hidden * (1 if s.tied or a.pipeline > 1 else 2)
-    dense = s.num_parameters(embeddings=False) - experts
+    if not a.counts_ends(s.layers):
+        return math.ceil(s.layers / a.pipeline)
+    return (s.layers + 2) // a.pipeline - (stage == 0) - (stage == a.pipeline - 1)
+
+
+def parameters(job: Job, stage: int = 0) -> tuple[float, float]:
+    """(dense, experts') parameters of a rank of a pipeline stage, the first or one inside."""
+    s, a = job.shape, job.layout
+    layers = _layers(job, stage)
+    experts = s.experts * 3 * s.hidden * s.moe_ffn
+    dense = s.num_parameters(embeddings=False) / s.layers - experts
+    ends = s.vocab * s.hidden * (1 if s.tied or a.pipeline > 1 else 2) if stage == 0 else 0
     return (
-        dense / (a.tensor * a.pipeline) + ends / a.tensor,
-        experts / (a.expert * a.expert_tensor * a.pipeline),
+        (layers * dense + ends) / a.tensor,
+        layers * experts / (a.expert * a.expert_tensor),
     )
 
 
@@ -150,19 +159,27 @@ CONTEXT_BYTES = 1.5 * GIB  # CUDA, NCCL, what the allocator cannot use
 
 
 def memory(job: Job) -> dict[str, float]:
-    """Bytes of the fullest rank by component: bf16 weights, fp32 gradients, Adam."""
-    a, (dense, experts) = job.layout, parameters(job)
+    """Bytes of the fullest rank by component: bf16 weights, fp32 gradients, Adam.
+
+    The fullest is on the first pipeline stage, which has most micro-batches in flight, or on the
+    second, which may hold a layer more.
+    """
+    stages = range(min(2, job.layout.pipeline))
+    return max((_memory(job, s) for s in stages), key=lambda found: sum(found.values()))
+
+
+def _memory(job: Job, stage: int) -> dict[str, float]:
+    a, (dense, experts) = job.layout, parameters(job, stage)
     copies = job.data * a.context if a.distributed_optimizer else 1
     expert_copies = a.processes // (a.expert * a.expert_tensor * a.pipeline)
     if not a.distributed_optimizer:
         expert_copies = 1
-    chunks = a.pipeline * a.virtual_pipeline
-    in_flight = min(
-        job.micro_batches * a.virtual_pipeline,
-        chunks + a.pipeline - 1 if a.virtual_pipeline > 1 else a.pipeline,
-    )
+    v = a.virtual_pipeline
+    # of a micro-batch's passes through a stage's chunks (1F1B, interleaved 1F1B)
+    warm = a.pipeline - stage if v == 1 else (v + 1) * a.pipeline - 1 - 2 * stage
+    in_flight = min(job.micro_batches * v, warm)
     skew = RATES.skew if job.shape.experts and not job.forced else 1.0
-    kept = activation_bytes(job) * job.tokens * job.shape.layers / chunks * in_flight
+    kept = activation_bytes(job) * job.tokens * _layers(job, stage) / v * in_flight
     return {
         "weights": 2 * (dense + experts),
         "gradients": 4 * (dense + experts),
@@ -192,9 +209,8 @@ def step(job: Job, rates: Rates = RATES) -> Step:
     s, a = job.shape, job.layout
     parts = _layer(job, rates)
     head = 6 * job.tokens * s.vocab * s.hidden / a.tensor / (job.card.flops * rates.projection)
-    layer, held = sum(parts.values()), math.ceil(s.layers / a.pipeline)
-    spare = held * a.pipeline - s.layers  # the ends count as layers where these do not divide
-    micro = held * layer + max(0.0, head - min(spare, 1) * layer)
+    layer, last = sum(parts.values()), _layers(job, a.pipeline - 1)
+    micro = max(_layers(job, 1 if a.pipeline > 2 else 0) * layer, last * layer + head)
     bubble = (a.pipeline - 1) / (job.micro_batches * a.virtual_pipeline)
     busy = micro * job.micro_batches
     seconds = busy * (1 + bubble) + _gradients(job)
