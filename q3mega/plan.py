@@ -444,9 +444,12 @@ def _virtual(layers: int, pipeline: int) -> list[int]:
 
 def best(job: Job, gpus: int, count: int = 5) -> list[Job]:
     """The fastest layouts that fit, each with the least recomputation that makes it fit."""
+    choices: tuple[Recompute, ...] = ("none", "norms", "experts", "full")
     fitting = []
     for found in layouts(job, gpus):
-        for recompute in ("none", "norms", "experts", "full"):
+        for recompute in choices:
+            if recompute == "experts" and not job.shape.experts:
+                continue
             tried = replace(found, recompute=recompute)
             if sum(memory(tried).values()) <= job.card.memory:
                 fitting.append(tried)
