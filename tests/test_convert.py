@@ -69,7 +69,6 @@ def convert(direction: str, source: Path, target: Path, ways: str, processes: in
         ("tied", "tensor=2 sequence_parallel=true", "pipeline=2"),
         ("untied", "pipeline=2 virtual_pipeline=2", "tensor=2"),
         ("moe", "expert=2", "tensor=2 expert=2 sequence_parallel=true"),
-        ("moe", "pipeline=2", ""),
     ],
 )
 def test_there_and_back_is_the_same(sources, tmp_path, kind, into, back):

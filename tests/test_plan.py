@@ -54,9 +54,7 @@ def test_the_best_layouts_fit_and_are_sorted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "gpus", "batch"), [("qwen3-8b", 8, 256), (A3B, 16, 1024), (A22B, 256, 2048)]
-)
+@pytest.mark.parametrize(("model", "gpus", "batch"), [(A3B, 16, 1024), (A22B, 256, 2048)])
 def test_what_fits_is_what_megatron_builds(model: str, gpus: int, batch: int) -> None:
     for found in best(job(model, gpus, batch), gpus, count=1):
         layout = found.layout.model_dump_json()
