@@ -319,13 +319,10 @@ class Rollouts:
         """Sequences of an engine."""
         return math.ceil(self.sequences * self.tensor / self.gpus)
 
-    def memory(self) -> dict[str, float]:
-        """Bytes a GPU: bf16 weights, and the cache of keys and values at its fullest."""
+    def cache(self) -> float:
+        """Bytes a GPU of the cache of keys and values at its fullest."""
         cached = self.at_once * (self.prompt + self.tokens) * kv_bytes(self.shape)
-        return {
-            "weights": 2 * self.shape.num_parameters() / self.tensor,
-            "kv_cache": cached / self.tensor,
-        }
+        return cached / self.tensor
 
     def seconds(self) -> float:
         """Of decoding, which memory bounds; prefill at the speed of a training step's forward."""
@@ -400,7 +397,7 @@ def _planned(recipe: Recipe, name: str, card: Card) -> Planned:
         sampled = replace(sampled, sequences=config.prompts * config.rollouts)
     if isinstance(config, RLSettings | DistillOnPolicy):  # sampled by the training processes
         takes["sample"] = sampled.seconds()
-        needs["kv_cache"] = sampled.memory()["kv_cache"]
+        needs["kv_cache"] = sampled.cache()
     if isinstance(config, DistillOnPolicy):
         teacher = replace(job, shape=recipe.model.shape(vocab))
         takes["teacher"] = step(teacher).seconds / 3
@@ -483,7 +480,7 @@ def table_of_layouts(
         raise UserError(f"--model {model}: choose one of {', '.join(QWEN3)}")
     if gpus is None or gpus < 1:
         raise UserError(f"--gpus {gpus}: say how many GPUs, 1 or more")
-    job = Job(QWEN3[model], Layout(processes=gpus), _card(card), sequence, batch, overlap=False)
+    job = Job(QWEN3[model], Layout(processes=gpus), _card(card), sequence, batch)
     found = best(job, gpus)
     if not found:
         return f"{model} fits no layout of {gpus} {card}: take more GPUs", False

@@ -54,10 +54,6 @@ class Batch:
         lengths = self.cu_seqlens.diff().long()
         return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
-    @property
-    def max_length(self) -> int:
-        return int(self.cu_seqlens.diff().max())
-
     def at(self, place: Tensor, length: int) -> "Batch":
         """The same tokens at places (T,) of a pack of `length`; zeros without weight elsewhere.
 

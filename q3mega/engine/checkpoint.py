@@ -26,6 +26,7 @@ from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
+from q3mega.engine import parallel
 from q3mega.errors import UserError
 
 KEEP = 2
@@ -117,12 +118,8 @@ def _publish(unfinished: Path, final: Path, state: dict[str, Any]) -> None:
 def _checksums(folder: Path) -> dict[str, int]:
     """Of every file but state.json; the ranks share the reading."""
     names = sorted(p.name for p in folder.iterdir() if p.name != "state.json")
-    mine = {n: _crc(folder / n) for n in names[dist.get_rank() :: dist.get_world_size()]}
-    boxes: list[Any] = [mine]
-    if dist.get_world_size() > 1:
-        boxes = [None] * dist.get_world_size()
-        dist.all_gather_object(boxes, mine)
-    return {name: crc for box in boxes for name, crc in sorted(box.items())}
+    mine = names[dist.get_rank() :: dist.get_world_size()]
+    return dict(parallel.gather_over_all([(name, _crc(folder / name)) for name in mine]))
 
 
 def _crc(path: Path) -> int:

@@ -96,7 +96,7 @@ class Part:
         """(T, ...) of all the original's tokens from what each rank has of its own. No gradient."""
         if _context_size() > 1:
             group = ps.get_context_parallel_group()
-            hidden = context_parallel.gather(hidden, self.cu_seqlens, group)
+            (hidden,) = context_parallel.gather((hidden,), self.cu_seqlens, group)
         return hidden[self.place]
 
 
@@ -155,16 +155,20 @@ def sum_over_data(values: dict[str, float], config: Any) -> dict[str, float]:
 
 def gather_over_data(items: list[Any]) -> list[Any]:
     """All data-parallel ranks' lists, joined in rank order, on every rank."""
-    if data_size() == 1:
-        return items
-    boxes: list[Any] = [None] * data_size()
-    dist.all_gather_object(boxes, items, group=data_group())
-    return [item for box in boxes for item in box]
+    return _joined(items, data_group())
 
 
 def gather_over_pipeline(items: list[Any]) -> list[Any]:
     """The pipeline stages' lists, joined in their order, on every stage."""
-    group = ps.get_pipeline_model_parallel_group()
+    return _joined(items, ps.get_pipeline_model_parallel_group())
+
+
+def gather_over_all(items: list[Any]) -> list[Any]:
+    """All ranks' lists, joined in rank order, on every rank."""
+    return _joined(items, dist.group.WORLD)
+
+
+def _joined(items: list[Any], group: Any) -> list[Any]:
     if group.size() == 1:
         return items
     boxes: list[Any] = [None] * group.size()

@@ -136,6 +136,13 @@ def _gather(name: str, shard: Tensor) -> Tensor:
     return torch.cat([*gates, *ups])
 
 
+def _of_all_ranks(item: Any) -> list[Any]:
+    boxes: list[Any] = [item] * dist.get_world_size()
+    if len(boxes) > 1:
+        dist.all_gather_object(boxes, item)
+    return boxes
+
+
 class _Reader:
     """Tensors of a Hugging Face folder by name, one or many files; remembers what was asked for."""
 
@@ -170,10 +177,7 @@ class _Reader:
 
     def check_leftovers(self, tied: bool) -> None:
         """Raise UserError for tensors that no rank has asked for. Every rank calls."""
-        asked: list[Any] = [self.used]
-        if dist.get_world_size() > 1:
-            asked = [None] * dist.get_world_size()
-            dist.all_gather_object(asked, self.used)
+        asked = _of_all_ranks(self.used)
         copies = {"lm_head.weight"} if tied else set()
         left = sorted(self.where.keys() - set().union(*asked) - copies)
         if left:
@@ -354,10 +358,7 @@ def save(
             size = 0
     if held:
         write()
-    boxes: list[Any] = [files]
-    if dist.get_world_size() > 1:
-        boxes = [None] * dist.get_world_size()
-        dist.all_gather_object(boxes, files)
+    boxes = _of_all_ranks(files)
     if dist.get_rank() == 0:
         _publish(folder, [file for box in boxes for file in box])
     dist.barrier()

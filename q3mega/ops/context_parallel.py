@@ -8,6 +8,7 @@ rank. With grouped-query attention the gathered heads are few: at 4 key heads of
 256 MiB a layer for 128k tokens.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -60,14 +61,16 @@ class _Gather(torch.autograd.Function):
         return mine, None, None
 
 
-def gather(x: Tensor, cu_seqlens: Tensor, cp_group: dist.ProcessGroup) -> Tensor:
-    """(T / n, ...) of this rank's tokens, see `zigzag` -> (T, ...) in the pack's order.
+def gather(
+    tensors: Sequence[Tensor], cu_seqlens: Tensor, cp_group: dist.ProcessGroup
+) -> list[Tensor]:
+    """(T / n, ...) of this rank's tokens, see `zigzag` -> (T, ...) in the pack's order, of each.
 
     Differentiable: the ranks' gradients are summed.
     """
     size, borders = cp_group.size(), cu_seqlens.cpu()
     order = torch.cat([zigzag(borders, rank, size) for rank in range(size)])
-    return _Gather.apply(x, order.to(x.device), cp_group)
+    return [_Gather.apply(x, order.to(x.device), cp_group) for x in tensors]
 
 
 def context_parallel_attention(
@@ -92,7 +95,7 @@ def context_parallel_attention(
     check_borders(cu_seqlens, len(q) * size)
     if k_scale is not None:
         k = (k * k_scale[:, None, None]).to(k.dtype)
-    k, v = (gather(x, cu_seqlens, cp_group) for x in (k, v))
+    k, v = gather((k, v), cu_seqlens, cp_group)
     outs, at = [q[:0]], 0
     for start, end in pairwise(cu_seqlens.tolist()):
         piece = (end - start) // (2 * size)

@@ -90,9 +90,9 @@ class InProcessSampler:
         out = [Completion([], [], [], "length") for _ in prompts]
         rows = torch.arange(len(prompts)) if prompts else torch.tensor([IDLE])
         uniform = uniform if prompts else uniform.new_zeros(1, uniform.shape[1])
-        keep = self._whole(torch.arange(len(rows)))
+        keep, kept = self._whole(rows, torch.arange(len(rows)))
         if len(keep) < len(cache.lengths) or len(keep) > len(rows):  # a document filled the pack
-            rows, logits = self._rows(rows, keep), logits[keep]
+            rows, logits = kept, logits[keep]
             cache.keep(keep)
         thinking = [p[-1] == self.think_open for p in prompts]
         forced: list[list[int]] = [[] for _ in prompts]  # the stop text still to be written
@@ -132,22 +132,19 @@ class InProcessSampler:
             if not parallel.most_of_experts(len(alive)):
                 return out
             if len(alive) < KEEP * len(rows):  # moving the cache costs more than a few idle rows
-                keep = self._whole(torch.tensor(alive or [0]))
+                keep, kept = self._whole(rows, torch.tensor(alive or [0]))
                 if len(keep) < len(rows):
-                    rows, tokens = self._rows(rows, keep), tokens[keep]
+                    rows, tokens = kept, tokens[keep]
                     cache.keep(keep)
             logits = self._next(tokens, cache)
             step += 1
 
-    def _whole(self, places: Tensor) -> Tensor:
-        """Places of rows to go on with, filled up to a number that can be cut by the first row."""
-        return torch.cat([places, places.new_zeros(-len(places) % self.multiple)])
-
-    @staticmethod
-    def _rows(rows: Tensor, keep: Tensor) -> Tensor:
-        """The sequences at `keep`; a row that comes twice belongs to none the second time."""
-        repeated = torch.tensor([place in keep[:i] for i, place in enumerate(keep)])
-        return torch.where(repeated, IDLE, rows[keep])
+    def _whole(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Places to go on with and the sequences there, filled up to a number that can be cut: by
+        the first row again, for no sequence."""
+        missing = -len(places) % self.multiple
+        idle = rows.new_full((missing,), IDLE)
+        return torch.cat([places, places.new_zeros(missing)]), torch.cat([rows[places], idle])
 
     def _next(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Feed one token a sequence (B,), return the next logits (B, V)."""

@@ -5,16 +5,13 @@ wrong]. The folder holds the initial weights, since random ones depend on where 
 built; wrong: each rank normalises by its own token count.
 """
 
-import json
 import sys
 
 from q3mega import device  # noqa: F401
 
 # isort: split
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state as ps
-from tiny import LAYOUT, SHAPES, documents, weights
+from tiny import LAYOUT, SHAPES, documents, run_cases, weights
 
 from q3mega.algorithms.losses import distillation, normalise, policy_gradient, supervised
 from q3mega.engine import Engine, OptimizerSpec
@@ -56,17 +53,5 @@ def steps(kind: str, layout: dict, loss_name: str, folder: str, wrong: bool) -> 
     return {"steps": found, "weights": weights(engine)}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    found = []
-    for case in json.loads(sys.argv[1]):
-        found.append(steps(*case))
-        ps.destroy_model_parallel()
-    if dist.get_rank() == 0:
-        print(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(steps, sys.argv[1])

@@ -4,17 +4,13 @@ Run by test_reshard.py: `torchrun reshard.py save|load CASES`, a JSON list of [k
 of weights, folder of checkpoints].
 """
 
-import json
 import sys
 from pathlib import Path
 
 from q3mega import device  # noqa: F401
 
 # isort: split
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state as ps
-from tiny import LAYOUT, SHAPES, documents, weights
+from tiny import LAYOUT, SHAPES, documents, run_cases, weights
 
 from q3mega.algorithms.losses import normalise, supervised
 from q3mega.engine import Engine, OptimizerSpec
@@ -43,17 +39,5 @@ def build(kind: str, layout: dict) -> Engine:
     return engine
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    found = []
-    for case in json.loads(sys.argv[2]):
-        found.append({"save": save, "load": load}[sys.argv[1]](*case))
-        ps.destroy_model_parallel()
-    if dist.get_rank() == 0:
-        print(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases({"save": save, "load": load}[sys.argv[1]], sys.argv[2])

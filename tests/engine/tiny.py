@@ -1,11 +1,19 @@
 """Small shapes and random documents for the engine's tests."""
 
+import json
 import os
 import random
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from q3mega import device  # noqa: F401
+
+# isort: split
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
 from safetensors import safe_open
 
 from q3mega.data.batch import Sample
@@ -59,3 +67,16 @@ def weights(engine) -> dict[str, float]:
             for name in tensors.keys():  # noqa: SIM118
                 sums[name] = float(tensors.get_tensor(name).double().square().sum())
     return dict(sorted(sums.items()))
+
+
+def run_cases(fn: Callable, cases: str) -> None:
+    """Under torchrun: fn(*case) for each of a JSON list, a layout each; rank 0 prints them all."""
+    torch.set_num_threads(1)
+    found = []
+    for case in json.loads(cases):
+        found.append(fn(*case))
+        ps.destroy_model_parallel()
+    if dist.get_rank() == 0:
+        print(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()

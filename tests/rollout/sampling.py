@@ -4,7 +4,6 @@ Run by test_sampling_layouts.py: `torchrun sampling.py CASES`, a JSON list of [k
 of weights, prompts], where rank r of the data-parallel ranks takes prompts[r].
 """
 
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +11,9 @@ from types import SimpleNamespace
 from q3mega import device  # noqa: F401
 
 # isort: split
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state as ps
 
 sys.path.append(str(Path(__file__).parent.parent / "engine"))
-from tiny import LAYOUT, SHAPES
+from tiny import LAYOUT, SHAPES, run_cases
 
 from q3mega.engine import Engine, parallel
 from q3mega.rollout import SamplingParams
@@ -39,17 +35,5 @@ def sample(kind: str, layout: dict, weights: str, prompts: list) -> list:
     return parallel.gather_over_data([(c.tokens, c.logprobs) for (c,) in found])
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    found = []
-    for case in json.loads(sys.argv[1]):
-        found.append(sample(*case))
-        ps.destroy_model_parallel()
-    if dist.get_rank() == 0:
-        print(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(sample, sys.argv[1])
