@@ -30,7 +30,7 @@ using Sizes = int64_t;
 
 }  // namespace
 
-PYBIND11_MODULE(_cpu, m) {
+PYBIND11_MODULE(Q3MEGA_MODULE, m) {
   m.doc() = "Row kernels of the lm-head losses; tensors as addresses of contiguous memory.";
   m.def("row_stats", [](Address logits, int64_t rows, int64_t stride, int64_t columns,
                         Address column, Address stats) {
@@ -50,7 +50,7 @@ PYBIND11_MODULE(_cpu, m) {
                               int64_t columns, Address lse_student, Address lse_teacher,
                               int64_t kind, float beta, Address sums) {
     py::gil_scoped_release free;
-    q3mega::divergence_sums(at<const float>(student), at<const float>(teacher), rows, stride,
+    q3mega::divergence_sums(at<const float>(student), at<float>(teacher), rows, stride,
                             columns, at<const float>(lse_student), at<const float>(lse_teacher),
                             static_cast<q3mega::Divergence>(kind), beta, at<float>(sums));
   });

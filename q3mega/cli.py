@@ -222,6 +222,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_NOT_BUILT = "not built: pip install ."
+
+
 def _findings() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for package in _PACKAGES:
@@ -238,8 +241,11 @@ def _findings() -> Iterator[tuple[str, str]]:
         for op in dispatch.OPERATORS:
             for backend, state in dispatch.backends(op).items():
                 yield f"{op} {backend}", state
+        from q3mega.ops.backends import KERNELS
+
+        yield "C++ operators", KERNELS["cpu"].build() if "cpu" in KERNELS else _NOT_BUILT
     built = importlib.util.find_spec("q3mega._data")
-    yield "C++ data helpers", str(built.origin) if built else "not built: pip install ."
+    yield "C++ data helpers", str(built.origin) if built else _NOT_BUILT
 
 
 def _version(package: str) -> str:

@@ -23,7 +23,7 @@ CASES: dict[str, Callable[[Place], Case]] = {
         operators.attention, s=300, heads=2, kv_heads=2, chunk_size=80, local_size=20, dim=64
     ),
 }
-ANOTHER = {"SDPA causal"}  # without chunks, so another function
+ANOTHER = {"SDPA causal", "products"}  # without chunks, and without a loss
 
 
 @pytest.mark.slow  # Liger and torch.compile compile

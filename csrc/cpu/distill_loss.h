@@ -9,13 +9,14 @@ enum Divergence : int64_t { kForward = 0, kReverse = 1, kJsd = 2 };
 
 // student, teacher (rows, stride) logits with their log-sum-exps (rows). sums (rows, 2), over the
 // `columns` that are real: forward sum p ln(p/q), reverse sum q ln(q/p), both in sums[0]; jsd with
-// m = beta p + (1 - beta) q: sum p ln(p/m) and sum q ln(q/m). q is the student's distribution.
-void divergence_sums(const float* student, const float* teacher, int64_t rows, int64_t stride,
+// m = beta p + (1 - beta) q: sum p ln(p/m) and sum q ln(q/m). q is the student's distribution. jsd
+// leaves ln(q/m) in `teacher`, where its gradient takes it from.
+void divergence_sums(const float* student, float* teacher, int64_t rows, int64_t stride,
                      int64_t columns, const float* lse_student, const float* lse_teacher,
                      Divergence kind, float beta, float* sums);
 
-// In place: student logits -> g times the divergence's gradient, 0 past `columns`. own (rows): the
-// sum over q of divergence_sums, whole vocabulary (unused by forward); g (rows).
+// In place: student logits -> g times the divergence's gradient, 0 past `columns`, after
+// divergence_sums of the same blocks. own (rows): the sum over q of divergence_sums, whole vocabulary (unused by forward); g (rows).
 void divergence_gradient(float* student, const float* teacher, int64_t rows, int64_t stride,
                          int64_t columns, const float* lse_student, const float* lse_teacher,
                          Divergence kind, float beta, const float* own, const float* g);

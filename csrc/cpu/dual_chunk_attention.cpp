@@ -10,14 +10,12 @@
 #include <cmath>
 #include <vector>
 
-#include "rows.h"
 #include "tile.h"
 
 namespace q3mega {
 namespace {
 
 constexpr int64_t kTile = 64;
-constexpr int64_t kLanes = 16;  // tiles are padded to whole vectors
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -106,9 +104,8 @@ struct Tile {
   // scores (rows, kTile) of the keys [low, low + kTile), of which [from, to) count.
   void score(const DualChunk& shape, const Keys& keys, int64_t low, int64_t from, int64_t to,
              int64_t width) {
-    std::fill(scores.begin(), scores.begin() + rows * kTile, 0.0f);
-    add_product(query.data(), width, 1, keys.tile(keys.columns, low, shape.dim), kTile,
-                scores.data(), kTile, rows, kTile, shape.dim);
+    product<false>(query.data(), width, 1, keys.tile(keys.columns, low, shape.dim), kTile,
+                   scores.data(), kTile, rows, kTile, shape.dim);
     for (int64_t i = 0; i < rows; ++i) {
       float* row = scores.data() + i * kTile;
       const int64_t end = std::min(to, first + i + 1) - low;  // causal
@@ -174,28 +171,28 @@ void dual_chunk_forward(const DualChunk& shape, const float* q, const float* k, 
           tile.score(shape, keys, low, from, to, width);
           for (int64_t i = 0; i < tile.rows; ++i) {
             float* s = tile.scores.data() + i * kTile;
-            float best = top[i], total = 0.0f;
-#pragma omp simd reduction(max : best)
-            for (int64_t j = 0; j < kTile; ++j) {
-              best = std::max(best, s[j]);
-            }
+            const float best = maximum(s, kTile, top[i]);
+            float total = 0.0f;
 #pragma omp simd reduction(+ : total)
             for (int64_t j = 0; j < kTile; ++j) {
               s[j] = s[j] > -1e29f ? exp_fast(s[j] - best) : 0.0f;
               total += s[j];
             }
-            const float shrink = exp_fast(top[i] - best);
-            mass[i] = mass[i] * shrink + total;
-            top[i] = best;
-            float* o = sum.data() + i * width;
+            if (best > top[i]) {
+              const float shrink = exp_fast(top[i] - best);
+              mass[i] *= shrink;
+              top[i] = best;
+              float* o = sum.data() + i * width;
 #pragma omp simd
-            for (int64_t d = 0; d < width; ++d) {
-              o[d] *= shrink;
+              for (int64_t d = 0; d < width; ++d) {
+                o[d] *= shrink;
+              }
             }
+            mass[i] += total;
           }
           const int64_t count = std::min(kTile, keys.count - low);
-          add_product(tile.scores.data(), kTile, 1, keys.values.data() + low * width, width,
-                      sum.data(), width, tile.rows, width, count);
+          product<true>(tile.scores.data(), kTile, 1, keys.values.data() + low * width, width,
+                        sum.data(), width, tile.rows, width, count);
         });
         for (int64_t i = 0; i < tile.rows; ++i) {
           float* o = out + (at + i) * q_step + head * dim;
@@ -258,9 +255,8 @@ void dual_chunk_backward(const DualChunk& shape, const float* q, const float* k,
         for_keys(shape, tile, turned, [&](int64_t, int64_t low, int64_t from, int64_t to) {
           const int64_t count = std::min(kTile, keys.count - low);
           tile.score(shape, keys, low, from, to, width);
-          std::fill(pull.begin(), pull.begin() + tile.rows * kTile, 0.0f);
-          add_product(given.data(), width, 1, keys.tile(keys.value_columns, low, dim), kTile,
-                      pull.data(), kTile, tile.rows, kTile, dim);
+          product<false>(given.data(), width, 1, keys.tile(keys.value_columns, low, dim), kTile,
+                         pull.data(), kTile, tile.rows, kTile, dim);
           for (int64_t i = 0; i < tile.rows; ++i) {
             float *s = tile.scores.data() + i * kTile, *p = pull.data() + i * kTile;
 #pragma omp simd
@@ -269,12 +265,12 @@ void dual_chunk_backward(const DualChunk& shape, const float* q, const float* k,
               p[j] = s[j] * (p[j] - mean[i]);
             }
           }
-          add_product(tile.scores.data(), 1, kTile, given.data(), width,
-                      by_value.data() + low * width, width, count, width, tile.rows);
-          add_product(pull.data(), 1, kTile, tile.query.data(), width, by_key.data() + low * width,
-                      width, count, width, tile.rows);
-          add_product(pull.data(), kTile, 1, keys.rotated.data() + low * width, width,
-                      by_query.data(), width, tile.rows, width, count);
+          product<true>(tile.scores.data(), 1, kTile, given.data(), width,
+                        by_value.data() + low * width, width, count, width, tile.rows);
+          product<true>(pull.data(), 1, kTile, tile.query.data(), width,
+                        by_key.data() + low * width, width, count, width, tile.rows);
+          product<true>(pull.data(), kTile, 1, keys.rotated.data() + low * width, width,
+                        by_query.data(), width, tile.rows, width, count);
         });
         turn_back();
       });

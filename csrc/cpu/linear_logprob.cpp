@@ -1,6 +1,8 @@
 // Softmax statistics of a block of logits, and the gradient of log-probability and entropy.
 #include "linear_logprob.h"
 
+#include <cmath>
+
 #include "rows.h"
 
 namespace q3mega {
@@ -10,13 +12,16 @@ void row_stats(const float* logits, int64_t rows, int64_t stride, int64_t column
   for_rows(rows, [=](int64_t row) {
     const float* z = logits + row * stride;
     float top = -1e30f;
-#pragma omp simd reduction(max : top)
-    for (int64_t v = 0; v < columns; ++v) {
-      top = std::max(top, z[v]);
-    }
     double mass = 0.0, moment = 0.0;
-    for (int64_t start = 0; start < columns; start += kBlock) {
+    for (int64_t start = 0; start < columns; start += kBlock) {  // in the cache between its loops
       const int64_t end = std::min(start + kBlock, columns);
+      const float best = maximum(z + start, end - start, top);
+      if (best > top) {
+        const double shift = static_cast<double>(top) - best, shrink = std::exp(shift);
+        moment = shrink * (moment + mass * shift);
+        mass *= shrink;
+        top = best;
+      }
       float s = 0.0f, t = 0.0f;
 #pragma omp simd reduction(+ : s, t)
       for (int64_t v = start; v < end; ++v) {

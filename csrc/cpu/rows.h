@@ -11,6 +11,14 @@
 
 namespace q3mega {
 
+// What the registers of this build hold.
+#ifdef __AVX512F__
+constexpr int64_t kVector = 16;
+#else
+constexpr int64_t kVector = 8;
+#endif
+typedef float Vector __attribute__((vector_size(kVector * 4), aligned(4), may_alias));
+
 constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723212e-6f;
 constexpr int64_t kBlock = 1024;  // floats that are summed in fp32 before a double takes the sum
 
@@ -62,6 +70,30 @@ inline float log_fast(float x) {
   p = p * m + 3.3333331174e-1f;
   p = p * m * square - e * 2.12194440e-4f - 0.5f * square;
   return m + p + e * 0.693359375f;
+}
+
+// max(top, max z). By hand: compilers leave this loop alone, for the sake of NaN, which is ignored.
+inline float maximum(const float* z, int64_t n, float top) {
+  Vector best[4];
+  for (Vector& lanes : best) {
+    lanes = Vector{} + top;
+  }
+  int64_t v = 0;
+  for (; v + 4 * kVector <= n; v += 4 * kVector) {
+    for (int i = 0; i < 4; ++i) {
+      const Vector next = *reinterpret_cast<const Vector*>(z + v + i * kVector);
+      best[i] = next > best[i] ? next : best[i];
+    }
+  }
+  for (const Vector& lanes : best) {
+    for (int64_t lane = 0; lane < kVector; ++lane) {
+      top = std::max(top, lanes[lane]);
+    }
+  }
+  for (; v < n; ++v) {
+    top = std::max(top, z[v]);
+  }
+  return top;
 }
 
 // body(row) for every row, shared by torch's threads.

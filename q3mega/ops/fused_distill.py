@@ -34,7 +34,7 @@ def _distill(
     of_hidden: bool, of_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     head = Head(weight, temperature, valid, group, backend, len(hidden))
-    teacher = Head(teacher_weight, temperature, valid, group, backend, len(hidden))
+    teacher = Head(teacher_weight, temperature, valid, group, backend, len(hidden), slot=1)
     gradients = Gradients(hidden, head, (of_hidden, of_weight))
     per_token = hidden.new_zeros(len(hidden), dtype=WIDE)
     for rows in blocks((w != 0).nonzero()[:, 0], head):

@@ -1,4 +1,10 @@
-"""The C++ backend against float64: values, gradients, odd shapes, torch.library."""
+"""The C++ backend against float64: values, gradients, odd shapes, torch.library.
+
+All of it on every build of the kernels that this machine can run.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 
 import pytest
 import torch
@@ -7,9 +13,17 @@ from hypothesis import strategies as st
 
 from q3mega import ops
 from q3mega.ops import fused_lm_head as lm_head
+from q3mega.ops.backends import cpu
 
 VARIANTS = ("grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo")
 KINDS = ("forward_kl", "reverse_kl", "jsd")
+
+
+@pytest.fixture(scope="module", params=cpu.BUILDS, autouse=True)
+def build(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_cpu", import_module(f"q3mega.{request.param}"))
+        yield
 
 
 def randn(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -173,6 +187,25 @@ def test_large_logits_and_a_large_vocabulary() -> None:
         lambda b, *x: (sum(o.sum() for o in ops.linear_logprob(*x, targets, backend=b)),),
         8 * hidden, 2 * weight, atol=2e-3,
     )  # fmt: skip
+
+
+def test_nan_stays_nan() -> None:
+    (hidden, weight), targets = sized(4, 203, 6, 19)
+    weight[150] = torch.nan
+    logp, entropy = ops.linear_logprob(hidden, weight, targets, backend="cpu")
+    assert logp.isnan().all() and entropy.isnan().all()
+
+
+def test_calls_in_several_threads_do_not_share_a_buffer() -> None:
+    cases = [sized(64, 997, 16, seed) for seed in range(4)]
+
+    def run(case) -> torch.Tensor:
+        return ops.linear_logprob(*case[0], case[1], backend="cpu")[0]
+
+    alone = [run(case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, cases * 25))
+    assert all(torch.equal(x, alone[i % 4]) for i, x in enumerate(together))
 
 
 @pytest.mark.parametrize("frozen", [0, 1])

@@ -1,11 +1,20 @@
-"""The C++ kernels of csrc/cpu, fp32 on a CPU."""
+"""The C++ kernels of csrc/cpu, fp32 on a CPU, built for AVX-512 and for AVX2.
+
+The wider build is taken where torch takes its own: ATEN_CPU_CAPABILITY=avx2 narrows both.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from q3mega import _cpu
 from q3mega.kernels import KINDS
 from q3mega.ops.rotary import Turns
+
+WIDE = ("_cpu_avx512",) if "AVX512" in torch.backends.cpu.get_cpu_capability() else ()
+BUILDS = [name for name in (*WIDE, "_cpu") if find_spec(f"q3mega.{name}")]  # the best first
+_cpu = import_module(f"q3mega.{BUILDS[0]}")
 
 
 def serves(x: Tensor) -> str | None:
@@ -15,6 +24,11 @@ def serves(x: Tensor) -> str | None:
 
 
 serves_attention = serves
+
+
+def build() -> str:
+    """Where the kernels that serve lie; their name says for which vectors."""
+    return str(_cpu.__file__)
 
 
 def row_stats(z: Tensor, columns: int, column: Tensor) -> Tensor:
@@ -49,7 +63,9 @@ def divergence_sums(
     divergence: str,
     beta: float,
 ) -> Tensor:
-    """(n, 2): a KL and 0, or KL(T || M) and KL(S || M), of logits (n, V)."""
+    """(n, 2): a KL and 0, or KL(T || M) and KL(S || M), of logits (n, V).
+
+    The latter leave ln(S / M) in `teacher`, for divergence_gradient."""
     sums = student.new_empty(len(student), 2)
     _cpu.divergence_sums(
         student.data_ptr(), teacher.data_ptr(), *student.shape, columns, lse_student.data_ptr(),
