@@ -175,13 +175,13 @@ def _run_stage(
         while any(rank.poll() is None for rank in ranks) and not any(r.returncode for r in ranks):
             progress.show(stage, folder, "running")
             time.sleep(_POLL_SECONDS)
-        code = _verdict(ranks)
+        rank, code = _verdict(ranks)
     finally:
-        for rank in ranks:
-            _kill(rank)
+        for each in ranks:
+            _kill(each)
     if code or not (folder / "DONE").exists():
         progress.show(stage, folder, "failed")
-        raise _failure(stage, code, log, size)
+        raise _failure(stage, rank, code, log, size)
     progress.show(stage, folder, "done")
 
 
@@ -215,8 +215,8 @@ def _die_with(parent: int) -> Callable[[], None]:
     return ask
 
 
-def _verdict(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The exit code that explains the others: bad input (2) first, then any failure.
+def _verdict(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
+    """(rank, exit code) of the end that explains the others: bad input (2), a signal, a failure.
 
     When one rank breaks, its peers follow with errors of their own, or hang; a moment is enough to
     tell who had the reason.
@@ -224,8 +224,8 @@ def _verdict(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     deadline = time.monotonic() + 2.0
     while any(r.poll() is None for r in ranks) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS / 4)
-    codes = [rank.returncode for rank in ranks if rank.returncode]
-    return 2 if 2 in codes else min(codes, default=0)  # a signal (negative) before an exit code
+    ends = [(rank, process.returncode) for rank, process in enumerate(ranks) if process.returncode]
+    return min(ends, key=lambda end: (end[1] != 2, end[1]), default=(0, 0))  # signals are negative
 
 
 def _kill(rank: subprocess.Popen[bytes]) -> None:
@@ -234,16 +234,21 @@ def _kill(rank: subprocess.Popen[bytes]) -> None:
     rank.wait()
 
 
-def _failure(stage: str, code: int, log: Path, size: int) -> Exception:
+def _failure(stage: str, rank: int, code: int, log: Path, size: int) -> Exception:
+    if code < 0:  # what its peers then wrote says nothing about the reason
+        name = signal.Signals(-code).name
+        hint = " (the kernel does so when memory runs out)" if name == "SIGKILL" else ""
+        return StageFailed(
+            f"{stage} failed: rank {rank} was killed by {name}{hint}, and its peers ended with it; "
+            f"run again to go on from the last checkpoint; log: {log}"
+        )
     with open(log, "rb") as file:
         file.seek(size)  # what this attempt wrote
         lines = file.read().decode(errors="replace").splitlines()
     reasons = [line for line in lines if line.startswith("error:")]
     if code == 2 and reasons:
         return UserError(f"{stage}: {reasons[-1].removeprefix('error:').strip()}")
-    how = f"exit code {code}" if code > 0 else "no DONE written"
-    if code < 0:
-        how = f"killed by {signal.Signals(-code).name}"
+    how = f"rank {rank}: exit code {code}" if code else "no DONE written"
     return StageFailed("\n".join([f"{stage} failed ({how}), see {log}", *lines[-15:]]))
 
 

@@ -405,17 +405,11 @@ class Recipe(Section):
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read YAML, apply `dotted.path=value` overrides (values are YAML), validate.
 
-        A path that begins with a stage's name is short for `stages.` before it.
+        A path that begins with a stage's name is short for `stages.` before it. A file's `base`
+        names another, beside it, which the file is laid over: sections are merged, null takes a
+        field out.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"recipe {path} cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"recipe {path} is not UTF-8 text") from None
-        raw = parse_yaml(text, str(path))
-        if not isinstance(raw, dict):
-            raise UserError(f"recipe {path} must be a mapping of sections, not {short(raw)}")
+        raw = _read(Path(path))
         for item in overrides:
             field, equals, value = item.partition("=")
             if not equals or not all(field.split(".")):
@@ -441,6 +435,35 @@ class Recipe(Section):
     def stage_dir(self, run_dir: str | Path, stage: str) -> Path:
         """The folder of `stage`, numbered by its place in this recipe from 1."""
         return Path(run_dir) / f"{list(self.stages).index(stage) + 1:02d}-{stage}"
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file laid over its base; `above` are the files that led to it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"recipe {path} is not UTF-8 text") from None
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {path} must be a mapping of sections, not {short(raw)}")
+    if (base := raw.pop("base", None)) is None:
+        return raw
+    if not isinstance(base, str):
+        raise UserError(f"recipe {path}: base={short(base)} must name a recipe file beside it")
+    above = (*above, path.resolve())
+    if (path.parent / base).resolve() in above:
+        raise UserError(f"recipe {path}: base={base} leads back to itself")
+    return _merged(_read(path.parent / base, above), raw)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    both = base | own
+    for key in base.keys() & own.keys():
+        if isinstance(base[key], dict) and isinstance(own[key], dict):
+            both[key] = _merged(base[key], own[key])
+    return {key: value for key, value in both.items() if value is not None or key not in base}
 
 
 def _over(default: Any, own: Any) -> Any:

@@ -212,6 +212,35 @@ def test_a_stage_that_does_not_fit_is_named(tiny: Path) -> None:
     assert "stages.cold_start (model): layout" in refusal(tiny, "cold_start.layout.pipeline=3")
 
 
+def test_a_recipe_laid_over_another(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    middle, top = tmp_path / "deep" / "middle.yaml", tmp_path / "top.yaml"
+    middle.write_text("base: ../tiny.yaml\nseed: 8\nstages: {cold_start: {lr: 0.5}}\n")
+    top.write_text("base: deep/middle.yaml\nname: top\nstages: {reasoning_rl: null}\n")
+    before, recipe = Recipe.load(tiny), Recipe.load(top, ["cold_start.epochs=9"])
+    assert (recipe.name, recipe.seed) == ("top", 8)
+    assert list(recipe.stages) == ["pretrain_general", "cold_start"]
+    changed = {"lr": 0.5, "epochs": 9}
+    assert recipe.stages["cold_start"] == before.stages["cold_start"].model_copy(update=changed)
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ("top.yaml", "base=top.yaml leads back to itself"),
+        ("other.yaml", "base=top.yaml leads back to itself"),
+        ("missing.yaml", "missing.yaml cannot be read"),
+        ("[a]", "base=['a'] must name a recipe file"),
+    ],
+)
+def test_bases_that_do_not_hold(tmp_path: Path, base: str, words: str) -> None:
+    (tmp_path / "top.yaml").write_text(f"base: {base}\n")
+    (tmp_path / "other.yaml").write_text("base: top.yaml\n")
+    with pytest.raises(UserError) as error:
+        Recipe.load(tmp_path / "top.yaml")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
 def test_distillation_needs_a_student(tmp_path: Path) -> None:
     path = tmp_path / "laptop.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in LAPTOP.items() if k != "student"}))

@@ -1,21 +1,31 @@
-"""A stage's own evaluation comes out the same whichever way its processes split the work."""
+"""Stages under layouts: the same evaluation, and what the death of one rank does."""
 
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+
+from q3mega.driver import recent_metrics
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
 SEQUENCE = "pretrain_general.layout.sequence_parallel=true"
 
 
-def run(folder: Path, *overrides: str) -> dict[str, dict[str, float]]:
-    command = [sys.executable, "-m", "q3mega.cli", "run", str(RECIPE), "--run-dir", str(folder)]
-    stage = overrides[0]
+def command(folder: Path, stage: str, *overrides: str) -> list[str]:
+    run = [sys.executable, "-m", "q3mega.cli", "run", str(RECIPE), "--run-dir", str(folder)]
+    return [*run, "--only", stage, *overrides]
+
+
+def run(folder: Path, stage: str, *overrides: str) -> dict[str, dict[str, float]]:
     done = subprocess.run(
-        [*command, "--only", stage, *overrides[1:]], capture_output=True, text=True, timeout=600
+        command(folder, stage, *overrides), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     [path] = folder.glob(f"*-{stage}/eval.json")
@@ -42,3 +52,34 @@ def test_layouts_evaluate_alike(tmp_path: Path) -> None:
         assert results.keys() == expected.keys()
         for name, result in results.items():
             assert result["value"] == pytest.approx(expected[name]["value"], rel=1e-3), layout
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_dead_rank_ends_the_stage_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    given = "pretrain_general", "layout.processes=4", "pretrain_general.layout.pipeline=2"
+    short = "pretrain_general.steps=30", "pretrain_general.save_every=5"
+    run(tmp_path / "uncut", *given, *short)
+    cut = tmp_path / "cut"
+    for low, high in ((2, 10), (12, 25)):
+        step, victim = random.randint(low, high), random.randrange(4)
+        process = subprocess.Popen(
+            command(cut, *given, *short), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        records: list[dict[str, float]] = []
+        while not records or records[-1]["step"] < step:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+            records = recent_metrics(cut / "01-pretrain_general")
+        ranks = psutil.Process(process.pid).children()
+        killed = next(r for r in ranks if r.environ()["RANK"] == str(victim))
+        os.kill(killed.pid, signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)  # all of them, within a minute
+        assert process.returncode == 1
+        [line] = errors.splitlines()
+        assert f"pretrain_general failed: rank {victim} was killed by SIGKILL" in line
+        assert not any(r.is_running() for r in ranks)
+    run(cut, *given, *short)
+    before, after = (x / "01-pretrain_general" for x in (tmp_path / "uncut", cut))
+    for file in (before / "eval.json", *(before / "hf").iterdir()):
+        assert file.read_bytes() == (after / file.relative_to(before)).read_bytes(), file
