@@ -1,17 +1,21 @@
 """Training checkpoints in megatron-core's distributed format: a cut save never shadows a good one.
 
 A checkpoint holds weights, optimizer, schedule, random state and the stage's own state (position in
-the data, controllers). It is written beside its final name and published by one rename; every
-file's checksum stands in its state.json. It loads under any layout.
+the data, controllers). A thread writes a copy of them beside the final name while training goes on,
+and the ranks publish it by one rename when all have written; every file's checksum stands in its
+state.json. It loads under any layout.
 """
 
 import json
+import logging
 import os
 import queue
 import re
 import shutil
+import threading
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +34,10 @@ from q3mega.engine import parallel
 from q3mega.errors import UserError
 
 KEEP = 2
-# saves here are synchronous, in threads: without this, a manager process is started for the queue
+# writers here are threads: without this, a manager process is started for their queue
 filesystem_async._results_queue = queue.Queue()
+# of its two ways to write behind, the one that needs no further package is called deprecated
+logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
 
 
 def _metadata() -> dict[str, Any]:
@@ -59,17 +65,76 @@ def _sharded_state(engine: Any, *, loading: bool) -> dict[str, Any]:
     return {**models, "optimizer": optimizer, "schedule": engine.schedule.state_dict()}
 
 
-def save(engine: Any, folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write folder/step_<step> with everything the next step depends on."""
-    final, unfinished = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
-    _write(_sharded_state(engine, loading=False), unfinished)
-    rng = {"torch": torch.get_rng_state()}
-    torch.save(rng, unfinished / f"rng_{dist.get_rank()}.pt")
-    _publish(unfinished, final, {"step": step, **state})
-    if dist.get_rank() == 0:
-        for old in complete(folder)[:-KEEP]:
-            shutil.rmtree(old)
-    dist.barrier()
+@dataclass
+class _Writing:
+    """A checkpoint on its way to the disk."""
+
+    unfinished: Path
+    final: Path
+    state: dict[str, Any]
+    request: Any
+    checksums: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        own = self.request.preload_fn() if self.request.preload_fn else []  # off the GPU
+        self.buckets = [(path, name, (raw, _copied(pairs))) for path, name, (raw, pairs) in own]
+        self.thread = threading.Thread(target=self._write, daemon=True)
+        self.thread.start()
+
+    def _write(self) -> None:
+        if self.buckets:
+            rank, _, results = self.request.async_fn_args
+            self.request.async_fn(rank, self.buckets, results)
+        for _, name, _ in self.buckets:
+            if (path := self.unfinished / name).exists():  # not where the disk was full
+                self.checksums[name] = _crc(path)
+
+
+def _copied(pairs: list[tuple[Any, torch.Tensor]]) -> list[tuple[Any, torch.Tensor]]:
+    """What training goes on to change; a GPU's tensors were copied on their way here."""
+    return [(item, x if device.HAS_GPU else x.clone()) for item, x in pairs]
+
+
+class Saver:
+    """Saves an engine's state behind its training, one checkpoint at a time. All ranks call."""
+
+    def __init__(self) -> None:
+        self.writing: _Writing | None = None
+
+    def save(self, engine: Any, folder: Path, step: int, state: dict[str, Any]) -> None:
+        """Begin folder/step_<step>, with everything that the next step depends on."""
+        self.finish()
+        final, unfinished = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
+        request = _write(_sharded_state(engine, loading=False), unfinished, behind=True)
+        torch.save({"torch": torch.get_rng_state()}, unfinished / f"rng_{dist.get_rank()}.pt")
+        self.writing = _Writing(unfinished, final, {"step": step, **state}, request)
+
+    def poll(self) -> None:
+        """Publish if every rank has written its part."""
+        if self.writing is None:
+            return
+        busy = torch.tensor(int(self.writing.thread.is_alive()), device=device.device())
+        dist.all_reduce(busy)
+        if not busy:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait, and publish."""
+        if (done := self.writing) is None:
+            return
+        self.writing = None
+        done.thread.join()
+        try:
+            for finalize in done.request.finalize_fns:
+                finalize()
+        except CheckpointException as error:
+            reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+            raise _no_room(done.unfinished, reason) from None
+        _publish(done.unfinished, done.final, done.state, done.checksums)
+        if dist.get_rank() == 0:
+            for old in complete(done.final.parent)[:-KEEP]:
+                shutil.rmtree(old)
+        dist.barrier()
 
 
 def save_weights(engine: Any, folder: Path) -> None:
@@ -91,23 +156,34 @@ def _load_weights(engine: Any, folder: Path) -> None:
         engine.optimizer.reload_model_params()
 
 
-def _write(state: dict[str, Any], unfinished: Path) -> None:
+def _write(state: dict[str, Any], unfinished: Path, *, behind: bool = False) -> Any:
+    """Into a fresh folder; `behind` only prepares that and returns the request for it."""
     if dist.get_rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
     content = {k: v for k, v in _metadata().items() if k != "dp_cp_group"}
     try:
-        dist_checkpointing.save(state, str(unfinished), content_metadata=content)
+        return dist_checkpointing.save(
+            state, str(unfinished), content_metadata=content,
+            async_sharded_save=behind, async_strategy="mcore",
+        )  # fmt: skip
     except OSError as error:
-        raise UserError(
-            f"checkpoint {unfinished} could not be written ({error}): free some disk space"
-        ) from None
+        raise _no_room(unfinished, error) from None
 
 
-def _publish(unfinished: Path, final: Path, state: dict[str, Any]) -> None:
+def _no_room(unfinished: Path, reason: object) -> UserError:
+    return UserError(
+        f"checkpoint {unfinished} could not be written ({reason}): free some disk space"
+    )
+
+
+def _publish(
+    unfinished: Path, final: Path, state: dict[str, Any], known: dict[str, int] | None = None
+) -> None:
+    """known: checksums of this rank's own files."""
     dist.barrier()
-    files = _checksums(unfinished)
+    files = _checksums(unfinished, known or {})
     if dist.get_rank() == 0:
         (unfinished / "state.json").write_text(json.dumps({"files": files, **state}))
         shutil.rmtree(final, ignore_errors=True)
@@ -115,11 +191,12 @@ def _publish(unfinished: Path, final: Path, state: dict[str, Any]) -> None:
     dist.barrier()
 
 
-def _checksums(folder: Path) -> dict[str, int]:
-    """Of every file but state.json; the ranks share the reading."""
-    names = sorted(p.name for p in folder.iterdir() if p.name != "state.json")
+def _checksums(folder: Path, known: dict[str, int]) -> dict[str, int]:
+    """Of every file but state.json; the ranks share the reading of those that none knows."""
+    found = dict(parallel.gather_over_all(list(known.items())))
+    names = sorted(p.name for p in folder.iterdir() if p.name not in {"state.json", *found})
     mine = names[dist.get_rank() :: dist.get_world_size()]
-    return dict(parallel.gather_over_all([(name, _crc(folder / name)) for name in mine]))
+    return found | dict(parallel.gather_over_all([(name, _crc(folder / name)) for name in mine]))
 
 
 def _crc(path: Path) -> int:
@@ -147,7 +224,7 @@ def _load(path: Path, read: Callable[[Path], None]) -> dict[str, Any]:
     """Check every file, read, return the state; UserError names what is damaged."""
     try:
         state = json.loads((path / "state.json").read_text())
-        before, now = state.pop("files"), _checksums(path)
+        before, now = state.pop("files"), _checksums(path, {})
         wrong = [name for name, crc in before.items() if now.get(name) != crc]
         if wrong:
             raise ValueError(f"{wrong[0]} is not as it was written")

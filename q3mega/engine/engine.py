@@ -99,6 +99,7 @@ class Engine:
         self.cp_group = group if group.size() > 1 else None
         self.optimizer: Any = None
         self.updated = False
+        self.saver = checkpoint.Saver()
         if optimizer is None:
             for module in self.modules:
                 module.requires_grad_(False)
@@ -164,6 +165,7 @@ class Engine:
         found = self._forward(parts, loss_func, forward_only=False)
         success, grad_norm, _ = self.optimizer.step()
         self.updated = True
+        self.saver.poll()
         metrics = self._total(found)
         if not success:
             metrics["skipped"] = 1.0
@@ -271,15 +273,21 @@ class Engine:
     # -- state -----------------------------------------------------------------------------------
 
     def save(self, folder: Path, step: int, state: dict[str, Any]) -> None:
-        """Checkpoint everything that the next step depends on; published by one rename.
+        """Checkpoint everything that the next step depends on, behind the steps that follow.
 
+        It counts once all of it is on the disk: a later step, or `finish_saving`, publishes it.
         Before the first update there is nothing to save: a resume starts over to the same state.
         """
         if self.updated:
-            checkpoint.save(self, folder, step, state)
+            self.saver.save(self, folder, step, state)
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is published."""
+        self.saver.finish()
 
     def load_latest(self, folder: Path) -> tuple[int, dict[str, Any]] | None:
         """Resume from the newest complete checkpoint: (step, state), or None when there is none."""
+        self.finish_saving()
         found = checkpoint.load_latest(self, folder)
         self.updated = found is not None
         return found

@@ -125,6 +125,7 @@ def train(
         if step % save_every == 0 or step == steps:
             state = {"coefficient": entropy.coefficient, "target": entropy.target}
             engine.save(folder, step, state)
+    engine.finish_saving()
 
 
 def _split(samples: list[Sample], parts: int) -> list[list[Sample]]:

@@ -63,3 +63,4 @@ def train(
             watch(step)
         if step % save_every == 0 or step == steps:
             engine.save(folder, step, {})
+    engine.finish_saving()

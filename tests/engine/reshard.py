@@ -23,6 +23,7 @@ def save(kind: str, layout: dict, initial: str, checkpoints: str) -> None:
     for step in (0, 1):
         engine.train_step(shard(normalise(documents(step)), 96), supervised)
     engine.save(Path(checkpoints), 2, {"position": 7})
+    engine.finish_saving()
 
 
 def load(kind: str, layout: dict, initial: str, checkpoints: str) -> dict:

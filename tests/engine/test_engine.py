@@ -1,6 +1,9 @@
 """The engine against transformers, and against itself after a resume."""
 
 import json
+import resource
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from q3mega.algorithms.losses import normalise, supervised
 from q3mega.data.batch import pack
-from q3mega.engine import Engine, OptimizerSpec
+from q3mega.engine import Engine, OptimizerSpec, checkpoint
 from q3mega.errors import UserError
 
 SPEC = OptimizerSpec(lr=1e-2, steps=10, warmup_steps=2, decay="linear")
@@ -100,9 +103,7 @@ def test_bf16_learns_what_fp32_learns(kind, tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resume_is_exact_to_the_bit(optimizer, tmp_path):
-    from dataclasses import replace
-
+def test_resume_is_exact_to_the_bit(optimizer, tmp_path, monkeypatch):
     spec = replace(SPEC, kind=optimizer, adam_lr=1e-3)
 
     def run(engine, steps):
@@ -110,13 +111,34 @@ def test_resume_is_exact_to_the_bit(optimizer, tmp_path):
 
     engine = Engine(SHAPES["tied"], LAYOUT(), seed=1, optimizer=spec)
     run(engine, [0, 1])
+    trained, write = threading.Event(), checkpoint._Writing._write
+    monkeypatch.setattr(checkpoint._Writing, "_write", lambda w: (trained.wait(60), write(w)))
     engine.save(tmp_path, 2, {"coefficient": 0.5})
-    uncut = run(engine, [2, 3])
+    uncut = run(engine, [2, 3])  # while nothing is written yet
+    assert not checkpoint.complete(tmp_path)
+    trained.set()
+    engine.finish_saving()
     other = Engine(SHAPES["tied"], LAYOUT(), seed=9, optimizer=spec)
     assert other.load_latest(tmp_path) == (2, {"coefficient": 0.5})
     assert run(other, [2, 3]) == uncut
     for a, b in zip(engine.chunks[0].parameters(), other.chunks[0].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    engine = Engine(SHAPES["tied"], LAYOUT(), seed=1, optimizer=SPEC)
+    engine.train_step(pack(normalise(documents(0)), 200), supervised)
+    engine.save(tmp_path, 1, {})
+    engine.finish_saving()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # bytes of any file
+    try:
+        with pytest.raises(UserError, match=r"step_000002.partial could not be written .*free"):
+            engine.save(tmp_path, 2, {})
+            engine.finish_saving()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert engine.load_latest(tmp_path)[0] == 1
 
 
 def test_a_cut_save_does_not_shadow_the_last_good_one(tmp_path):
@@ -131,6 +153,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     engine = Engine(SHAPES["tied"], LAYOUT(), seed=1, optimizer=SPEC)
     engine.train_step(pack(normalise(documents(0)), 200), supervised)
     engine.save(tmp_path, 1, {})
+    engine.finish_saving()
     [shard, *_] = tmp_path.glob("step_000001/*.distcp")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
