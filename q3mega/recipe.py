@@ -184,6 +184,7 @@ class StageConfig(Section):
     init: str | None = None  # a Hugging Face folder; None: the stage that comes before
     save_every: PositiveInt = 50  # optimizer steps
     micro_batch_tokens: PositiveInt = 4096  # a rank's packed micro-batch holds at most so many
+    sample_batch: PositiveInt = 512  # sequences that a sampling rank decodes at once
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat
     adam_lr: PositiveFloat | None = None  # with muon: embeddings and norms; None: lr
@@ -358,7 +359,7 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     seed: NonNegativeInt
     tokenizer: TokenizerSpec
-    model: ModelSpec
+    model: ModelSpec  # also the teacher's
     student: ModelSpec | None = None
     layout: Layout
     precision: Literal["fp32", "bf16"] = "fp32"  # of weights; gradients and Adam are fp32
@@ -392,13 +393,13 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _layouts_fit(self) -> Self:
         for name, stage in self.stages.items():
-            model = getattr(self, stage.trains)
-            if model is None:
+            if stage.trains == "student" and self.student is None:
                 raise UserError(f"stages.{name} trains a student: add a student section")
-            try:
-                check_layout(stage.layout, model)
-            except UserError as error:
-                raise UserError(f"stages.{name} ({stage.trains}): {error}") from None
+            for role in dict.fromkeys(("model", stage.trains)):  # the model is a student's teacher
+                try:
+                    check_layout(stage.layout, getattr(self, role))
+                except UserError as error:
+                    raise UserError(f"stages.{name} ({role}): {error}") from None
         return self
 
     @classmethod

@@ -18,15 +18,14 @@ from q3mega.recipe import Recipe
 
 def write(recipe: Recipe, run_dir: Path) -> list[Path]:
     """RUN/slurm/<NN>-<stage>.sbatch for every stage; returns the paths in their order."""
-    prepare(recipe, run_dir)
     run_dir = run_dir.resolve()
+    texts = {stage: script(recipe, run_dir, stage) for stage in recipe.stages}  # all can be asked
+    prepare(recipe, run_dir)
     folder = run_dir / "slurm"
     folder.mkdir(exist_ok=True)
-    paths = []
-    for stage in recipe.stages:
-        path = folder / f"{recipe.stage_dir(run_dir, stage).name}.sbatch"
-        path.write_text(script(recipe, run_dir, stage))
-        paths.append(path)
+    paths = [folder / f"{recipe.stage_dir(run_dir, stage).name}.sbatch" for stage in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        path.write_text(text)
     return paths
 
 

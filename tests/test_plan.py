@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 from published import A3B, A22B, EP16, MEMORY, PUBLISHED, errors, job
 
+from q3mega.cost import CARDS, GIB, by_stage, memory, sent, step
 from q3mega.model import QWEN3
-from q3mega.plan import CARDS, GIB, best, memory, parameters, step
+from q3mega.plan import best, table_of_stages
+from q3mega.recipe import Layout, Recipe
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def test_step_times_are_near_the_published_ones() -> None:
@@ -56,12 +60,33 @@ def test_the_best_layouts_fit_and_are_sorted() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "gpus", "batch"), [(A3B, 16, 1024), (A22B, 256, 2048)])
 def test_what_fits_is_what_megatron_builds(model: str, gpus: int, batch: int) -> None:
-    for found in best(job(model, gpus, batch), gpus, count=1):
-        layout = found.layout.model_dump_json()
-        script = Path(__file__).with_name("meta_rank.py")
-        done = subprocess.run(
-            [sys.executable, str(script), model, layout], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        built = json.loads(done.stdout.splitlines()[-1])
-        assert sum(parameters(found)) == pytest.approx(sum(built), rel=0.05)
+    for found in best(job(model, gpus, batch), gpus, count=2):
+        planned = by_stage(found)
+        for rank, stage in {0: 0, gpus - 1: len(planned) - 1}.items():
+            script = Path(__file__).with_name("meta_rank.py")
+            words = str(rank), model, found.layout.model_dump_json()
+            done = subprocess.run(
+                [sys.executable, str(script), *words], capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+            for component, built in json.loads(done.stdout.splitlines()[-1]).items():
+                assert planned[stage][component] == pytest.approx(built, rel=0.02), component
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_fits_its_cluster(path: Path) -> None:
+    table, fits = table_of_stages(Recipe.load(path), "h100")
+    assert fits, table
+
+
+def test_what_a_rank_sends() -> None:
+    alone = job(A3B, 1, 4)
+    assert sum(sent(alone).values()) == 0
+    shape, tokens = QWEN3[A3B], 4096
+    two = replace(alone, layout=Layout(processes=2), batch=2)  # a micro-batch each
+    assert sent(two)["data"] == pytest.approx(3 * shape.num_parameters(), rel=0.01)
+    two = replace(alone, layout=Layout(processes=2, pipeline=2), batch=1)
+    assert sent(two)["pipeline"] == 2 * tokens * shape.hidden * 2
+    two = replace(alone, layout=Layout(processes=2, context=2), batch=1)
+    keys_and_values = shape.layers * tokens / 2 * shape.kv_heads * shape.head_dim * 2 * 2
+    assert sent(two)["context"] == pytest.approx(1.5 * keys_and_values)

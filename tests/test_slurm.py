@@ -18,6 +18,7 @@ from q3mega.errors import UserError
 from q3mega.recipe import Recipe
 
 TINY = Path(__file__).parent / "stages" / "tiny.yaml"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 ON_CPUS = ["slurm.gpus=false", "slurm.cpus_per_process=1", "slurm.processes_per_node=2"]
 
 
@@ -42,7 +43,8 @@ def test_a_script_asks_for_what_the_layout_needs(tmp_path: Path) -> None:
 def test_nodes_are_filled(tmp_path: Path) -> None:
     recipe = Recipe.load(TINY, ["cold_start.layout.processes=12"])
     with pytest.raises(UserError, match=r"processes=12 does not fill nodes of .*=8"):
-        slurm.script(recipe, tmp_path, "cold_start")
+        slurm.write(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_stage_has_its_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +55,21 @@ def test_every_stage_has_its_script(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
     assert all(p.exists() for p in paths)
     assert (tmp_path / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("slurm/*.sbatch")), ids=lambda p: p.stem)
+def test_the_examples_are_scripts(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("qwen3_*.yaml")), ids=lambda p: p.stem)
+def test_the_large_examples_become_chains(path: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(path)
+    scripts = slurm.write(recipe, tmp_path / "run")
+    assert len(scripts) == len(recipe.stages)
+    for script in scripts:
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        assert "export NCCL_DEBUG=WARN" in script.read_text()
 
 
 CONF = """

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from q3mega import device  # noqa: F401
+from q3mega import device
 
 # isort: split
 import torch

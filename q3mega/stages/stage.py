@@ -112,7 +112,7 @@ class Stage:
         )  # fmt: skip
 
     def sampler(self, engine: Engine) -> InProcessSampler:
-        return InProcessSampler(engine, self.tokenizer)
+        return InProcessSampler(engine, self.tokenizer, max_batch=self.config.sample_batch)
 
     def log(self, total: int, part: str = "") -> Log:
         folder = self.dir / part
