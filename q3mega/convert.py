@@ -6,6 +6,7 @@ it can be turned back. Neither direction changes a bit of any weight.
 """
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from q3mega.data.batch import Sample, collate
 from q3mega.engine import Engine, checkpoint
 from q3mega.errors import UserError
-from q3mega.model.huggingface import dtype_of, shape_of
+from q3mega.model.huggingface import audit, dtype_of, shape_of
 from q3mega.recipe import Layout, check_layout
 
 KEPT = ("config.json", "generation_config.json", "*token*", "vocab.json", "merges.txt", "*.jinja")
@@ -22,24 +23,48 @@ NEAR = 1e-4  # apart, of fp32 logits; bf16 ones differ by their rounding and are
 
 
 def hf_to_mcore(source: Path, target: Path, layout: Layout, *, check: bool = False) -> None:
-    """Write `target`; check: read it back and compare logits with transformers on `source`."""
+    """Write `target`; check: list the tensors of `source` in TARGET/tensors.txt, read `target` back
+    and compare logits with transformers on `source`."""
     engine = _engine(source, target, layout)
+    found = audit(source, engine.shape) if check else {}
+    _refuse(source, found)
     engine.load_hf(source)
     checkpoint.save_weights(engine, target)
     _keep(source, target)
     if check:
+        _list(target, found)
         checkpoint.load_weights(engine, target)
         _compare(engine, source)
 
 
 def mcore_to_hf(source: Path, target: Path, layout: Layout, *, check: bool = False) -> None:
-    """Write `target`; check: compare logits with transformers on it."""
+    """Write `target`; check: list its tensors in TARGET/tensors.txt and compare logits with
+    transformers on it."""
     engine = _engine(source, target, layout)
     checkpoint.load_weights(engine, source)
     engine.save_hf(target, {})
     _keep(source, target)
     if check:
+        found = audit(target, engine.shape)
+        _list(target, found)
+        _refuse(target, found)
         _compare(engine, target)
+
+
+def _refuse(folder: Path, found: dict[str, str]) -> None:
+    wrong = [f"{name} is {state}" for name, state in found.items() if state != "mapped"]
+    if wrong:
+        more = ", ..." if len(wrong) > 8 else ""
+        raise UserError(f"{folder}: {len(wrong)} tensors: {', '.join(wrong[:8])}{more}")
+
+
+def _list(target: Path, found: dict[str, str]) -> None:
+    if dist.get_rank() == 0:
+        (target / "tensors.txt").write_text("".join(f"{s}\t{n}\n" for n, s in found.items()))
+        states = Counter(found.values())
+        counts = ", ".join(f"{states[s]} {s}" for s in ("mapped", "missing", "left over"))
+        print(f"tensors: {counts}; listed in {target / 'tensors.txt'}")
+    dist.barrier()
 
 
 def _engine(source: Path, target: Path, layout: Layout) -> Engine:

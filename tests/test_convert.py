@@ -73,9 +73,13 @@ def convert(direction: str, source: Path, target: Path, ways: str, processes: in
 )
 def test_there_and_back_is_the_same(sources, tmp_path, kind, into, back):
     mcore, hf = tmp_path / "mcore", tmp_path / "hf"
-    assert "apart" in convert("hf-to-mcore", sources[kind], mcore, into, 2)
-    assert "apart" in convert("mcore-to-hf", mcore, hf, back, 2)
-    before, after = tensors(sources[kind]), tensors(hf)
+    before = tensors(sources[kind])
+    for words in (("hf-to-mcore", sources[kind], mcore, into), ("mcore-to-hf", mcore, hf, back)):
+        said = convert(*words, 2)
+        assert "apart" in said and f"{len(before)} mapped, 0 missing, 0 left over" in said
+        listed = (words[2] / "tensors.txt").read_text().splitlines()
+        assert listed == [f"mapped\t{name}" for name in sorted(before)]
+    after = tensors(hf)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (hf / "config.json").read_bytes() == (sources[kind] / "config.json").read_bytes()
@@ -95,21 +99,27 @@ def test_a_big_model_is_cut_into_files_with_an_index(sources, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "message", "verified"),
     [
         (lambda t: t | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)},
-         "1 tensors without a place in this model (model.layers.0.self_attn.q_proj.bias)"),
-        (lambda t: {n: x for n, x in t.items() if "layers.3.mlp.up" not in n}, "lacks tensor"),
-        (lambda t: t | {"model.norm.weight": torch.ones(31)}, "would be (31,) and must be (32,)"),
+         "1 tensors without a place in this model (model.layers.0.self_attn.q_proj.bias)",
+         "1 tensors: model.layers.0.self_attn.q_proj.bias is left over"),
+        (lambda t: {n: x for n, x in t.items() if "layers.3.mlp.up" not in n}, "lacks tensor",
+         "1 tensors: model.layers.3.mlp.up_proj.weight is missing"),
+        (lambda t: t | {"model.norm.weight": torch.ones(31)}, "would be (31,) and must be (32,)",
+         "would be (31,) and must be (32,)"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named(sources, tmp_path, capsys, damage, message):
+def test_what_does_not_fit_is_named(sources, tmp_path, capsys, damage, message, verified):
     source = tmp_path / "hf"
     source.mkdir()
     (source / "config.json").write_bytes((sources["untied"] / "config.json").read_bytes())
     save_file(damage(tensors(sources["untied"])), source / "model.safetensors", {"format": "pt"})
-    assert main(["convert", "hf-to-mcore", str(source), str(tmp_path / "mcore")]) == 2
+    words = ["convert", "hf-to-mcore", str(source), str(tmp_path / "mcore")]
+    assert main(words) == 2
     assert message in capsys.readouterr().err
+    assert main([*words, "--verify"]) == 2
+    assert verified in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,27 @@ class _Reader:
             )
 
 
+def audit(folder: Path, shape: Qwen3Shape) -> dict[str, str]:
+    """Every tensor of the folder and of the shape, by name: "mapped", "missing" or "left over"."""
+    held, wanted = set(_Reader(folder).where), set(_names(shape))
+    if shape.tied:  # some write a copy of the embedding, too
+        wanted |= held & {_TOP["output_layer.weight"]}
+    states = {name: "mapped" if name in wanted else "left over" for name in held}
+    return dict(sorted((states | dict.fromkeys(wanted - held, "missing")).items()))
+
+
+def _names(shape: Qwen3Shape) -> Iterator[str]:
+    yield from (name for ours, name in _TOP.items() if ours != "output_layer.weight")
+    if not shape.tied:
+        yield _TOP["output_layer.weight"]
+    inside = [name for ours, name in _LAYER.items() if not ours.startswith("mlp.")]
+    inside += [f"self_attn.{p}_proj.weight" for p in "qkv"]
+    inside += [_LAYER["mlp.router.weight"]] if shape.experts else []
+    wide = [f"mlp.experts.{e}." for e in range(shape.experts)] or ["mlp."]
+    inside += [f"{mlp}{p}_proj.weight" for mlp in wide for p in ("gate", "up", "down")]
+    yield from (f"model.layers.{i}.{name}" for i in range(shape.layers) for name in inside)
+
+
 def load(models: list[Any], shape: Qwen3Shape, folder: str | Path) -> None:
     """Fill this rank's part of the model from a Hugging Face folder; every rank calls.
 
