@@ -23,6 +23,7 @@ import torch.utils._device
 CPU = torch.device("cpu")
 HAS_GPU = torch.cuda.is_available()
 BACKEND = "nccl" if HAS_GPU else "gloo"
+HAS_TRANSFORMER_ENGINE = HAS_GPU and importlib.util.find_spec("transformer_engine") is not None
 
 _FACTORIES = [
     "zeros", "ones", "empty", "full", "rand", "randn", "randint", "arange", "tensor", "eye",

@@ -67,7 +67,8 @@ def _planned(recipe: Recipe, name: str, card: Card) -> Planned:
         batch = config.prompts
     job = Job(
         spec.shape(vocab), config.layout, card, longest, batch,
-        max(1, config.micro_batch_tokens // longest), recompute=config.layout.recompute,
+        max(1, config.micro_batch_tokens // longest), "fp8" if config.fp8 else "bf16",
+        config.layout.recompute,
     )  # fmt: skip
     takes, more = {"train": step(job).seconds}, {}
     sampled = Rollouts(

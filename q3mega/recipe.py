@@ -184,6 +184,7 @@ class StageConfig(Section):
     init: str | None = None  # a Hugging Face folder; None: the stage that comes before
     save_every: PositiveInt = 50  # optimizer steps
     micro_batch_tokens: PositiveInt = 4096  # a rank's packed micro-batch holds at most so many
+    fp8: bool = False  # products of linear layers, through Transformer Engine
     sample_batch: PositiveInt = 512  # sequences that a sampling rank decodes at once
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat

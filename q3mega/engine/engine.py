@@ -65,6 +65,7 @@ class Head:
         return vocab.total(torch.where(held, own, 0.0), self.tp_group)
 
 
+FP8_TOKENS = 16  # a product's rows are a multiple of it
 # (head, batch) -> (loss: a sum, metrics: name -> a sum, to add up over micro-batches and ranks)
 LossFn = Callable[[Head, Batch], tuple[Tensor, dict[str, Tensor]]]
 _T = TypeVar("_T")
@@ -82,11 +83,12 @@ class Engine:
         positions: Positions | None = None,
         optimizer: OptimizerSpec | None = None,
         dtype: torch.dtype = torch.float32,
+        fp8: bool = False,
     ) -> None:
         self.shape, self.layout, self.spec = shape, layout, optimizer
         parallel.initialise(layout, seed)
         fields = parallel.config_fields(layout, shape.layers)
-        self.config = transformer_config(shape, dtype=dtype, **fields)
+        self.config = transformer_config(shape, dtype=dtype, fp8=fp8, **fields)
         positions = positions or Positions(shape.rope_base)
         stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
         self.chunks = [build_model(shape, self.config, positions, stage) for stage in stages]
@@ -194,7 +196,11 @@ class Engine:
 
     def _part(self, batch: Batch) -> Part:
         on_device = batch.to(device.device())
-        return parallel.part(on_device, sequence_parallel=self.config.sequence_parallel)
+        config = self.config
+        return parallel.part(
+            on_device, sequence_parallel=config.sequence_parallel,
+            multiple=FP8_TOKENS if config.fp8 else 1,
+        )  # fmt: skip
 
     def _forward(self, parts: Sequence[Part], loss_func: Any, forward_only: bool) -> list[Any]:
         if not parts:

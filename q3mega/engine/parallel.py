@@ -100,8 +100,11 @@ class Part:
         return hidden[self.place]
 
 
-def part(batch: Batch, *, sequence_parallel: bool) -> Part:
-    """Cut a micro-batch, the same on all ranks of a context- or tensor-parallel group."""
+def part(batch: Batch, *, sequence_parallel: bool, multiple: int = 1) -> Part:
+    """Cut a micro-batch, the same on all ranks of a context- or tensor-parallel group.
+
+    multiple: of each rank's number of tokens.
+    """
     size = _context_size()
     document = 2 * size if size > 1 else 1
     ways = ps.get_tensor_model_parallel_world_size() if sequence_parallel else 1
@@ -110,7 +113,7 @@ def part(batch: Batch, *, sequence_parallel: bool) -> Part:
     end = torch.cat([filled.new_zeros(1), filled.cumsum(0)])
     row = torch.repeat_interleave(end[:-1] - batch.cu_seqlens[:-1], lengths)
     place = row + torch.arange(len(batch), device=row.device)
-    rest = -int(end[-1]) % math.lcm(document, size * ways)
+    rest = -int(end[-1]) % math.lcm(document, size * ways * multiple)
     if rest:
         end = torch.cat([end, end[-1:] + rest])
     end = end.to(batch.cu_seqlens.dtype)

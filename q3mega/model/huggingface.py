@@ -42,6 +42,7 @@ _LAYER = {
     "mlp.router.weight": "mlp.gate.weight",
 }
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
+_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")  # Transformer Engine's
 _Read = Callable[[str], Tensor]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 FILE_BYTES = 4 << 30  # of one file, and of what a rank holds of it at once
@@ -92,6 +93,7 @@ def _parameters(model: Any) -> Iterator[tuple[str, str, Tensor]]:
             yield name, "", tensor
             continue
         layer, name = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name).groups()  # type: ignore[union-attr]
+        name = _GROUPED.sub(r"mlp.experts.local_experts.\2.\1.weight", name)
         if match := _EXPERT.fullmatch(name):
             per_rank = model.config.num_moe_experts // ps.get_expert_model_parallel_world_size()
             expert = int(match[1]) + ps.get_expert_model_parallel_rank() * per_rank

@@ -3,7 +3,7 @@
 The readable twin is transformers' Qwen3; `tests/model` holds the two equal.
 """
 
-from q3mega import device  # noqa: F401
+from q3mega import device
 
 # isort: split
 from typing import Any
@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from q3mega.errors import UserError
 from q3mega.model.attention import AttentionState, CoreAttention, Positions
 from q3mega.model.sizes import Qwen3Shape
 
@@ -42,16 +43,31 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-class _Backend(LocalSpecProvider):
-    def layer_norm(self, *args: Any, **kwargs: Any) -> Any:
-        return RMSNorm
+def _provider() -> type:
+    """Whose linear layers and experts: Transformer Engine's where it runs, else megatron's own."""
+    if not device.HAS_TRANSFORMER_ENGINE:
+        return LocalSpecProvider
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-    def core_attention(self) -> Any:
-        return CoreAttention
+    return TESpecProvider
+
+
+def _backend() -> Any:
+    class Backend(_provider()):  # type: ignore[misc]
+        def layer_norm(self, *args: Any, **kwargs: Any) -> Any:
+            return RMSNorm
+
+        def core_attention(self) -> Any:
+            return CoreAttention
+
+        def fuse_layernorm_and_linear(self) -> bool:
+            return False  # one set of parameter names, whoever's layers they are
+
+    return Backend()
 
 
 def _layer_spec(config: TransformerConfig) -> ModuleSpec:
-    backend = _Backend()
+    backend = _backend()
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -64,7 +80,9 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec:
         ),
     )
     mlp = gpt_specs.get_mlp_module_spec_for_backend(
-        backend=backend, num_experts=config.num_moe_experts, moe_grouped_gemm=False
+        backend=backend,
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
     )
     # the keys that Transformer Engine's fused modules use: checkpoints of the two are alike
     renamed = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -85,9 +103,20 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def transformer_config(
-    shape: Qwen3Shape, *, dtype: torch.dtype, **parallel: Any
+    shape: Qwen3Shape, *, dtype: torch.dtype, fp8: bool = False, **parallel: Any
 ) -> TransformerConfig:
-    """megatron-core's view of a shape; `parallel` holds its own layout and recompute fields."""
+    """megatron-core's view of a shape; `parallel` holds its own layout and recompute fields.
+
+    fp8: the products of linear layers and experts, scaled by each tensor's present maximum.
+    """
+    if fp8 and not device.HAS_TRANSFORMER_ENGINE:
+        raise UserError(
+            "fp8=true needs a GPU and Transformer Engine (transformer-engine[pytorch]): install "
+            "it, or set fp8=false"
+        )
+    if fp8 and dtype != torch.bfloat16:
+        raise UserError("fp8=true needs precision: bf16")
+    low = {"fp8": "hybrid", "fp8_recipe": "tensorwise"} if fp8 else {}
     moe: dict[str, Any] = {}
     if shape.experts:
         moe = {
@@ -98,7 +127,7 @@ def transformer_config(
             "moe_aux_loss_coeff": shape.balance,
             "moe_router_dtype": "fp32",
             "moe_router_pre_softmax": False,  # softmax over the chosen ones: norm_topk_prob
-            "moe_grouped_gemm": False,
+            "moe_grouped_gemm": device.HAS_TRANSFORMER_ENGINE,
         }
     return TransformerConfig(
         num_layers=shape.layers,
@@ -127,6 +156,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,
         moe_token_dispatcher_type="alltoall",  # the one that takes packs of any length
+        **low,
         **moe,
         **parallel,
     )

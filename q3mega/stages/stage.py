@@ -97,7 +97,7 @@ class Stage:
         spec = replace(self._optimizer(steps), **optimizer) if steps else None
         engine = Engine(
             shape, self.config.layout, seed=self.seed("init"), optimizer=spec,
-            dtype=PRECISION[self.recipe.precision],
+            dtype=PRECISION[self.recipe.precision], fp8=self.config.fp8 and steps > 0,
         )  # fmt: skip
         if source is not None:
             engine.load_hf(source)
