@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from q3mega.errors import UserError
 
@@ -47,8 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a recipe's stages; a cut run goes on by itself")
     run.set_defaults(command=_run)
-    run.add_argument("recipe", help="a YAML file")
-    run.add_argument("overrides", nargs="*", metavar="stage.field=value", help="change a setting")
+    _takes_recipe(run, help="a YAML file")
     run.add_argument("--run-dir", help="where the run lives (default: runs/<the recipe's name>)")
     run.add_argument("--only", metavar="STAGE", help="run this stage alone")
     run.add_argument("--from", dest="start", metavar="STAGE", help="leave out the stages before it")
@@ -59,8 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="memory and time of a step, before a GPU is asked for")
     plan.set_defaults(command=_plan)
-    plan.add_argument("recipe", nargs="?", help="a YAML file: each of its stages on its layout")
-    plan.add_argument("overrides", nargs="*", metavar="stage.field=value", help="change a setting")
+    _takes_recipe(plan, nargs="?", help="a YAML file: each of its stages on its layout")
     plan.add_argument("--model", help="instead of a recipe: search layouts of this size")
     plan.add_argument("--gpus", type=int, help="with --model: how many")
     plan.add_argument("--card", default="h100", help="h100, h200 or a100")
@@ -69,8 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
     slurm = commands.add_parser("slurm", help="a job script for each stage of a recipe")
     slurm.set_defaults(command=_slurm)
-    slurm.add_argument("recipe", help="a YAML file")
-    slurm.add_argument("overrides", nargs="*", metavar="stage.field=value", help="change a setting")
+    _takes_recipe(slurm, help="a YAML file")
     slurm.add_argument("--run-dir", help="on a file system of all nodes (default: runs/<name>)")
     slurm.add_argument("--submit", action="store_true", help="put them in the queue, as a chain")
 
@@ -109,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed, and which backend serves what")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _takes_recipe(command: argparse.ArgumentParser, **how: Any) -> None:
+    command.add_argument("recipe", **how)
+    command.add_argument(
+        "overrides", nargs="*", metavar="stage.field=value", help="change a setting"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -244,6 +248,15 @@ def _findings() -> Iterator[tuple[str, str]]:
         from q3mega.ops.backends import KERNELS
 
         yield "C++ operators", KERNELS["cpu"].build() if "cpu" in KERNELS else _NOT_BUILT
+    if importlib.util.find_spec("megatron"):
+        from q3mega import device
+
+        yield (
+            "linear layers, experts",
+            "Transformer Engine's, grouped; fp8 can be had"
+            if device.HAS_TRANSFORMER_ENGINE
+            else "megatron-core's own; fp8 needs a GPU and Transformer Engine",
+        )
     built = importlib.util.find_spec("q3mega._data")
     yield "C++ data helpers", str(built.origin) if built else _NOT_BUILT
 
