@@ -60,7 +60,7 @@ def test_the_best_layouts_fit_and_are_sorted() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "gpus", "batch"), [(A3B, 16, 1024), (A22B, 256, 2048)])
 def test_what_fits_is_what_megatron_builds(model: str, gpus: int, batch: int) -> None:
-    for found in best(job(model, gpus, batch), gpus, count=2):
+    for found in best(job(model, gpus, batch), gpus, count=1):
         planned = by_stage(found)
         for rank, stage in {0: 0, gpus - 1: len(planned) - 1}.items():
             script = Path(__file__).with_name("meta_rank.py")
