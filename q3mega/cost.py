@@ -196,7 +196,7 @@ def _sent_of_layer(job: Job) -> dict[str, float]:
     kept = 2 * s.kv_heads * s.head_dim * 2 / a.tensor
     found = {
         "tensor": 1.25 * gathers * t * s.hidden * 2 * (a.tensor - 1) / a.tensor,
-        "context": 1.5 * t * (a.context - 1) * kept,
+        "context": 2 * t * (a.context - 1) * kept,  # keys and values gathered, gradients summed
     }
     if not s.experts:
         return found
@@ -213,9 +213,12 @@ def sent(job: Job) -> dict[str, float]:
     """Bytes that a rank inside the pipeline sends in one step, by axis."""
     a, middle = job.layout, 1 if job.layout.pipeline > 1 else 0
     times = _layers(job, middle) * job.micro_batches
-    found = {axis: size * times for axis, size in _sent_of_layer(job).items()}
-    if a.pipeline > 1:  # activations on, their gradients back
-        each = 2 * job.tokens * job.shape.hidden * 2 / _shards(job)
+    again = {"none": {}, "norms": {}, "experts": {"experts": 1.5, "experts_far": 1.5}}.get(
+        job.recompute, {"tensor": 1.4, "context": 1.5, "experts": 1.5, "experts_far": 1.5}
+    )  # what is recomputed is also told once more
+    found = {axis: size * times * again.get(axis, 1) for axis, size in _sent_of_layer(job).items()}
+    if a.pipeline > 1:  # activations on, their gradients back; of two stages each has one of them
+        each = min(a.pipeline - 1, 2) * job.tokens * job.shape.hidden * 2 / _shards(job)
         found["pipeline"] = each * job.micro_batches * a.virtual_pipeline
     dense, experts = parameters(job, middle)
     copies, expert_copies = _copies(job)
@@ -293,7 +296,8 @@ def _layer(job: Job, rates: Rates) -> dict[str, float]:
         parts["tensor"] = told["tensor"] / (card.link * rates.link)
     if a.context > 1:
         near = a.tensor * a.context <= card.node
-        parts["context"] = told["context"] / ((card.link if near else card.network) * rates.link)
+        seen = 0.75 * told["context"]  # the rest hides behind the products
+        parts["context"] = seen / ((card.link if near else card.network) * rates.link)
     if job.recompute == "experts":
         parts["recompute"] = (
             parts.get("experts", 0.0) / 3 + parts.get("dispatch", 0.0) / 2 + parts["traffic"] / 4
@@ -329,6 +333,7 @@ class Rollouts:
     sequences: int
     prompt: int
     tokens: int
+    expert: int = 1  # ways that the experts are split
     batch: int = 512
     card: Card = CARDS["h100"]
 
@@ -349,13 +354,14 @@ class Rollouts:
     def seconds(self) -> float:
         """Of decoding, which memory bounds; prefill at the speed of a training step's forward."""
         s, a = self.shape, self.card
-        touched = 2.0 * s.num_parameters(embeddings=False)
-        if s.experts:  # with this many tokens a step, which of the experts are read
-            unread = (1 - s.topk / s.experts) ** self.at_once
-            idle = s.layers * s.experts * 3 * s.hidden * s.moe_ffn * unread
-            touched -= 2 * idle
+        experts = 2 * s.layers * s.experts * 3 * s.hidden * s.moe_ffn
+        touched = 2.0 * s.num_parameters(embeddings=False) - experts
+        # of a rank's experts those are read that any of these tokens goes to
+        met = self.at_once * max(1, self.expert // self.tensor)
+        unread = (1 - s.topk / s.experts) ** met if s.experts else 0.0
         cached = self.at_once * (self.prompt + self.tokens / 2) * kv_bytes(s)
         read = (touched + 2 * s.vocab * s.hidden + cached) / self.tensor
+        read += experts * (1 - unread) / self.expert
         products = s.forward_flops(self.at_once, self.prompt + self.tokens / 2) / self.tensor
         each = max(read / (a.traffic * 0.8), products / (a.flops * RATES.projection))
         prefill = s.forward_flops(self.at_once * self.prompt, self.prompt / 2) / self.tensor

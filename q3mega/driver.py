@@ -235,12 +235,11 @@ def _kill(rank: subprocess.Popen[bytes]) -> None:
 
 
 def _failure(stage: str, rank: int, code: int, log: Path, size: int) -> Exception:
-    if code < 0:  # what its peers then wrote says nothing about the reason
-        name = signal.Signals(-code).name
-        hint = " (the kernel does so when memory runs out)" if name == "SIGKILL" else ""
+    if code == -signal.SIGKILL:  # without a word, and what its peers then wrote is not the reason
         return StageFailed(
-            f"{stage} failed: rank {rank} was killed by {name}{hint}, and its peers ended with it; "
-            f"run again to go on from the last checkpoint; log: {log}"
+            f"{stage} failed: rank {rank} was killed by SIGKILL (the kernel does so when memory "
+            "runs out), and its peers ended with it; run again to go on from the last checkpoint; "
+            f"log: {log}"
         )
     with open(log, "rb") as file:
         file.seek(size)  # what this attempt wrote
@@ -249,6 +248,8 @@ def _failure(stage: str, rank: int, code: int, log: Path, size: int) -> Exceptio
     if code == 2 and reasons:
         return UserError(f"{stage}: {reasons[-1].removeprefix('error:').strip()}")
     how = f"rank {rank}: exit code {code}" if code else "no DONE written"
+    if code < 0:
+        how = f"rank {rank}: killed by {signal.Signals(-code).name}"
     return StageFailed("\n".join([f"{stage} failed ({how}), see {log}", *lines[-15:]]))
 
 

@@ -33,7 +33,7 @@ from q3mega.rollout.tools import Environment
 Mode = Literal["think", "no_think"]
 _T = TypeVar("_T")
 Z95 = 1.959964
-MAX_TOKENS = 160  # of an answer to a held-out problem
+MAX_TOKENS = 160  # of an answer to a held-out problem, or what the stage allows if that is more
 
 
 def proportion(outcomes: Iterable[float]) -> dict[str, float]:
@@ -139,6 +139,7 @@ def thinking(
     n: int = 400,
     tries: int = 1,
     mode: Mode | None = None,
+    max_tokens: int = MAX_TOKENS,
 ) -> dict[str, dict[str, float]]:
     """Thinking-mode accuracy on n held-out problems at T=0.6 (the report's), T=1 and greedy."""
     results: dict[str, dict[str, float]] = {}
@@ -147,7 +148,7 @@ def thinking(
         ("think_accuracy_t1", 1.0),
         ("think_accuracy_greedy", 0.0),
     ):
-        params = SamplingParams(MAX_TOKENS, temperature, n=tries, seed=seed)
+        params = SamplingParams(max_tokens, temperature, n=tries, seed=seed)
         found = answers(sampler, tokenizer, held_out(n), params, mode)
         results[name] = accuracy(found)
         if name == "think_accuracy":
@@ -167,7 +168,7 @@ def entropy_ratio(metrics: Path) -> dict[str, dict[str, float]]:
 
 
 def capabilities(
-    sampler: Sampler, tokenizer: Tokenizer, seed: int, per_family: int = 200
+    sampler: Sampler, tokenizer: Tokenizer, seed: int, max_tokens: int, per_family: int = 200
 ) -> dict[str, dict[str, float]]:
     """`capability_<name>` by what the tasks really ask (the hidden rubric and the references, not
     the reward models), and `mode_obedience` on conversations with random flags."""
@@ -183,7 +184,7 @@ def capabilities(
         tokenizer.encode(render(p.messages, tools=p.tools, add_generation_prompt=True))
         for _, p in mine
     ]
-    params = SamplingParams(MAX_TOKENS, 0.6, seed=seed + parallel.data_rank())
+    params = SamplingParams(max_tokens, 0.6, seed=seed + parallel.data_rank())
     environments = [Environment(p) if p.tools else None for _, p in mine]
     episodes = run_episodes(sampler, tokenizer, prompts, environments, params)
     scored = [(i, success(p, turns)) for (i, p), (_, turns) in zip(mine, episodes, strict=True)]
@@ -331,7 +332,9 @@ def _haystacks(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Sam
 
 def _read_back(head: Head, batch: Batch) -> list[bool]:
     """One outcome a value: a run of weighted positions."""
-    guess = head.logits().argmax(-1)
-    right, asked = (guess == batch.targets).tolist(), (batch.loss_weights > 0).tolist()
-    values = itertools.groupby(zip(asked, right, strict=True), key=lambda token: token[0])
-    return [all(hit for _, hit in tokens) for is_value, tokens in values if is_value]
+    asked = batch.loss_weights > 0
+    few = replace(head, hidden=head.hidden[asked])  # logits of a whole document would fill a GPU
+    right = (few.logits().argmax(-1) == batch.targets[asked]).tolist()
+    places = asked.nonzero()[:, 0].tolist()
+    values = itertools.groupby(enumerate(places), key=lambda pair: pair[1] - pair[0])
+    return [all(right[i] for i, _ in value) for _, value in values]

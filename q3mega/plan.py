@@ -13,6 +13,7 @@ from q3mega.recipe import (
     SFT,
     DistillOffPolicy,
     DistillOnPolicy,
+    GeneralRL,
     Layout,
     ModeFusion,
     Pretrain,
@@ -65,15 +66,19 @@ def _planned(recipe: Recipe, name: str, card: Card) -> Planned:
         batch = math.ceil(config.prompts * config.rollouts / config.updates)
     else:
         batch = config.prompts
+    layout = config.layout
+    if config.optimizer == "muon":  # whose state no rank shares with another
+        layout = layout.model_copy(update={"distributed_optimizer": False})
     job = Job(
-        spec.shape(vocab), config.layout, card, longest, batch,
+        spec.shape(vocab), layout, card, longest, batch,
         max(1, config.micro_batch_tokens // longest), "fp8" if config.fp8 else "bf16",
-        config.layout.recompute,
+        layout.recompute, "all_to_all",
     )  # fmt: skip
     takes, more = {"train": step(job).seconds}, {}
     sampled = Rollouts(
-        job.shape, config.layout.processes, config.layout.tensor,
-        batch, PROMPT, getattr(config, "max_tokens", 0), config.sample_batch, card,
+        job.shape, layout.processes, layout.tensor, batch, PROMPT,
+        getattr(config, "max_tokens", 0), layout.expert * layout.expert_tensor,
+        config.sample_batch, card,
     )  # fmt: skip
     if isinstance(config, ModeFusion):
         sampled = replace(sampled, sequences=config.thinking_queries)
@@ -86,6 +91,8 @@ def _planned(recipe: Recipe, name: str, card: Card) -> Planned:
         more["kv_cache"] = sampled.cache()
     if isinstance(config, RLSettings | DistillOnPolicy):  # every step
         takes["sample"] = sampled.seconds()
+    if isinstance(config, GeneralRL):  # the start, the judge, the preference model
+        more["judges"] = 3 * memory(job)["weights"]
     teacher = replace(job, shape=recipe.model.shape(vocab))
     if isinstance(config, DistillOffPolicy | DistillOnPolicy):
         more["teacher"] = memory(teacher)["weights"]

@@ -184,7 +184,7 @@ class StageConfig(Section):
     init: str | None = None  # a Hugging Face folder; None: the stage that comes before
     save_every: PositiveInt = 50  # optimizer steps
     micro_batch_tokens: PositiveInt = 4096  # a rank's packed micro-batch holds at most so many
-    fp8: bool = False  # products of linear layers, through Transformer Engine
+    fp8: bool = False  # pre-training's linear layers, through Transformer Engine
     sample_batch: PositiveInt = 512  # sequences that a sampling rank decodes at once
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat
@@ -394,6 +394,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _layouts_fit(self) -> Self:
         for name, stage in self.stages.items():
+            if stage.fp8 and not isinstance(stage, Pretrain):
+                raise UserError(
+                    f"stages.{name}.fp8=True: only pre-training computes in fp8, the others sample"
+                )
             if stage.trains == "student" and self.student is None:
                 raise UserError(f"stages.{name} trains a student: add a student section")
             for role in dict.fromkeys(("model", stage.trains)):  # the model is a student's teacher
@@ -408,8 +412,8 @@ class Recipe(Section):
         """Read YAML, apply `dotted.path=value` overrides (values are YAML), validate.
 
         A path that begins with a stage's name is short for `stages.` before it. A file's `base`
-        names another, beside it, which the file is laid over: sections are merged, null takes a
-        field out.
+        names another, beside it, which the file is laid over: sections are merged (a mixture is
+        replaced), null takes a field out, stages that the base has not come last.
         """
         raw = _read(Path(path))
         for item in overrides:
@@ -463,7 +467,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     both = base | own
     for key in base.keys() & own.keys():
-        if isinstance(base[key], dict) and isinstance(own[key], dict):
+        if isinstance(base[key], dict) and isinstance(own[key], dict) and key != "mixture":
             both[key] = _merged(base[key], own[key])
     return {key: value for key, value in both.items() if value is not None or key not in base}
 

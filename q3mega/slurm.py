@@ -70,7 +70,7 @@ def script(recipe: Recipe, run_dir: Path, stage: str) -> str:
             *(f"export {name}={shlex.quote(value)}" for name, value in settings.items()),
             "",
             "# The ranks, with the variables that torchrun would set.",
-            "srun --kill-on-bad-exit=1 bash -c '",
+            f"srun --kill-on-bad-exit=1 --cpus-per-task={ask.cpus_per_process} bash -c '",
             "  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS",
             "  export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE",
             f'  exec "$@"\' - {python} -P -m q3mega.stages {run} {stage}',

@@ -45,7 +45,9 @@ class Checkpoint:
             if task not in TASKS:
                 raise UserError(f"--tasks {task} is unknown: use some of {', '.join(TASKS)}")
             if task == "capabilities":
-                yield from evaluate.capabilities(self.sampler, self.tokenizer, params.seed).items()
+                yield from evaluate.capabilities(
+                    self.sampler, self.tokenizer, params.seed, params.max_tokens
+                ).items()
                 continue
             problems = [p for p in evaluate.held_out(n * len(REASONING)) if p.family == task]
             found = evaluate.answers(self.sampler, self.tokenizer, problems, params, mode)

@@ -215,11 +215,13 @@ def test_a_stage_that_does_not_fit_is_named(tiny: Path) -> None:
 def test_a_recipe_laid_over_another(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     middle, top = tmp_path / "deep" / "middle.yaml", tmp_path / "top.yaml"
-    middle.write_text("base: ../tiny.yaml\nseed: 8\nstages: {cold_start: {lr: 0.5}}\n")
+    mixed = "{cold_start: {lr: 0.5}, pretrain_general: {mixture: {prose: 1.0}}}"
+    middle.write_text(f"base: ../tiny.yaml\nseed: 8\nstages: {mixed}\n")
     top.write_text("base: deep/middle.yaml\nname: top\nstages: {reasoning_rl: null}\n")
     before, recipe = Recipe.load(tiny), Recipe.load(top, ["cold_start.epochs=9"])
     assert (recipe.name, recipe.seed) == ("top", 8)
     assert list(recipe.stages) == ["pretrain_general", "cold_start"]
+    assert recipe.stages["pretrain_general"].mixture == {"prose": 1.0}
     changed = {"lr": 0.5, "epochs": 9}
     assert recipe.stages["cold_start"] == before.stages["cold_start"].model_copy(update=changed)
 
@@ -239,6 +241,12 @@ def test_bases_that_do_not_hold(tmp_path: Path, base: str, words: str) -> None:
     with pytest.raises(UserError) as error:
         Recipe.load(tmp_path / "top.yaml")
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_fp8_is_for_pretraining(tiny: Path) -> None:
+    assert Recipe.load(tiny, ["pretrain_general.fp8=true"])
+    with pytest.raises(UserError, match=r"stages\.cold_start\.fp8=True: only pre-training"):
+        Recipe.load(tiny, ["cold_start.fp8=true"])
 
 
 def test_distillation_needs_a_student(tmp_path: Path) -> None:

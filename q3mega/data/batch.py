@@ -109,8 +109,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def pack(samples: Sequence[Sample], capacity: int) -> list[Batch]:
-    """Best-fit packing of samples into batches of at most `capacity` tokens, none of them cut."""
+    """Best-fit packing of samples into batches of at most `capacity` tokens, none of them cut: a
+    longer one, as a conversation with a tool may become, sets the capacity."""
     if not samples:
         return []
+    capacity = max(capacity, *map(len, samples))
     bins = best_fit_pack(np.array([len(s) for s in samples], dtype=np.int64), capacity)
     return [collate([samples[i] for i in sorted(b.tolist())]) for b in bins]

@@ -157,20 +157,22 @@ KINDS: dict[str, Callable[[random.Random], Iterator[str]]] = {
     "direct": _direct,
     "chat": _chat,
     "retrieval": _retrieval(60),  # short ones first: the look back is learned in half the tokens
-    # nine in ten whole within the laptop's 384 tokens: one that is cut teaches the wrong thing
-    "retrieval_long": _retrieval(440),
 }
 
-
+# Characters for tokens: of the laptop's nine in ten are whole; a cut one teaches the wrong thing.
+LONG = 440, 384
 TEXTS = tuple(dict.fromkeys(source.kind for source in text.sources().values()))
 
 
-def documents(kind: str, seed: int, *, heldout: bool = False) -> Iterator[str]:
+def documents(kind: str, seed: int, *, heldout: bool = False, sequence: int = 384) -> Iterator[str]:
     """Documents of one kind, without end, the same ones for the same seed.
 
-    heldout: the real texts that training never sees; generated kinds only draw anew.
+    heldout: the real texts that training never sees; generated kinds only draw anew. sequence:
+    tokens that the long ones are made for.
     """
     rng = random.Random(f"{kind}/{seed}")
+    if kind == "retrieval_long":
+        return _retrieval(sequence * LONG[0] // LONG[1])(rng)
     return _text(kind, rng, heldout) if kind in TEXTS else KINDS[kind](rng)
 
 
@@ -193,7 +195,7 @@ def build(
     for kind, weight in mixture.items():
         builder = IndexedDatasetBuilder(str(folder / f"{kind}.bin"), dtype=np.int32)
         wanted, have = int(tokens * weight / total) + sequence, 0
-        source = documents(kind, seed)
+        source = documents(kind, seed, sequence=sequence)
         while have < wanted:
             for ids in tokenizer.encode_batch(list(itertools.islice(source, 64))):
                 ids.append(tokenizer.eod)

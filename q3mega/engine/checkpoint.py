@@ -74,20 +74,30 @@ class _Writing:
     state: dict[str, Any]
     request: Any
     checksums: dict[str, int] = field(default_factory=dict)
+    failure: str | None = None
 
     def __post_init__(self) -> None:
+        self.rng = {"torch": torch.get_rng_state()}
         own = self.request.preload_fn() if self.request.preload_fn else []  # off the GPU
         self.buckets = [(path, name, (raw, _copied(pairs))) for path, name, (raw, pairs) in own]
         self.thread = threading.Thread(target=self._write, daemon=True)
         self.thread.start()
 
     def _write(self) -> None:
-        if self.buckets:
-            rank, _, results = self.request.async_fn_args
-            self.request.async_fn(rank, self.buckets, results)
-        for _, name, _ in self.buckets:
-            if (path := self.unfinished / name).exists():  # not where the disk was full
-                self.checksums[name] = _crc(path)
+        try:
+            name = f"rng_{dist.get_rank()}.pt"
+            torch.save(self.rng, self.unfinished / name)
+            if self.buckets:
+                rank, _, results = self.request.async_fn_args
+                self.request.async_fn(rank, self.buckets, results)
+                found = results.get()  # megatron's word for what went wrong, or the records
+                if isinstance(found, Exception):
+                    raise found
+                results.put(found)
+            for file in (name, *(name for _, name, _ in self.buckets)):
+                self.checksums[file] = _crc(self.unfinished / file)
+        except Exception as error:
+            self.failure = str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _copied(pairs: list[tuple[Any, torch.Tensor]]) -> list[tuple[Any, torch.Tensor]]:
@@ -106,7 +116,6 @@ class Saver:
         self.finish()
         final, unfinished = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
         request = _write(_sharded_state(engine, loading=False), unfinished, behind=True)
-        torch.save({"torch": torch.get_rng_state()}, unfinished / f"rng_{dist.get_rank()}.pt")
         self.writing = _Writing(unfinished, final, {"step": step, **state}, request)
 
     def poll(self) -> None:
@@ -124,13 +133,15 @@ class Saver:
             return
         self.writing = None
         done.thread.join()
+        failures = [f for f in parallel.gather_over_all([done.failure]) if f is not None]
+        if failures:  # known to all ranks before they meet in what would not end
+            raise _no_room(done.unfinished, failures[0])
         try:
             for finalize in done.request.finalize_fns:
                 finalize()
-        except CheckpointException as error:
-            reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-            raise _no_room(done.unfinished, reason) from None
-        _publish(done.unfinished, done.final, done.state, done.checksums)
+            _publish(done.unfinished, done.final, done.state, done.checksums)
+        except OSError as error:  # of rank 0, which ends the others with it
+            raise _no_room(done.unfinished, error) from None
         if dist.get_rank() == 0:
             for old in complete(done.final.parent)[:-KEEP]:
                 shutil.rmtree(old)

@@ -195,10 +195,9 @@ class Engine:
         return parallel.gather_over_pipeline(found)  # the other stages have none
 
     def _part(self, batch: Batch) -> Part:
-        on_device = batch.to(device.device())
         config = self.config
         return parallel.part(
-            on_device, sequence_parallel=config.sequence_parallel,
+            batch, sequence_parallel=config.sequence_parallel,
             multiple=FP8_TOKENS if config.fp8 else 1,
         )  # fmt: skip
 
@@ -212,7 +211,7 @@ class Engine:
             return Head(hidden, weight, self.tp_group, self.cp_group)
 
         def forward_step(parts: Iterator[Part], module: Any) -> tuple[Any, Any]:
-            part = next(parts)
+            part = next(parts).to(device.device())  # one at a time: its columns may be wide
             longest = int(part.cu_seqlens.diff().max())
             packed = PackedSeqParams(
                 qkv_format="thd",

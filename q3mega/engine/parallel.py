@@ -5,6 +5,7 @@ and sums over data-parallel ranks.
 import math
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +21,10 @@ from torch import Tensor
 from q3mega.data.batch import Batch
 from q3mega.ops import context_parallel
 
+# Ranks wait for the one that prepares data, and for those that sample longest; a dead one is seen
+# at once by whoever started it.
+PATIENCE = timedelta(hours=6)
+
 if find_spec("transformer_engine") is None:
     # This class takes its own default, False, for "fp8 is on", and then needs that package.
     tensor_parallel.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
@@ -31,7 +36,7 @@ def initialise(layout: Any, seed: int) -> None:
         if device.HAS_GPU:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if "RANK" in os.environ:
-            dist.init_process_group(device.BACKEND)
+            dist.init_process_group(device.BACKEND, timeout=PATIENCE)
         else:
             store = dist.HashStore()
             dist.init_process_group(device.BACKEND, store=store, rank=0, world_size=1)
@@ -44,6 +49,7 @@ def initialise(layout: Any, seed: int) -> None:
             context_parallel_size=layout.context,
             expert_model_parallel_size=layout.expert,
             expert_tensor_parallel_size=layout.expert_tensor,
+            distributed_timeout_minutes=PATIENCE // timedelta(minutes=1),
             create_gloo_process_groups=False,
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -91,6 +97,10 @@ class Part:
     batch: Batch
     cu_seqlens: Tensor
     place: Tensor
+
+    def to(self, device: torch.device) -> "Part":
+        batches = self.original.to(device), self.batch.to(device)
+        return Part(*batches, self.cu_seqlens.to(device), self.place.to(device))
 
     def whole(self, hidden: Tensor) -> Tensor:
         """(T, ...) of all the original's tokens from what each rank has of its own. No gradient."""

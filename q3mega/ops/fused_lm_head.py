@@ -39,7 +39,8 @@ def _scratch(like: Tensor, rows: int, columns: int, slot: int) -> Tensor:
         return like.new_empty(rows, columns)
     slots = _held.__dict__.setdefault("slots", {})
     if slot not in slots or slots[slot].numel() < rows * columns:
-        slots[slot] = like.new_empty(rows * columns)
+        with torch.inference_mode(False):  # else only such calls could write to it again
+            slots[slot] = torch.empty(rows * columns, dtype=like.dtype)
     return slots[slot][: rows * columns].view(rows, columns)
 
 

@@ -29,8 +29,6 @@ class InProcessSampler:
                 "in-process sampling needs layout.pipeline=1 and layout.context=1: give the "
                 "sampling stage such a layout"
             )
-        if engine.config.fp8:
-            raise UserError("in-process sampling needs fp8=false: give the sampling stage that")
         self.engine, self.max_batch = engine, max_batch
         self.stops = (tokenizer.eos, tokenizer.eod)
         self.think_open, self.think_close = tokenizer.think_open, tokenizer.think_close

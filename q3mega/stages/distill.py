@@ -177,7 +177,7 @@ def from_teacher(
     """(loss, prepare): the teacher's hidden states join the batch, its lm_head joins the loss."""
 
     def prepare(batches: list[Batch]) -> None:
-        hidden = teacher.evaluate(batches, lambda head, _: head.hidden)
+        hidden = teacher.evaluate(batches, lambda head, _: head.hidden.cpu())
         for batch, states in zip(batches, hidden, strict=True):
             batch.columns["teacher_hidden"] = states
 
@@ -224,7 +224,7 @@ def watcher(stage: Stage, engine: Engine, log: Log, steps: int) -> Callable[[int
 
     def watch(step: int) -> None:
         if step in at:
-            params = SamplingParams(evaluate.MAX_TOKENS, 0.6, seed=stage.seed("curve"))
+            params = SamplingParams(stage.answer_tokens, 0.6, seed=stage.seed("curve"))
             found = evaluate.answers(stage.sampler(engine), stage.tokenizer, held, params, "think")
             log.point(step, **evaluate.accuracy(found))
 
@@ -280,7 +280,7 @@ def compare_sft(stage: Stage, source: Path) -> None:
 
 def pass_rates(stage: Stage, engine: Engine) -> dict[str, dict[str, float]]:
     """pass@1 and pass@8 in thinking mode at T=0.6, and accuracy without thinking."""
-    params = SamplingParams(evaluate.MAX_TOKENS, 0.6, n=TRIES, seed=stage.seed("eval"))
+    params = SamplingParams(stage.answer_tokens, 0.6, n=TRIES, seed=stage.seed("eval"))
     sampler, held = stage.sampler(engine), evaluate.held_out(400)
     found = evaluate.answers(sampler, stage.tokenizer, held, params, "think")
     correct = [[a.correct for a in tries] for tries in found]

@@ -140,16 +140,18 @@ def both_modes(stage: Stage, engine: Engine) -> dict[str, Any]:
     """Accuracy in each mode and without a flag, obedience to flags, and the five capabilities."""
     sampler, tokenizer = stage.sampler(engine), stage.tokenizer
     results: dict[str, Any] = evaluate.thinking(
-        sampler, tokenizer, stage.seed("eval"), mode="think"
+        sampler, tokenizer, stage.seed("eval"), mode="think", max_tokens=stage.answer_tokens
     )
     problems = evaluate.held_out(400)
-    params = SamplingParams(evaluate.MAX_TOKENS, 0.6, seed=stage.seed("modes"))
+    params = SamplingParams(stage.answer_tokens, 0.6, seed=stage.seed("modes"))
     results["default_accuracy"] = evaluate.accuracy(
         evaluate.answers(sampler, tokenizer, problems, params)
     )
     silent = evaluate.answers(sampler, tokenizer, problems, params, "no_think")
     results["no_think_accuracy"] = evaluate.accuracy(silent)
-    return results | evaluate.capabilities(sampler, tokenizer, stage.seed("capabilities"))
+    return results | evaluate.capabilities(
+        sampler, tokenizer, stage.seed("capabilities"), stage.answer_tokens
+    )
 
 
 def budgets(stage: Stage, engine: Engine) -> dict[str, Any]:
@@ -157,7 +159,7 @@ def budgets(stage: Stage, engine: Engine) -> dict[str, Any]:
     config = stage.config
     stop_thinking = config.stop_thinking or STOP_THINKING
     params = SamplingParams(
-        evaluate.MAX_TOKENS, 0.6, seed=stage.seed("budget"), stop_thinking=stop_thinking
+        stage.answer_tokens, 0.6, seed=stage.seed("budget"), stop_thinking=stop_thinking
     )
     curve, answered = evaluate.budget_curve(
         stage.sampler(engine), stage.tokenizer, evaluate.held_out(400), params, config.budgets

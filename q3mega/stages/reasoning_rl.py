@@ -33,7 +33,9 @@ def run(stage: Stage) -> None:
         select(stage, stage.sampler(engine))
     problems = [Problem(**row) for row in json.loads((stage.data / "problems.json").read_text())]
     learn(stage, engine, problems, config)
-    results = evaluate.thinking(stage.sampler(engine), stage.tokenizer, stage.seed("eval"))
+    results = evaluate.thinking(
+        stage.sampler(engine), stage.tokenizer, stage.seed("eval"), max_tokens=stage.answer_tokens
+    )
     stage.finish(engine, results | evaluate.entropy_ratio(stage.dir / "metrics.jsonl"))
 
 

@@ -15,6 +15,7 @@ from q3mega.data.tasks import Problem
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, OptimizerSpec, parallel
 from q3mega.errors import UserError
+from q3mega.evaluate import MAX_TOKENS
 from q3mega.model import Qwen3Shape
 from q3mega.model.attention import Positions
 from q3mega.model.huggingface import shape_of
@@ -113,6 +114,11 @@ class Stage:
 
     def sampler(self, engine: Engine) -> InProcessSampler:
         return InProcessSampler(engine, self.tokenizer, max_batch=self.config.sample_batch)
+
+    @property
+    def answer_tokens(self) -> int:
+        """The longest answer of an evaluation."""
+        return max(MAX_TOKENS, getattr(self.config, "max_tokens", 0))
 
     def log(self, total: int, part: str = "") -> Log:
         folder = self.dir / part

@@ -92,6 +92,7 @@ def train(
     if watch and first == 0:
         watch(0)
     for step in range(first + 1, steps + 1):
+        engine.finish_saving()  # a rollout is long beside it
         rollouts = parallel.gather_over_data(roll_out(step))
         samples = credit(rollouts, settings)
         totals: dict[str, float] = {}

@@ -65,4 +65,4 @@ def test_a_document_has_one_pass_key_and_asks_for_it_again_and_again():
 
 
 def test_a_recipe_may_name_the_kinds_that_there_are():
-    assert sorted(get_args(Kind)) == sorted([*corpus.TEXTS, *corpus.KINDS])
+    assert sorted(get_args(Kind)) == sorted([*corpus.TEXTS, *corpus.KINDS, "retrieval_long"])

@@ -141,6 +141,13 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     assert engine.load_latest(tmp_path)[0] == 1
 
 
+@pytest.mark.dist
+def test_a_disk_that_is_full_for_one_rank_ends_all_alike(torchrun, tmp_path):
+    [ended] = torchrun("full_disk.py", 2, json.dumps([[str(tmp_path)]]))
+    assert ended == ["refused", "refused"]
+    assert not checkpoint.complete(tmp_path)
+
+
 def test_a_cut_save_does_not_shadow_the_last_good_one(tmp_path):
     engine = Engine(SHAPES["tied"], LAYOUT(), seed=1, optimizer=SPEC)
     engine.train_step(pack(normalise(documents(0)), 200), supervised)

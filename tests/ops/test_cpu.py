@@ -189,6 +189,15 @@ def test_large_logits_and_a_large_vocabulary() -> None:
     )  # fmt: skip
 
 
+def test_training_after_inference_mode() -> None:
+    (hidden, weight), targets = sized(4, 1203, 6, 20)
+    with torch.inference_mode():
+        ops.linear_logprob(hidden, weight, targets, backend="cpu")
+    logp, _ = ops.linear_logprob(hidden.requires_grad_(), weight, targets, backend="cpu")
+    logp.sum().backward()
+    assert hidden.grad.any()
+
+
 def test_nan_stays_nan() -> None:
     (hidden, weight), targets = sized(4, 203, 6, 19)
     weight[150] = torch.nan
