@@ -105,7 +105,10 @@ class Head:
 
 
 class Gradients:
-    """d_hidden (N, H) and d_weight (V, H), filled block by block; empty where not wanted."""
+    """d_hidden (N, H) and d_weight (V, H), filled block by block; empty where not wanted.
+
+    d_weight is fp32 whatever the weight is: see `weight_gradient`.
+    """
 
     def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, bool]) -> None:
         self.head, (self.of_hidden, self.of_weight) = head, wanted
@@ -140,8 +143,9 @@ class Gradients:
             all_reduce(self.hidden, group=self.head.group)
         if not self.of_weight:
             return self.hidden, self.hidden.new_empty(0)
-        weight = torch.zeros_like(self.head.weight) if self.weight is None else self.weight
-        return self.hidden, weight.to(self.head.weight.dtype)
+        if self.weight is None:
+            self.weight = torch.zeros_like(self.head.weight, dtype=WIDE)
+        return self.hidden, self.weight
 
 
 def blocks(index: Tensor, head: Head) -> Iterator[Tensor]:
@@ -169,8 +173,23 @@ def fake_gradients(hidden: Tensor, weight: Tensor, *wanted: bool) -> tuple[Tenso
     of_hidden, of_weight = wanted
     return (
         torch.empty_like(hidden) if of_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if of_weight else hidden.new_empty(0),
+        torch.empty_like(weight, dtype=WIDE) if of_weight else hidden.new_empty(0),
     )
+
+
+def weight_gradient(weight: Tensor, d: Tensor) -> Tensor:
+    """What autograd gets of d (V, H) fp32: the gradient in the weight's dtype.
+
+    That of a half-precision weight under megatron's DistributedDataParallel goes to its fp32
+    `main_grad` unrounded, and autograd gets a stand-in that its hook drops; or, from a tied
+    embedding (`zero_out_wgrad`), adds to what the embedding's own gradient is.
+    """
+    if weight.dtype == WIDE or not hasattr(weight, "grad_added_to_main_grad"):
+        return d.to(weight.dtype)
+    weight.main_grad.add_(d)  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = True
+    tied = getattr(weight, "zero_out_wgrad", False)
+    return torch.zeros_like(weight) if tied else torch.empty_like(weight)
 
 
 def keep_gradients(ctx: Any, inputs: Any, output: Any) -> None:
@@ -178,6 +197,7 @@ def keep_gradients(ctx: Any, inputs: Any, output: Any) -> None:
     that of a large lm_head is most of what the operator needs."""
     ctx.set_materialize_grads(False)  # the outputs that hold gradients have none of their own
     ctx.inputs, ctx.held = len(inputs), [d.detach() for d in output[-2:]]
+    ctx.weight = inputs[1]
 
 
 def pull_gradients(ctx: Any, g: Tensor, *_: Any) -> Any:
@@ -187,6 +207,8 @@ def pull_gradients(ctx: Any, g: Tensor, *_: Any) -> Any:
         )
     held, ctx.held = ctx.held, None
     scaled = [d.mul_(g) if want else None for d, want in zip(held, ctx.needs_input_grad)]  # noqa: B905
+    if scaled[1] is not None:
+        scaled[1] = weight_gradient(ctx.weight, scaled[1])
     return *scaled, *[None] * (ctx.inputs - 2)
 
 

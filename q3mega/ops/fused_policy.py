@@ -23,6 +23,7 @@ from q3mega.ops.fused_lm_head import (
     pull_gradients,
     register_on_backends,
     wants_gradients,
+    weight_gradient,
 )
 from q3mega.ops.grpo_loss import (
     Estimator,
@@ -90,6 +91,8 @@ def _pull_logprob(ctx: Any, g: Tensor, g_entropy: Tensor, _: Tensor) -> Any:
     wanted = ctx.needs_input_grad[:2]
     found = _logprob_backward(g, g_entropy, *ctx.saved_tensors, *ctx.options, *wanted)
     d_hidden, d_weight = (d if want else None for d, want in zip(found, wanted, strict=True))
+    if d_weight is not None:
+        d_weight = weight_gradient(ctx.saved_tensors[1], d_weight)
     return d_hidden, d_weight, *[None] * 5
 
 

@@ -237,6 +237,42 @@ def test_bfloat16_operands_are_computed_in_fp32() -> None:
     assert hidden.grad.dtype == torch.bfloat16
 
 
+@pytest.fixture
+def half_products(monkeypatch):
+    """torch.mm with fp32 results of half-precision operands, which only a GPU has."""
+    mm = torch.mm
+
+    def emulated(a, b, *, out_dtype=None, **rest):
+        return mm(a, b, **rest) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", emulated)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["linear_logprob", "grpo_loss", "distill_loss", "distill_topk"])
+def test_half_precision_weights_add_to_fp32_main_gradients(name, tied, half_products) -> None:
+    def run(megatron: bool) -> torch.Tensor:
+        hidden, weight, *rest = operands()[name]
+        weight = torch.nn.Parameter(weight.detach().bfloat16())
+        if megatron:  # as its DistributedDataParallel leaves a parameter
+            weight.main_grad = torch.ones_like(weight, dtype=torch.float32)
+            weight.grad_added_to_main_grad, weight.zero_out_wgrad = False, tied
+        if name == "distill_loss":
+            rest[:2] = [x.bfloat16() for x in rest[:2]]
+        out = getattr(torch.ops.q3mega, name)(hidden.detach().bfloat16(), weight, *rest)
+        (3 * out[0].sum()).backward()
+        if not megatron:
+            return weight.grad
+        assert weight.grad_added_to_main_grad
+        assert not tied or not weight.grad.any()
+        return weight.main_grad - 1
+
+    rounded, whole = run(False), run(True)
+    assert rounded.dtype == torch.bfloat16 and rounded.any()
+    torch.testing.assert_close(whole.bfloat16().float(), rounded.float(), atol=1e-2, rtol=1e-2)
+    assert not torch.equal(whole, whole.bfloat16().float())  # nothing was rounded on the way
+
+
 def test_fp64_stays_with_the_reference() -> None:
     (hidden, weight), targets = sized(3, 37, 6, 14)
     logp, _ = ops.linear_logprob(hidden.double(), weight.double(), targets)
