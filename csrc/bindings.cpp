@@ -50,8 +50,8 @@ PYBIND11_MODULE(Q3MEGA_MODULE, m) {
                               int64_t columns, Address lse_student, Address lse_teacher,
                               int64_t kind, float beta, Address sums) {
     py::gil_scoped_release free;
-    q3mega::divergence_sums(at<const float>(student), at<float>(teacher), rows, stride,
-                            columns, at<const float>(lse_student), at<const float>(lse_teacher),
+    q3mega::divergence_sums(at<const float>(student), at<float>(teacher), rows, stride, columns,
+                            at<const float>(lse_student), at<const float>(lse_teacher),
                             static_cast<q3mega::Divergence>(kind), beta, at<float>(sums));
   });
   m.def("divergence_gradient", [](Address student, Address teacher, int64_t rows, int64_t stride,

@@ -16,7 +16,8 @@ void divergence_sums(const float* student, float* teacher, int64_t rows, int64_t
                      Divergence kind, float beta, float* sums);
 
 // In place: student logits -> g times the divergence's gradient, 0 past `columns`, after
-// divergence_sums of the same blocks. own (rows): the sum over q of divergence_sums, whole vocabulary (unused by forward); g (rows).
+// divergence_sums of the same blocks. own (rows): the sum over q of divergence_sums, whole
+// vocabulary (unused by forward); g (rows).
 void divergence_gradient(float* student, const float* teacher, int64_t rows, int64_t stride,
                          int64_t columns, const float* lse_student, const float* lse_teacher,
                          Divergence kind, float beta, const float* own, const float* g);
