@@ -209,13 +209,16 @@ def _sent_of_layer(job: Job) -> dict[str, float]:
     return found | {"experts": volume * near, "experts_far": volume * far * (1 - 1 / nodes)}
 
 
+# What is recomputed is also told once more: times what the axes send without.
+TOLD_AGAIN = {"experts": {"experts": 1.5, "experts_far": 1.5}}
+TOLD_AGAIN["full"] = TOLD_AGAIN["experts"] | {"tensor": 1.4, "context": 1.5}
+
+
 def sent(job: Job) -> dict[str, float]:
     """Bytes that a rank inside the pipeline sends in one step, by axis."""
     a, middle = job.layout, 1 if job.layout.pipeline > 1 else 0
     times = _layers(job, middle) * job.micro_batches
-    again = {"none": {}, "norms": {}, "experts": {"experts": 1.5, "experts_far": 1.5}}.get(
-        job.recompute, {"tensor": 1.4, "context": 1.5, "experts": 1.5, "experts_far": 1.5}
-    )  # what is recomputed is also told once more
+    again = TOLD_AGAIN.get(job.recompute, {})
     found = {axis: size * times * again.get(axis, 1) for axis, size in _sent_of_layer(job).items()}
     if a.pipeline > 1:  # activations on, their gradients back; of two stages each has one of them
         each = min(a.pipeline - 1, 2) * job.tokens * job.shape.hidden * 2 / _shards(job)
