@@ -1,4 +1,3 @@
-import threading
 from fractions import Fraction
 
 import pytest
@@ -6,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from q3mega.rewards import score
-from q3mega.rewards.answer import boxes, equal, number
+from q3mega.rewards.answer import boxes, number
 
 THOUGHT = "<think>\n2+6=8\n</think>\n\n"
 
@@ -72,32 +71,17 @@ def test_number_never_raises(text):
     assert number(text) is None or any(c.isdigit() for c in text)
 
 
-@pytest.mark.parametrize("text", ["", "1/0", "1/2/3", "1,00", "x", "1e3", "9" * 5000, "٣", "--1"])
+@pytest.mark.parametrize(
+    "text", ["", "1/0", "1/2/3", "1,00", "x", "1e9999", "10^3", "9" * 5000, "٣", "--1"]
+)
 def test_what_is_no_number(text):
     assert number(text) is None
 
 
-def test_lists_compare_item_by_item():
-    assert equal("1 3 7", "1, 3,7") and equal("1 3 7", "[1, 3, 7]")
-    assert not equal("1 3 7", "1 3 8") and not equal("1 3 7", "137")
-
-
-def test_symbols_are_compared_by_math_verify():
-    assert equal(r"\frac{\pi}{2}", r"\pi/2") and equal("2x+2", "2(x+1)")
-    assert not equal(r"\frac{\pi}{2}", r"\pi/3") and not equal("2x+2", "}{")
-
-
-def test_symbols_in_a_thread_are_an_error_and_not_a_silent_zero():
-    found = []
-
-    def work():
-        assert equal("8", "8.0")
-        try:
-            equal("2x+2", "2(x+1)")
-        except RuntimeError as error:
-            found.append(str(error))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found == ["math-verify needs the main thread: score symbolic answers there"]
+def test_an_expression_copied_from_the_question_is_no_answer():
+    row = {"answer": "x^2+2x+1", "messages": [{"role": "user", "content": "Expand $(x + 1)^2$."}]}
+    verdict = score("answer", rf"{THOUGHT}\boxed{{(x+1)^2}}", row)
+    assert (verdict.score, verdict.reason) == (0.0, "copied question")
+    assert score("answer", rf"{THOUGHT}\boxed{{1+2x+x^2}}", row).score == 1.0
+    row = {"answer": "9", "messages": [{"role": "user", "content": "Which is more, 9.0 or 8?"}]}
+    assert score("answer", rf"{THOUGHT}\boxed{{9.0}}", row).score == 1.0

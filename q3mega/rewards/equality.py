@@ -1,0 +1,183 @@
+r"""Whether an answer equals the reference: read by `notation`, compared piece by piece.
+
+Numbers, units, words and letters are decided here. Only a piece that is left over, symbolic against
+symbolic, goes to math-verify, in a process of its own (`algebra`).
+"""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from q3mega.rewards.algebra import ALGEBRA
+from q3mega.rewards.notation import (
+    MAX_CHARACTERS,
+    THOUSANDS,
+    Node,
+    normal,
+    quantity,
+    read,
+    unit,
+    words,
+)
+
+# What an answer may use besides the commands of its reference: a sum, an integral, a binomial or a
+# factorial that is not in the reference is the question said again.
+_EVERYDAY = re.compile(
+    r"\\(?:frac|sqrt|pi|cdot|times|infty|pm|sin|cos|tan|sec|csc|cot|arcsin|arccos|arctan|sinh|cosh"
+    r"|tanh|ln|log|exp|le|ge|ne|cup|in|setminus|mathbb|emptyset|alpha|beta|gamma|theta|lambda|phi"
+    r"|omega|[{}])"
+)
+_COMMAND = re.compile(r"\\[a-zA-Z]+|\\.|!")
+_RELATION = re.compile(r"=|<|>|\\(?:le|ge|ne)(?![a-zA-Z])")
+_ALGEBRA = re.compile(r"[A-Za-z0-9+\-*/^_=<>().,|!'\\{}\[\] ]+")
+# Words, periods, numbers in another base.
+_NOT_ALGEBRA = re.compile(r"\\text|\\overline|(?<!\\)\b[A-Za-z]{4,}|[0-9]_|__")
+_WORDS = re.compile(r"[^\W\d_]+(?:[ '-]+[^\W\d_]+)*")
+_CHOICE = re.compile(r"\(?([A-Z])(?:[).:]+ ?(.*))?")
+_UNIT_BEHIND = re.compile(r"(.+?)((?: ?\\text\{[^{}]*\}| [A-Za-z]{2}[A-Za-z ]*)(?:\^[0-9])?)")
+_DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
+
+Leaf = Callable[[str, str], bool]
+
+
+class _NeedsAlgebra(Exception):
+    """(wanted, found), two pieces of LaTeX that strings cannot compare."""
+
+
+def equal(reference: str, given: str) -> bool:
+    """Equality in value; False when it cannot be told, or not within `algebra.SECONDS`.
+
+    What counts as the same is in docs/rewards.md. Works from any thread and after a fork.
+    Raises RuntimeError when math-verify is needed and its process cannot start.
+    """
+    if len(given) > MAX_CHARACTERS or not all(c.isprintable() or c.isspace() for c in given):
+        return False
+    wanted, found = normal(reference), normal(given)
+    if wanted == found:
+        return bool(found)
+    if len(wanted.strip("()")) == 1 and wanted.strip("()").isupper():
+        return _chosen(words(found)) == wanted.strip("()")
+    if re.fullmatch(r"[0-9]+( [0-9]+)+", wanted):  # in this order: the sorting problems' answers
+        return re.split(r"[ ,]+", found.strip("[]")) == wanted.split()
+    tree, other = read(wanted), read(found)
+    if len(tree.items) > 1 and len(other.items) != len(tree.items):
+        other = read(found, thousands=False)  # 100,200 is two numbers where two are asked for
+    try:
+        return _same(tree, other, _plainly)
+    except _NeedsAlgebra:
+        with ALGEBRA.session() as same:
+
+            def leaf(wanted: str, found: str) -> bool:
+                try:
+                    return _plainly(wanted, found)
+                except _NeedsAlgebra as question:
+                    return same(*question.args)
+
+            return _same(tree, other, leaf)
+
+
+def _chosen(text: str) -> str | None:
+    """The letter of "B", "(B)", "B." and "B) text"; None if another choice stands in the text."""
+    found = _CHOICE.fullmatch(text)
+    if not found or re.search(r"\b[A-Z]\b", found.group(2) or ""):
+        return None
+    return found.group(1)
+
+
+def _same(wanted: Node, found: Node, leaf: Leaf, *, named: bool = False) -> bool:
+    """named: x=1, y=2 asks for both, so names may not be left out."""
+    if wanted.text == found.text != "":
+        return True
+    if wanted.label and wanted.label == found.label:
+        return _same(wanted.items[0], found.items[0], leaf)
+    if wanted.label or found.label:
+        if all(n.kind in ("", "name") and _RELATION.search(n.text) for n in (wanted, found)):
+            # y=2x+3 may be written 2x-y+3=0, but 2x=10 is not yet x=5
+            solved = any(n.label and quantity(n.items[0].text) for n in (wanted, found))
+            return not solved and leaf(wanted.text, found.text)
+        bare, other = (n.items[0] if n.label else n for n in (wanted, found))
+        return not named and _same(bare, other, leaf)
+    if wanted.kind == found.kind == "":
+        related = [bool(_RELATION.search(n.text)) for n in (wanted, found)]
+        return related[0] == related[1] and leaf(wanted.text, found.text)
+    if wanted.kind == found.kind and len(wanted.items) == len(found.items):
+        if wanted.kind in ("set", "union"):
+            if _matched(wanted, found, leaf):
+                return True
+        elif all(_same(a, b, leaf) for a, b in zip(wanted.items, found.items, strict=True)):
+            return True
+    return _set_like(wanted, found) and leaf(wanted.text, found.text)
+
+
+def _matched(wanted: Node, found: Node, leaf: Leaf) -> bool:
+    """Items paired off in any order, each once."""
+    named = len({item.label for item in wanted.items} - {""}) > 1
+    left = list(found.items)
+    for item in wanted.items:
+        for other in left:
+            if _same(item, other, leaf, named=named):
+                left.remove(other)
+                break
+        else:
+            return False
+    return True
+
+
+def _set_like(wanted: Node, found: Node) -> bool:
+    """Whether two differently written sets of numbers are left to compare. An inequality may be
+    answered with a set, and not the other way round: that would be the question said again."""
+    built = wanted.kind == "" and re.search(
+        r"\\setminus|\\mathbb|[<>]|\\[lg]e(?![a-z])", wanted.text
+    )
+    is_set = found.kind in ("()", "(]", "[)", "[]", "set", "union") or r"\mathbb" in found.text
+    return bool(wanted.kind == "union" or built) and is_set
+
+
+def _plainly(wanted: str, found: str) -> bool:
+    """Numbers, words and letters; raises _NeedsAlgebra for what else is worth asking about."""
+    if wanted == found:
+        return True
+    if (value := quantity(wanted)) is not None:
+        return _same_quantity(value, quantity(found, noun=value[1] != ""))
+    if _WORDS.fullmatch(words(wanted)):
+        wanted, found = words(wanted), words(found)
+        return len(wanted) > 1 and wanted.casefold() == found.casefold()
+    (wanted, name), (found, other_name) = map(_without_unit, (wanted, found))
+    if name and other_name not in ("", name):
+        return False
+    if not all(_ALGEBRA.fullmatch(t) and not _NOT_ALGEBRA.search(t) for t in (wanted, found)):
+        return False
+    special = {c for c in _COMMAND.findall(found) if not _EVERYDAY.fullmatch(c)}
+    if not special <= set(_COMMAND.findall(wanted)):
+        return False
+    if found.count("{") != found.count("}") or found.count("(") + found.count("[") != (
+        found.count(")") + found.count("]")
+    ):
+        return False
+    raise _NeedsAlgebra(_latex(wanted), _latex(found))
+
+
+def _same_quantity(wanted: tuple[Fraction, str], found: tuple[Fraction, str] | None) -> bool:
+    """The same number; a unit may be left out, another one is wrong. So may a percent sign, which
+    is also worth 1/100: 50% is 50 and 1/2, and 50 is 50%, but a share of 0.5 is not 0.5%."""
+    if found is None:
+        return False
+    (value, name), (other, other_name) = wanted, found
+    if name == "%" and other_name == "":
+        return other in (value, value / 100)
+    if name == "" and other_name == "%":
+        return other == 100 * value or (other == value and value > 1)
+    return value == other and (name == "" or other_name in ("", name))
+
+
+def _without_unit(text: str) -> tuple[str, str]:
+    r"""('2\pi', 'cm') of '2\pi\text{ cm}'."""
+    found = _UNIT_BEHIND.fullmatch(text)
+    name = unit(found.group(2), noun=False) if found else None
+    return (found.group(1), name) if found and name else (text, "")
+
+
+def _latex(text: str) -> str:
+    """For math-verify: decimals as fractions, since it would round them."""
+    exact = _DECIMAL.sub(lambda d: rf"{{\frac{{{d[1]}{d[2]}}}{{1{'0' * len(d[2])}}}}}", text)
+    return THOUSANDS.sub("", exact) if "," in exact else exact
