@@ -99,9 +99,10 @@ class Algebra:
             raise RuntimeError(f"the math-verify worker cannot start: {error}") from error
         if _ask(self._worker, b"", START_SECONDS) != b"ready\n":
             self._worker.kill()
-            said = self._worker.communicate()[1].decode(errors="replace").strip()
+            said = self._worker.communicate()[1].decode(errors="replace").strip().splitlines()
             self._worker = None
-            raise RuntimeError(f"the math-verify worker cannot start: {said[-500:] or 'no reply'}")
+            reason = said[-1] if said else "no reply"
+            raise RuntimeError(f"the math-verify worker cannot start: {reason}")
         return self._worker
 
     def _forget(self) -> None:
@@ -119,7 +120,7 @@ def _ask(worker: subprocess.Popen[bytes], line: bytes, seconds: float) -> bytes 
     """The worker's next line; cut short when it died, None when it took longer."""
     assert worker.stdin is not None and worker.stdout is not None
     try:
-        worker.stdin.write(line)  # shorter than a pipe's buffer: it cannot block
+        worker.stdin.write(line)  # the worker is idle and reads it: this does not block
     except BrokenPipeError:
         return b""
     poll = select.poll()

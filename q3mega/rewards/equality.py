@@ -111,7 +111,8 @@ def _same(wanted: Node, found: Node, leaf: Leaf, *, named: bool = False) -> bool
 
 def _matched(wanted: Node, found: Node, leaf: Leaf) -> bool:
     """Items paired off in any order, each once."""
-    named = len({item.label for item in wanted.items} - {""}) > 1
+    roots = (re.sub(r"^x_.*", "x", item.label) for item in wanted.items)  # x_1, x_2 are two x
+    named = len(set(roots) - {""}) > 1
     left = list(found.items)
     for item in wanted.items:
         for other in left:
@@ -125,12 +126,13 @@ def _matched(wanted: Node, found: Node, leaf: Leaf) -> bool:
 
 def _set_like(wanted: Node, found: Node) -> bool:
     """Whether two differently written sets of numbers are left to compare. An inequality may be
-    answered with a set, and not the other way round: that would be the question said again."""
-    built = wanted.kind == "" and re.search(
-        r"\\setminus|\\mathbb|[<>]|\\[lg]e(?![a-z])", wanted.text
-    )
-    is_set = found.kind in ("()", "(]", "[)", "[]", "set", "union") or r"\mathbb" in found.text
-    return bool(wanted.kind == "union" or built) and is_set
+    answered with an interval, and not the other way round: that would be the question said again.
+    """
+    asked = wanted.kind == "" and re.search(r"[<>]|\\[lg]e(?![a-z])", wanted.text)
+    built = wanted.kind == "union" or (wanted.kind == "" and r"\setminus" in wanted.text)
+    if found.kind in ("()", "(]", "[)", "[]", "union") or r"\mathbb" in found.text:
+        return bool(asked) or built
+    return built and found.kind == "set"  # math-verify takes 1,2 for 1<x<2
 
 
 def _plainly(wanted: str, found: str) -> bool:

@@ -18,8 +18,9 @@ _SYMBOLS = {
 }  # fmt: skip
 _FORMS = [
     (r"\\(left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])", ""),
-    (r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))|\\!", ""),  # 1\,000 and 1,\!000
-    (r"\\(?:[,;: ]|q?quad(?![a-zA-Z]))|~", " "),
+    (r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))|(?<!\\)\\!", ""),  # 1\,000, 1,\!000
+    (r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|~", " "),
+    (r", +(?=[0-9]{3}(?![0-9]))", ";"),  # "1, 234" is two numbers, 1,234 is one
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\(?:math(?:rm|bf|it)|text(?:bf|it|rm|normal)|mbox|operatorname) *\{", r"\\text{"),
     (r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1"),
@@ -32,7 +33,8 @@ _FORMS = [
     (r"\\sqrt *([0-9a-zA-Z])", r"\\sqrt{\1}"),
     (r"([_^]) *\{ *([0-9a-zA-Z]) *\}", r"\1\2"),
     (r"(\\[a-zA-Z]+) +(?=[0-9])", r"\1"),
-    (r"(?<![0-9A-Za-z]) +| +(?![0-9A-Za-z])", ""),  # but "1 2" is not 12
+    (r"\\mathbb *([A-Z])", r"\\mathbb{\1}"),
+    (r"(?<![0-9A-Za-z})]) +| +(?![0-9A-Za-z])", ""),  # but "1 2" is not 12
     (r"(\^\\circ) *(?:\\text\{)?([CF])(?![a-zA-Z])\}?", r"\1\2"),
     (r"^\\text\{([^{}]*)\}[.,]?$", r"\1"),
 ]  # fmt: skip
@@ -110,8 +112,8 @@ def _unsigned(text: str) -> Fraction | None:
         mantissa, *exponents = found.groups()
         return Fraction(mantissa) * Fraction(10) ** int(next(filter(None, exponents)))
     if found := _MIXED.fullmatch(text):
-        whole, above, below = (int(part) for part in found.groups() if part)
-        return whole + Fraction(above, below) if above < below else None
+        mixed, above, below = (Fraction(part) for part in found.groups() if part)
+        return mixed + above / below if above < below else None
     if found := _REPEATING.fullmatch(text):
         whole, fixed, period = found.groups()
         parts = Fraction(int(period), 10 ** len(period) - 1) + int(fixed or 0)
@@ -132,7 +134,8 @@ def unit(text: str, *, noun: bool) -> str | None:
     tokens = _UNIT_TOKEN.findall(plain)
     if "".join(tokens) != plain.replace(" ", "") or (len(text) == 1 and text.isalpha()):
         return None
-    found, power = [], ""
+    found: list[str] = []
+    power = ""
     for token in tokens:
         if token in ("square", "sq", "cubic"):
             power = _POWERS[token]
@@ -162,10 +165,10 @@ def quantity(text: str, *, noun: bool = True) -> tuple[Fraction, str] | None:
     if not (found := _VALUE.match(text)) or (value := _unsigned(found.group())) is None:
         return None
     rest = text[found.end() :]
-    if rest[:1] in tuple("0123456789.") or (currency and rest):
+    name = unit(rest, noun=noun)
+    if name is None or (currency and name not in ("", currency)):
         return None
-    name = unit(currency or rest, noun=noun)
-    return None if name is None else (sign * value, name)
+    return sign * value, currency or name
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ class Node:
 
 _AND = re.compile(r",? *(?:\\text\{,? *(?:and|or) *\}|\b(?:and|or)\b) *")
 _NAME = re.compile(
-    r"((?:\\?[A-Za-z]+(?: [A-Z]+)?|\|[A-Z]{2}\|)(?:_\w|_\{[^{}]*\})?(?:\([a-z]\))?"
+    r"((?:\\?[A-Za-z]+(?: [A-Z]+)?|\|[A-Z]{2}\|)(?:_\w|_\{[^{}]*\})?(?:\([a-z0-9]\))?"
     r"|\([a-z](?:,[a-z])+\))(?:=|\\in(?![a-zA-Z])) *"
 )
 _MATRIX = re.compile(
