@@ -24,7 +24,7 @@ lint: .venv/.ready
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f q3mega/_*.so
+	rm -f q3mega/_*.so q3mega/confine
 
 # torch first: nothing after it may pick another build. megatron-core and emerging-optimizers
 # declare Python 3.12 but run on 3.11, so they come by themselves, without their requirements,

@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import sys
 from glob import glob
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from setuptools import Extension, find_packages, setup
 # OpenMP without a runtime of our own: torch has loaded its libgomp before this is imported.
 X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2, AVX512 = "-mavx2 -mfma", "-march=x86-64-v4 -mprefer-vector-width=512"
+CONFINE = "csrc/sandbox/confine.cpp"
 NVCC = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or shutil.which("nvcc")
 
 
@@ -31,13 +33,21 @@ def cpu_kernels(name: str, simd: str) -> Pybind11Extension:
 
 
 class Build(build_ext):
-    """With nvcc for the CUDA kernels: it finds its own headers and runtime, which it links in."""
+    """With nvcc for the CUDA kernels: it finds its own headers and runtime, which it links in. And
+    with the launcher of the sandbox, a program of its own, beside the extensions."""
 
     def run(self) -> None:
         if NVCC is None:
             print("no nvcc in CUDA_HOME or on the PATH: q3mega._cuda is not built")
             self.extensions = [e for e in self.extensions if e.name != "q3mega._cuda"]
         super().run()
+        if sys.platform == "linux":
+            folder = Path(self.get_ext_fullpath("q3mega._data")).parent
+            flags = ["-std=c++17", "-O2"]
+            objects = self.compiler.compile([CONFINE], self.build_temp, extra_postargs=flags)
+            self.compiler.link_executable(
+                objects, "confine", output_dir=str(folder), target_lang="c++"
+            )
 
     def build_extension(self, extension: Extension) -> None:
         if extension.name != "q3mega._cuda":

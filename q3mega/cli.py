@@ -257,6 +257,12 @@ def _findings() -> Iterator[tuple[str, str]]:
             if device.HAS_TRANSFORMER_ENGINE
             else "megatron-core's own; fp8 needs a GPU and Transformer Engine",
         )
+    from q3mega.rewards import sandbox
+
+    try:
+        yield "sandbox", sandbox.LEVELS[sandbox.confinement()]
+    except UserError as error:
+        yield "sandbox", str(error)
     built = importlib.util.find_spec("q3mega._data")
     yield "C++ data helpers", str(built.origin) if built else _NOT_BUILT
 

@@ -46,7 +46,7 @@ def test_the_wheel_holds_everything_and_runs(tmp_path):
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("q3mega", "kernels", "csrc"):
-        unbuilt = shutil.ignore_patterns("__pycache__", "*.so")
+        unbuilt = shutil.ignore_patterns("__pycache__", "*.so", "confine")
         shutil.copytree(ROOT / name, source / name, ignore=unbuilt)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     offline = ["--no-deps", "--no-index"]
@@ -69,4 +69,7 @@ print(q3mega._data.__file__, q3mega.kernels.__file__, sep="\\n")
 assert [b.tolist() for b in q3mega._data.best_fit_pack(numpy.array([3, 5]), 8)] == [[1, 0]]
 """
     found = python(code, target, cwd=tmp_path).split()
+    if sys.platform == "linux":  # the sandbox's launcher comes as a program that can be started
+        confine = subprocess.run([target / "q3mega/confine"], capture_output=True, check=False)
+        assert b"refused options" in confine.stderr
     assert all(Path(path).is_relative_to(target) for path in found)

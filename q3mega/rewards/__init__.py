@@ -63,6 +63,7 @@ def score(names: str | Sequence[str], completion: str, row: Mapping[str, Any]) -
 
 from q3mega.rewards import (  # noqa: E402  (they register)
     answer,  # noqa: F401
+    code,  # noqa: F401
     exact,  # noqa: F401
     language,  # noqa: F401
     length,  # noqa: F401

@@ -1,0 +1,221 @@
+"""Model-written Python in a process that can compute and print, and nothing else.
+
+`run(program)` starts it under `confine` (csrc/sandbox/confine.cpp), which says what it may do: the
+standard library to read, a scratch folder to write where there is one, no network, no other
+processes, and limits on CPU, wall time, memory and output. Where the machine can confine nothing,
+it is refused, unless Q3MEGA_UNCONFINED=1 is set.
+"""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from q3mega.errors import UserError
+
+CONFINE = Path(__file__).parents[1] / "confine"
+UNCONFINED = "Q3MEGA_UNCONFINED"
+LEVELS = {
+    "namespaces": "user namespaces, seccomp and limits",
+    "landlock": "Landlock, seccomp and limits",
+    "none": f"seccomp and limits alone, since {UNCONFINED}=1",
+}
+# Descriptor 3 holds the program, so that no file of it has to lie anywhere.
+_BOOTSTRAP = """
+import sys
+with open(3, encoding="utf-8") as file:
+    source = file.read()
+sys.argv = ["main.py"]
+exec(compile(source, "main.py", "exec"), {"__name__": "__main__"})
+"""
+Status = Literal["ok", "error", "time", "memory", "output", "signal"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """cpu, wall: seconds. memory: bytes of address space. output: bytes of stdout, of stderr and of
+    any other file. scratch: bytes of all files, on the level "namespaces"."""
+
+    cpu: int = 5
+    wall: float = 10.0
+    memory: int = 512 << 20
+    output: int = 1 << 20
+    scratch: int = 16 << 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended. status "ok" is exit code 0; reason says in a line what else happened.
+
+    memory: peak bytes; cpu, seconds: CPU time and wall time, the launcher's included.
+    """
+
+    status: Status
+    reason: str
+    stdout: str
+    stderr: str
+    memory: int = 0
+    cpu: float = 0.0
+    seconds: float = 0.0
+
+
+def run(
+    program: str, stdin: str = "", limits: Limits = Limits(), level: str | None = None
+) -> Outcome:
+    """Run Python source text with `stdin`; level: one of LEVELS, by default `confinement()`.
+
+    Raises UserError where nothing confines it, RuntimeError when the launcher fails.
+    """
+    with started(program, limits, stdin, level=level) as process:
+        return process.wait()
+
+
+@dataclass
+class Started:
+    """A program under way; its report and what it printed are read when it has ended."""
+
+    process: "subprocess.Popen[bytes]"
+    limits: Limits
+    report: BinaryIO
+    stderr: BinaryIO
+    stdout: BinaryIO | None
+    begun: float
+
+    def wait(self) -> Outcome:
+        """Wait until it ends, which the launcher sees to."""
+        code = self.process.wait()
+        printed = _read(self.stdout) if self.stdout else ""
+        complaint = _read(self.stderr)
+        words = _read(self.report).split(maxsplit=1)
+        seconds = time.monotonic() - self.begun
+        if not words and code == -signal.SIGALRM:
+            reason = f"over {self.limits.wall:g} s of wall time"
+            return Outcome("time", reason, printed, complaint, seconds=seconds)
+        if not words or words[0] == "refused":
+            raise RuntimeError(f"the sandbox did not start: {' '.join(words[1:]) or complaint}")
+        value, kib, ms = map(int, words[1].split())
+        status, reason = _judge(words[0], value, ms / 1000, self.limits, complaint)
+        return Outcome(status, reason, printed, complaint, kib << 10, ms / 1000, seconds)
+
+
+@contextmanager
+def started(
+    program: str,
+    limits: Limits = Limits(),
+    stdin: str | int = "",
+    stdout: int | None = None,
+    level: str | None = None,
+) -> Iterator[Started]:
+    """`run` in two halves. stdin, stdout: descriptors, instead of text and of Outcome.stdout."""
+    level = level or confinement()
+    with ExitStack() as files:
+        source = files.enter_context(_memory_file(program))
+        report, stderr = (files.enter_context(_memory_file()) for _ in range(2))
+        given = files.enter_context(_memory_file(stdin)) if isinstance(stdin, str) else stdin
+        printed = files.enter_context(_memory_file()) if stdout is None else None
+        numbers = {
+            "memory": limits.memory,
+            "cpu": limits.cpu,
+            "wall": limits.wall,
+            "file": limits.output,
+            "scratch": limits.scratch,
+            "program": source.fileno(),
+            "report": report.fileno(),
+        }
+        options = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+        options += [word for path in _readable() for word in ("--read", path)]
+        command = [_interpreter(), "-I", "-S", "-B", "-X", "utf8", "-c", _BOOTSTRAP]
+        begun = time.monotonic()
+        process = subprocess.Popen(
+            [CONFINE, "--level", level, *options, "--", *command],
+            stdin=given,
+            stdout=printed or stdout,
+            stderr=stderr,
+            pass_fds=(source.fileno(), report.fileno()),
+            env={},
+            cwd="/",
+        )
+        try:
+            yield Started(process, limits, report, stderr, printed, begun)
+        finally:
+            process.kill()  # the keeper, and with it the program, end with their launcher
+            process.wait()
+
+
+@functools.cache
+def confinement() -> str:
+    """The strictest level that works here.
+
+    Raises UserError with what stands in each one's way, unless Q3MEGA_UNCONFINED=1 is set.
+    """
+    problems = []
+    for level in ("namespaces", "landlock", "none"):
+        if level == "none" and os.environ.get(UNCONFINED) != "1":
+            break
+        try:
+            found = run("print(6 * 7)", level=level)
+        except (RuntimeError, OSError) as error:
+            problems.append(f"{level}: {error}")
+            continue
+        if found.stdout == "42\n":
+            return level
+        problems.append(f"{level}: {found.reason}")
+    raise UserError(
+        "nothing here confines the programs that a model writes "
+        f"({'; '.join(problems)}): allow user namespaces or Landlock, build q3mega on Linux, or "
+        f"set {UNCONFINED}=1 to run them all the same, at your own risk"
+    )
+
+
+def _judge(how: str, value: int, cpu: float, limits: Limits, complaint: str) -> tuple[Status, str]:
+    """Status and reason of a program that ended by itself or by a limit."""
+    last = complaint.strip().rsplit("\n", 1)[-1][:200]
+    if how == "signal":
+        if value == signal.SIGXCPU or (value == signal.SIGKILL and cpu >= limits.cpu):
+            return "time", f"over {limits.cpu} s of CPU time"
+        if value == signal.SIGXFSZ:
+            return "output", f"over {limits.output} bytes in a file"
+        return "signal", f"ended by {signal.Signals(value).name}"
+    if value == 0:
+        return "ok", "exit 0"
+    if last.startswith("MemoryError"):
+        return "memory", f"over {limits.memory >> 20} MiB"
+    if "[Errno 27]" in complaint:  # EFBIG
+        return "output", f"over {limits.output} bytes in a file"
+    return "error", f"exit {value}: {last}" if last else f"exit {value}"
+
+
+@contextmanager
+def _memory_file(text: str = "") -> Iterator[BinaryIO]:
+    """A file without a name; its position is at the start, which who inherits it shares."""
+    with os.fdopen(os.memfd_create("q3mega"), "w+b", buffering=0) as file:
+        file.write(text.encode("utf-8", "surrogatepass"))
+        file.seek(0)
+        yield file
+
+
+def _read(file: BinaryIO) -> str:
+    size = os.fstat(file.fileno()).st_size
+    return os.pread(file.fileno(), size, 0).decode("utf-8", "replace")
+
+
+@functools.cache
+def _interpreter() -> str:
+    return os.path.realpath(sys.executable)
+
+
+@functools.cache
+def _readable() -> tuple[str, ...]:
+    """The interpreter, its standard library, and the C library with its loader."""
+    base = Path(sys.base_prefix)
+    own = (base / "lib", sysconfig.get_paths()["stdlib"], _interpreter())
+    system = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+    return tuple(dict.fromkeys(map(str, (*own, *system))))

