@@ -1,22 +1,36 @@
 """Tools with a real environment, for episodes of several turns.
 
-A tool call is untrusted text: the calculator walks a syntax tree of four operators, nothing is
-evaluated, and whatever is wrong with a call comes back to the model as text.
+A tool call is untrusted text: the calculator walks a syntax tree of four operators, programs run
+in the sandbox, SQL reads a database in memory and nothing else, and whatever is wrong with a call
+comes back to the model as text.
 """
 
 import ast
 import operator
 import re
-from collections.abc import Callable, Mapping
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol
 
 from q3mega.data.chat import parse
 from q3mega.data.tasks import Problem
-from q3mega.data.tasks.general import CALCULATOR, LOOKUP
+from q3mega.data.tasks.general import CALCULATOR, LOOKUP, tool
+from q3mega.rewards import sandbox
 
 MAX_CALLS = 4  # of one turn are answered
+MAX_RESULT = 2000  # characters of a tool's answer
+MAX_HITS = 3  # documents that a search finds
+PYTHON, SEARCH, SQL = tool("python", "code"), tool("search", "query"), tool("sql", "query")
+_SQL_STEPS = 100_000  # instructions of SQLite's machine between two looks at the budget
+_SQL_LOOKS = 100  # some seconds
+_SQL_READS = {
+    sqlite3.SQLITE_SELECT,
+    sqlite3.SQLITE_READ,
+    sqlite3.SQLITE_FUNCTION,
+    sqlite3.SQLITE_RECURSIVE,
+}
 _EXPRESSION = re.compile(r"[0-9+\-*/() ]{1,60}")
 _MAX_VALUE = 10**12
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
@@ -100,9 +114,81 @@ def lookup(table: Mapping[str, str]) -> Tool:
     return TextTool(LOOKUP, lambda key: table.get(key, "error: no such key"))
 
 
+def python() -> Tool:
+    """What a program prints, in the sandbox. Raises UserError where nothing confines it."""
+
+    def run(code: str) -> str:
+        found = sandbox.run(code)
+        printed = found.stdout.strip()[:MAX_RESULT]
+        return printed if found.status == "ok" else f"{printed}\nerror: {found.reason}".strip()
+
+    return TextTool(PYTHON, run)
+
+
+def search(documents: Sequence[str]) -> Tool:
+    """The documents that fit a query best, by BM25 over their words (SQLite's FTS5)."""
+    database = sqlite3.connect(":memory:", check_same_thread=False)
+    database.execute("create virtual table corpus using fts5(text)")
+    database.executemany("insert into corpus values (?)", ((text,) for text in documents))
+
+    def run(query: str) -> str:
+        # Words in quotes, so that none is taken for an operator of the query language.
+        words = " OR ".join(f'"{word}"' for word in re.findall(r"\w+", query)[:32])
+        if not words:
+            return "error: give words to search for"
+        hits = database.execute(
+            "select text from corpus where corpus match ? order by rank limit ?", (words, MAX_HITS)
+        )
+        return "\n\n".join(text for (text,) in hits)[:MAX_RESULT] or "nothing found"
+
+    return TextTool(SEARCH, run)
+
+
+def sql(script: str) -> Tool:
+    """Rows that a SELECT finds in the database which `script` makes (from the task, trusted).
+
+    The model's query may read and compute, for some seconds and with values of up to a megabyte.
+    """
+    database = sqlite3.connect(":memory:", check_same_thread=False)
+    database.executescript(script)
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1 << 20)
+    database.set_authorizer(
+        lambda action, *names: (
+            sqlite3.SQLITE_OK
+            if action in _SQL_READS and "load_extension" not in names
+            else sqlite3.SQLITE_DENY
+        )
+    )
+    looks = 0
+
+    def over_budget() -> bool:
+        nonlocal looks
+        looks += 1
+        return looks > _SQL_LOOKS
+
+    database.set_progress_handler(over_budget, _SQL_STEPS)
+
+    def run(query: str) -> str:
+        nonlocal looks
+        looks = 0
+        try:
+            found = database.execute(query)
+            if found.description is None:
+                return "error: not a query"
+            rows = found.fetchmany(50)
+        except (sqlite3.Error, sqlite3.Warning, ValueError) as error:  # ValueError: a NUL
+            return f"error: {error}"
+        return "\n".join(" | ".join(map(str, row)) for row in rows)[:MAX_RESULT] or "no rows"
+
+    return TextTool(SQL, run)
+
+
 TOOLS: dict[str, Callable[[Problem], Tool]] = {
     "calculator": lambda problem: calculator(),
     "lookup": lambda problem: lookup(problem.meta["table"]),
+    "python": lambda problem: python(),
+    "search": lambda problem: search(problem.meta["documents"]),
+    "sql": lambda problem: sql(problem.meta["script"]),
 }
 
 

@@ -1,12 +1,13 @@
 import json
+import sys
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from q3mega.data.tasks import generate
-from q3mega.data.tasks.general import call
+from q3mega.data.tasks import Problem, generate
+from q3mega.data.tasks.general import call, tool
 from q3mega.rollout.tools import TOOLS, Environment, calculate
 
 MALFORMED = "error: a call is a JSON object with name and arguments"
@@ -144,3 +145,82 @@ def test_an_episode_ends_after_its_steps():
 def test_without_tools_there_is_nothing_to_call():
     (problem,) = generate("repeat_digit", 1, seed=0)
     assert Environment(problem).step(SUM) == [{"role": "tool", "content": "error: no such tool"}]
+
+
+def problem_with(name, **meta):
+    return Problem("p", name, "agent", [], "", 1, meta=meta, tools=[tool(name, ARGUMENT[name])])
+
+
+ARGUMENT = {"python": "code", "search": "query", "sql": "query"}
+CITIES = """
+create table city (name text, people integer);
+insert into city values ('Oslo', 700000), ('Bergen', 290000), ('Kiruna', 17000);
+"""
+CORPUS = [
+    "Oslo is the capital of Norway.",
+    "The capital of Sweden is Stockholm. Its old town lies on an island.",
+    "Reindeer graze in the north of Norway.",
+    "木曜日に会議があります。",
+]
+
+
+def ask(name, argument, **meta):
+    (message,) = Environment(problem_with(name, **meta)).step(call(name, ARGUMENT[name], argument))
+    return message["content"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox stands on Linux")
+def test_python_is_run_in_the_sandbox():
+    assert ask("python", "print(sum(range(10)))") == "45"
+    assert ask("python", "print(1)\n1/0") == (
+        "1\nerror: exit 1: ZeroDivisionError: division by zero"
+    )
+    assert ask("python", "open('/etc/passwd')").startswith("error: exit 1: FileNotFoundError")
+    assert len(ask("python", "print('x' * 100_000)")) == 2000
+
+
+def test_search_finds_what_fits_best_first():
+    hits = ask("search", "capital of Norway?", documents=CORPUS).split("\n\n")
+    assert hits[0] == CORPUS[0] and set(hits) == set(CORPUS[:3])
+    assert ask("search", "stockholm", documents=CORPUS) == CORPUS[1]
+    assert ask("search", "penguins", documents=CORPUS) == "nothing found"
+    assert ask("search", '" OR text: * NEAR(', documents=CORPUS) == "nothing found"
+    assert ask("search", "?!", documents=CORPUS) == "error: give words to search for"
+
+
+def test_sql_reads_the_task_s_database():
+    assert ask("sql", "select name from city where people > 100000", script=CITIES) == (
+        "Oslo\nBergen"
+    )
+    assert ask("sql", "select count(*), max(people) from city", script=CITIES) == "3 | 700000"
+    assert ask("sql", "select 1 where 0", script=CITIES) == "no rows"
+    assert ask("sql", "select printf('%1000000000d', 1)", script=CITIES) == "None"  # too long
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "", "select", "delete from city", "insert into city values ('x', 1)", "drop table city",
+        "update city set people = 0", "create table x (y)", "attach '/tmp/x.db' as x",
+        "vacuum into '/tmp/x.db'", "pragma writable_schema = 1", "select load_extension('x')",
+        "select writefile('/tmp/x', 'y')", "select readfile('/etc/passwd')",
+        "select * from city; drop table city", "begin", "select * from sqlite_dbpage", "\x00",
+        "\ud800", "select zeroblob(1 << 30)",
+        "select replace(hex(zeroblob(400000)), '0', 'xxxxxxxx')",
+        "with recursive r(n) as (select 1 union all select n + 1 from r) select count(*) from r",
+        "select count(*) from city a, city b, city c, city d, city e, city f, city g, city h, "
+        "city i, city j, city k, city l, city m, city n, city o, city p, city q, city r, city s",
+    ],
+)  # fmt: skip
+def test_sql_does_nothing_else(query):
+    environment = Environment(problem_with("sql", script=CITIES), max_steps=3)
+    (message,) = environment.step(call("sql", "query", query))
+    assert message["content"].startswith("error: ")
+    (after,) = environment.step(call("sql", "query", "select count(*), sum(people) from city"))
+    assert after["content"] == "3 | 1007000"
+
+
+@given(st.text(max_size=80))
+def test_any_query_has_an_answer(text):
+    assert ask("sql", text, script=CITIES)
+    assert ask("search", text, documents=CORPUS)
