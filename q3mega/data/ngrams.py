@@ -57,7 +57,7 @@ class Words:
             lengths = np.diff(np.append(first, len(inside)))
             place = np.arange(len(inside)) - np.repeat(first, lengths)
             terms = codes[inside].astype(np.uint64) * _factors()[place % _SPAN]
-            self.hashes = _mixed(np.add.reduceat(terms, first))
+            self.hashes = mixed(np.add.reduceat(terms, first))
         else:
             self.hashes = np.zeros(0, np.uint64)
         ends = np.cumsum([len(text) + 1 for text in folded])
@@ -65,21 +65,26 @@ class Words:
 
     def grams(self, n: int) -> tuple[Hashes, NDArray[np.int64]]:
         """(hashes, offsets (D + 1,)) of the n-grams of each text; fewer words have none."""
+        starts, offsets = self.starts(n)
+        return self.at(starts, n), offsets
+
+    def starts(self, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(the words that an n-gram begins at, offsets (D + 1,) of each text's)."""
         count = np.maximum(np.diff(self.offsets) - n + 1, 0)
         offsets = np.concatenate([[0], np.cumsum(count)])
-        shift = np.repeat(self.offsets[:-1] - offsets[:-1], count)
-        return self._at(np.arange(offsets[-1]) + shift, n), offsets
+        return np.arange(offsets[-1]) + np.repeat(self.offsets[:-1] - offsets[:-1], count), offsets
 
     def whole(self, text: int) -> np.uint64:
         """All words of one text as one gram."""
         first, last = self.offsets[text : text + 2]
-        return self._at(np.array([first]), int(last - first))[0]
+        return self.at(np.array([first]), int(last - first))[0]
 
-    def _at(self, starts: NDArray[np.int64], n: int) -> Hashes:
+    def at(self, starts: NDArray[np.int64], n: int) -> Hashes:
+        """Hashes of the n words from each of `starts`."""
         total = np.full(len(starts), n, np.uint64)
         for k in range(n):
             total += self.hashes[starts + k] * _factors()[k % _SPAN]
-        return _mixed(total)
+        return mixed(total)
 
 
 @functools.cache
@@ -97,7 +102,7 @@ def _factors() -> Hashes:
     return np.cumprod(np.full(_SPAN, 0x9E3779B97F4A7C15, np.uint64), dtype=np.uint64)
 
 
-def _mixed(x: Hashes) -> Hashes:
+def mixed(x: Hashes) -> Hashes:
     """splitmix64's finaliser: every bit of the input moves every bit of the output."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -46,10 +46,13 @@ class Books:
         before = _bytes(documents)
         began = time.perf_counter()
         reasons = step(documents)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        self.spend(name, time.perf_counter() - began)
         kept = [d for d, reason in zip(documents, reasons, strict=True) if not reason]
         self.add(name, (len(documents), before), (len(kept), _bytes(kept)), filter(None, reasons))
         return kept
+
+    def spend(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def add(
         self, name: str, came: tuple[int, int], stayed: tuple[int, int], reasons: Any = ()
