@@ -268,6 +268,7 @@ def test_too_many_bad_rows_stop_the_run_in_one_line(material, tmp_path, capsys):
         ({"rules": {"min_word": 3}}, r"rules\.min_word=3 is not a field, .*rules\.min_words"),
         ({"mixture": [{"domain": "poems", "weight": 1}]}, r"mixture\.0\.domain='poems'"),
         ({"mixture": [{"source": "web", "weight": 1}]}, r"mixture\.0\.source='web' is none of x"),
+        ({"mixture": [{"language": "English", "weight": 1}]}, r"mixture\.0\.language='English'"),
         ({"mixture": [{"weight": -1}]}, r"mixture\.0\.weight=-1"),
         ({"duplicates": {"threshold": 0.2}}, r"duplicates\.threshold=0\.2"),
         ({"decontamination": {"words": 3}}, r"shortest=4 must not exceed words=3"),

@@ -89,7 +89,7 @@ class Weight(Section):
     """One factor of a document's weight: it applies where every label that is given matches."""
 
     domain: Domain | None = None
-    language: str | None = None
+    language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] | None = None  # ISO 639-1
     quality: Quality | None = None
     source: str | None = None
     weight: NonNegativeFloat

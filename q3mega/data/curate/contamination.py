@@ -14,7 +14,6 @@ from q3mega.data.curate.config import Decontamination
 from q3mega.data.curate.document import Document
 from q3mega.data.curate.sources import Malformed, rows, shards
 from q3mega.data.ngrams import Hashes, Words
-from q3mega.data.tasks import FAMILIES, generate
 
 _OWN = 100  # held-out problems of each family, as evaluations ask them
 _BITS = 22  # of a hash, that index the table of heads
@@ -33,6 +32,8 @@ def evaluation_texts(config: Decontamination, shard_mb: int) -> list[str]:
                 texts.append(row.text or "")
             malformed.check()
     if config.own:
+        from q3mega.data.tasks import FAMILIES, generate  # heavy, and no worker needs it
+
         drawn = (generate(family, _OWN, seed=0, heldout=True) for family in FAMILIES)
         texts += [problem.question for problems in drawn for problem in problems]
     return texts

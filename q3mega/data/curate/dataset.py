@@ -8,6 +8,7 @@ builder, chooses by length for the long-context step, and writes each piece's la
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -205,18 +206,21 @@ class Curated:
                 "give the recipe that one as tokenizer.path"
             )
 
-    def token_documents(self, seed: int, heldout: bool = False) -> Iterator[list[int]]:
-        """Documents, each with its end token, in another order each time round, without end."""
+    def data(self, heldout: bool = False) -> Any:
+        """megatron-core's IndexedDataset of the documents, each with its end token."""
         from q3mega import device  # noqa: F401
 
         # isort: split
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-        name = "heldout" if heldout else "train"
-        data = IndexedDataset(str(self.folder / "dataset" / name))
+        data = IndexedDataset(str(self.folder / "dataset" / ("heldout" if heldout else "train")))
         if not len(data):
             raise UserError(f"curated:{self.folder} holds out no document: curate with heldout > 0")
-        rng = np.random.default_rng(seed)
+        return data
+
+    def token_documents(self, seed: int, heldout: bool = False) -> Iterator[list[int]]:
+        """The documents in another order each time round, without end."""
+        data, rng = self.data(heldout), np.random.default_rng(seed)
         while True:
             for i in rng.permutation(len(data)):
                 yield data[i].tolist()
@@ -226,5 +230,5 @@ class Curated:
         spec = read_json(self.folder / "config.json")["tokenizer"]
         tokenizer = tokenizers.Tokenizer.from_file(f"{spec['path']}/tokenizer.json")
         for ids in self.token_documents(seed, heldout):
-            whole = ids[:-1] if ids[-1] == self.tokenizer["end"] else ids
-            yield tokenizer.decode(whole, skip_special_tokens=False)
+            text = ids[:-1] if ids[-1] == self.tokenizer["end"] else ids
+            yield tokenizer.decode(text, skip_special_tokens=False)

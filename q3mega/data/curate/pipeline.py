@@ -18,6 +18,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -191,12 +192,16 @@ class _Pool:
     def __init__(self, workers: int) -> None:
         # Spawned: a fork of a process whose libraries have threads may hang.
         context = multiprocessing.get_context("spawn")
+        self._others = set(multiprocessing.active_children())
         self._executor = ProcessPoolExecutor(workers, context, initializer=_begin)
 
     def __enter__(self) -> "_Pool":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind:  # what it is about should be read now, and not when the last shard is done
+            for worker in set(multiprocessing.active_children()) - self._others:
+                worker.terminate()
         self._executor.shutdown(cancel_futures=True)
 
     def each(
@@ -222,7 +227,8 @@ class _Pool:
 
 
 def _begin() -> None:
-    """In a new worker: one thread each, and no life after the parent's."""
+    """In a new worker: one thread each, no life after the parent's, which answers a Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     parent = multiprocessing.parent_process()
     assert parent is not None
