@@ -21,9 +21,11 @@ import tokenizers
 import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pyarrow import parquet
+from tokenizers import pre_tokenizers
 
 from q3mega import cli
 from q3mega.data import corpus, text
+from q3mega.data.curate import dataset
 from q3mega.data.curate.config import Config, Lengths, TokenizerFolder
 from q3mega.data.curate.dataset import Curated, Encoder, Pieces, _by_length, _cut
 from q3mega.data.curate.pipeline import curate
@@ -290,12 +292,41 @@ def test_a_wrong_config_is_one_line_that_names_the_field(tmp_path, changes, mess
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("examples/curate/*.yaml")))
+def test_the_examples_load(path):
+    assert Config.load(path).sources
+
+
 def test_special_tokens_in_a_text_are_text(material):
     folder = TokenizerFolder(path=f"{material}/tokenizer")
     (ids,) = Encoder(folder)(["a <|im_start|> b"])
     assert Tokenizer(folder.path).id("<|im_start|>") not in ids[:-1]
     with pytest.raises(UserError, match="document_end='<eos>' is no token"):
         Encoder(TokenizerFolder(path=folder.path, document_end="<eos>"))
+
+
+QWEN = (  # the released tokenizer's words
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("words", ["ours", QWEN])
+def test_a_long_text_has_the_tokens_that_it_has_at_once(material, tmp_path, monkeypatch, words):
+    path = material / "tokenizer"
+    if words == QWEN:
+        whole = tokenizers.Tokenizer.from_file(f"{path}/tokenizer.json")
+        split = pre_tokenizers.Split(tokenizers.Regex(QWEN), "isolated")
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        whole.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+        whole.save(f"{tmp_path}/tokenizer.json")
+        path = tmp_path
+    texts = ["\n\n \n".join(text.documents(name)) for name in ("stdlib", "django_ja")]
+    encoder = Encoder(TokenizerFolder(path=str(path)))
+    at_once = [encoder([t[:200_000]])[0].tolist() for t in texts]
+    monkeypatch.setattr(dataset, "_PART", 700)
+    assert [len(list(dataset._parts(t[:200_000]))) > 20 for t in texts] == [True, True]
+    assert [ids.tolist() for ids in encoder([t[:200_000] for t in texts])] == at_once
 
 
 BANDS = {

@@ -5,6 +5,7 @@ builder, chooses by length for the long-context step, and writes each piece's la
 `Curated` reads a finished dataset for a recipe's mixture (`curated:FOLDER`).
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ TOKENISED = pa.schema(
      ("tokens", pa.int64())]
 )  # fmt: skip
 _WRITTEN = pa.schema([*_LABEL_TYPES, ("tokens", pa.int64())])
+_PART = 1 << 18  # characters of a text that are tokenised at once
 _SHARE = 1 << 16  # pieces whose labels are written at once
 
 
@@ -57,8 +59,30 @@ class Encoder:
         return self._tokenizer.get_vocab_size()
 
     def __call__(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        if len(texts) == 1 and len(texts[0]) > _PART:
+            parts = [self._ids([part])[0] for part in _parts(texts[0])]
+            return [np.concatenate([*parts, [self.end]]).astype(np.int32)]
+        if any(len(text) > _PART for text in texts):
+            return [self([text])[0] for text in texts]
+        return [np.append(ids, np.int32(self.end)) for ids in self._ids(texts)]
+
+    def _ids(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array([*e.ids, self.end], np.int32) for e in encoded]
+        return [np.array(e.ids, np.int32) for e in encoded]
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A long text in parts, since the library takes 300 bytes a token while it is at work.
+
+    They end with a line that another one follows directly: there no pre-tokenizer of the GPT-2
+    and Qwen kind has a word, so the tokens are those of the whole text.
+    """
+    start = 0
+    for line in re.finditer(r"\S\n(?=\S)", text):
+        if line.end() - start >= _PART:
+            yield text[start : line.end()]
+            start = line.end()
+    yield text[start:]
 
 
 def tokenised(documents: Sequence[Document], tokens: Sequence[NDArray[np.int32]]) -> pa.Table:
