@@ -56,6 +56,18 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     report.add_argument("run_dir", metavar="RUN")
 
+    curate = commands.add_parser("curate", help="raw text to the tokens of pre-training")
+    curate.set_defaults(command=_curate)
+    curate.add_argument("config", help="a YAML file: docs/data.md")
+    curate.add_argument("--out", type=Path, required=True, help="a folder; a cut run goes on there")
+    curate.add_argument("--workers", type=int, default=2, help="processes")
+
+    mixtures = commands.add_parser("mixtures", help="compare curations by small models' losses")
+    mixtures.set_defaults(command=_mixtures)
+    _takes_recipe(mixtures, help="a YAML file, of a small model: its pretrain_general is run")
+    mixtures.add_argument("--curated", nargs="+", required=True, help="folders of q3mega curate")
+    mixtures.add_argument("--out", type=Path, required=True, help="a folder for the runs")
+
     plan = commands.add_parser("plan", help="memory and time of a step, before a GPU is asked for")
     plan.set_defaults(command=_plan)
     _takes_recipe(plan, nargs="?", help="a YAML file: each of its stages on its layout")
@@ -130,6 +142,24 @@ def _run(arguments: argparse.Namespace) -> int:
     except StageFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _curate(arguments: argparse.Namespace) -> int:
+    from q3mega.data.curate.config import Config
+    from q3mega.data.curate.pipeline import curate, table
+
+    if arguments.workers < 1:
+        raise UserError(f"--workers={arguments.workers} must be 1 or more")
+    print(table(curate(Config.load(arguments.config), arguments.out, arguments.workers)))
+    return 0
+
+
+def _mixtures(arguments: argparse.Namespace) -> int:
+    from q3mega.mixtures import compare
+
+    a = arguments
+    print(compare(a.recipe, a.curated, a.out, a.overrides))
     return 0
 
 

@@ -254,15 +254,20 @@ def loss_by_kind(
     for kind in kinds:
         draw = partial(_texts, kind, seed, 48, heldout=True)
         texts = tokenizer.encode_batch(_drawn_once(draw))
-        tokens = [ids[:sequence] for ids in texts if len(ids) > 1]
-        mine = [Sample(t, [0.0] + [1.0] * (len(t) - 1)) for t in tokens][
-            parallel.data_rank() :: parallel.data_size()
-        ]
-        parts = engine.evaluate(pack(mine, 4 * sequence), _nats)
-        sums = np.array(parallel.gather_over_data(parts))
-        total, n = sums.sum(0)
+        total, n = nats(engine, texts, sequence)
         results[f"loss_{kind}"] = {"value": total / n, "n": int(n)}
     return results
+
+
+def nats(engine: Engine, documents: Iterable[list[int]], sequence: int) -> tuple[float, float]:
+    """(sum of nats, number of tokens) over the first `sequence` tokens of each document."""
+    tokens = [ids[:sequence] for ids in documents if len(ids) > 1]
+    mine = [Sample(t, [0.0] + [1.0] * (len(t) - 1)) for t in tokens][
+        parallel.data_rank() :: parallel.data_size()
+    ]
+    parts = engine.evaluate(pack(mine, 4 * sequence), _nats)
+    total, n = np.array(parallel.gather_over_data(parts)).sum(0)
+    return total, n
 
 
 def _nats(head: Head, batch: Batch) -> tuple[float, float]:

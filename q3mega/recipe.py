@@ -32,6 +32,7 @@ from q3mega.sections import Section, explain, field_names, override, parse_yaml,
 Kind = Literal[
     "prose", "code", "science", "facts", "worked", "direct", "chat", "retrieval", "retrieval_long",
 ]  # fmt: skip
+Curated = Annotated[str, Field(pattern="^curated:.")]  # a folder that q3mega curate has written
 Recompute = Literal["none", "norms", "experts", "full"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -209,7 +210,7 @@ class PretrainSettings(Section):
     steps: PositiveInt
     tokens_per_step: PositiveInt
     sequence: PositiveInt  # longest document, tokens
-    mixture: dict[Kind, PositiveFloat]  # share of the tokens
+    mixture: dict[Kind | Curated, PositiveFloat]  # share of the tokens
 
 
 class Extension(Section):

@@ -76,8 +76,8 @@ def explain(error: Mapping[str, Any], names: Callable[[list[Any]], Sequence[str]
         case "extra_forbidden":
             valid = ".".join(map(str, (*parents, nearest(name, names(parents)))))
             return f"{path}={short(error['input'])} is not a field, the nearest is {valid}"
-        case "literal_error" if name == "[key]":  # pydantic's mark for the key of a mapping
-            *section, key = map(str, parents)
+        case "literal_error" if "[key]" in error["loc"]:  # pydantic's mark for a mapping's key
+            *section, key = map(str, error["loc"][: error["loc"].index("[key]")])
             kinds = re.findall(r"'([^']+)'", error["ctx"]["expected"])
             valid = ".".join((*section, nearest(key, kinds)))
             return f"{one_line('.'.join((*section, key)))} is not a field, the nearest is {valid}"

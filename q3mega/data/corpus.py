@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 from q3mega import device  # noqa: F401
 
@@ -22,6 +23,7 @@ from q3mega._data import blend_index
 from q3mega.data import text
 from q3mega.data.batch import Sample
 from q3mega.data.chat import render
+from q3mega.data.curate.dataset import Curated
 from q3mega.data.tasks import Problem, general, generate
 from q3mega.data.tasks.solutions import response_text, solve, text_documents, thinking_text
 from q3mega.data.tokenizer import Tokenizer
@@ -32,6 +34,7 @@ REASONING = tuple(SHARES)
 # How many of the worked steps are wrong: a base model that knows the way and stumbles on it. Fewer
 # of the sums, which have most facts and so are the slowest to get rid of their slips.
 SLIPS = {"chain_sum": 0.18, "modular_product": 0.28, "number_sorting": 0.27}
+CURATED = "curated:"  # a kind that is a folder
 MOST_TEXT = 300_000  # characters of real text of a kind: at laptop scale a mixture reads no more
 VALUES = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of pass keys
 # The general tasks of chat; those with tools twice, since a call is the longest reply to learn.
@@ -170,10 +173,38 @@ def documents(kind: str, seed: int, *, heldout: bool = False, sequence: int = 38
     heldout: the real texts that training never sees; generated kinds only draw anew. sequence:
     tokens that the long ones are made for.
     """
+    if folder := curated(kind):
+        return Curated(folder).documents(seed, heldout)
     rng = random.Random(f"{kind}/{seed}")
     if kind == "retrieval_long":
         return _retrieval(sequence * LONG[0] // LONG[1])(rng)
     return _text(kind, rng, heldout) if kind in TEXTS else KINDS[kind](rng)
+
+
+def curated(kind: str) -> str | None:
+    """The folder of a kind that q3mega curate has written, `curated:FOLDER`."""
+    return kind.removeprefix(CURATED) if kind.startswith(CURATED) else None
+
+
+def _token_documents(
+    kind: str, seed: int, sequence: int, tokenizer: Tokenizer
+) -> Iterator[list[list[int]]]:
+    """Documents of one kind in batches, each with its end, without end."""
+    if folder := curated(kind):
+        data = Curated(folder)
+        data.check_tokenizer(tokenizer.path)
+        stream = data.token_documents(seed)
+        while True:
+            yield list(itertools.islice(stream, 64))
+    source = documents(kind, seed, sequence=sequence)
+    while True:
+        texts = tokenizer.encode_batch(list(itertools.islice(source, 64)))
+        yield [[*ids, tokenizer.eod] for ids in texts]
+
+
+def _prefix(folder: Path, kind: str) -> str:
+    """Where the dataset of a kind is; a curated one has a path in its name."""
+    return str(folder / quote(kind, safe=""))
 
 
 _Kind = TypeVar("_Kind", bound=str)  # a Mapping is invariant in its keys
@@ -193,17 +224,16 @@ def build(
     """
     total = sum(mixture.values())
     for kind, weight in mixture.items():
-        builder = IndexedDatasetBuilder(str(folder / f"{kind}.bin"), dtype=np.int32)
+        builder = IndexedDatasetBuilder(f"{_prefix(folder, kind)}.bin", dtype=np.int32)
         wanted, have = int(tokens * weight / total) + sequence, 0
-        source = documents(kind, seed, sequence=sequence)
+        batches = _token_documents(kind, seed, sequence, tokenizer)
         while have < wanted:
-            for ids in tokenizer.encode_batch(list(itertools.islice(source, 64))):
-                ids.append(tokenizer.eod)
+            for ids in next(batches):
                 for i in range(0, len(ids), sequence):
                     piece = ids[i : i + sequence]
                     builder.add_document(torch.tensor(piece), [len(piece)])
                 have += len(ids)
-        builder.finalize(str(folder / f"{kind}.idx"))
+        builder.finalize(f"{_prefix(folder, kind)}.idx")
 
 
 class Mixture:
@@ -217,7 +247,7 @@ class Mixture:
         tokens_per_step: int,
         seed: int,
     ) -> None:
-        self.data = [IndexedDataset(str(folder / kind)) for kind in mixture]
+        self.data = [IndexedDataset(_prefix(folder, kind)) for kind in mixture]
         lengths = [d.sequence_lengths for d in self.data]
         shares = [w / n.mean() for w, n in zip(mixture.values(), lengths, strict=True)]  # documents
         mean = sum(shares) / sum(

@@ -18,6 +18,7 @@ from typing import Any
 
 from rensa import RMinHash, RMinHashLSH
 
+from q3mega.data.ngrams import WORD, grams
 from q3mega.errors import UserError
 
 _LANGUAGES = {
@@ -43,8 +44,6 @@ _SYMPY = [
 ]  # fmt: skip
 _NUMPY = ["_core", "fft", "lib", "linalg", "ma", "polynomial"]
 _PO = re.compile(r'^(msgid|msgstr) ((?:"(?:[^"\\]|\\.)*"\n)+)', re.MULTILINE)
-_IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u9fff"  # written without spaces: each counts as a word
-_WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\W{_IDEOGRAPHS}]+")
 
 
 @dataclass(frozen=True)
@@ -191,12 +190,6 @@ def _visible(match: re.Match[str]) -> str:
     return c if c in "\u200c\u200d" or unicodedata.category(c)[0] != "C" else ""
 
 
-def _grams(text: str, n: int) -> set[str]:
-    """Word n-grams in lower case; a shorter text is one gram."""
-    words = _WORD.findall(text.lower()) or [text]
-    return {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
-
-
 def deduplicate(texts: Iterable[str], threshold: float = 0.8) -> tuple[list[str], int]:
     """(kept, number dropped): of copies, and of near copies, the first stays.
 
@@ -213,7 +206,7 @@ def deduplicate(texts: Iterable[str], threshold: float = 0.8) -> tuple[list[str]
     dropped = 0
     for text in texts:
         sketch = RMinHash(num_perm=128, seed=42)
-        sketch.update(sorted(_grams(text, 5)))
+        sketch.update(sorted(grams(text, 5)))
         near = (i for i in index.query(sketch) if sketch.jaccard(sketches[i]) >= threshold)
         if text in seen or next(near, None) is not None:
             dropped += 1
@@ -235,12 +228,12 @@ def decontaminate(
     """
     forbidden: dict[int, set[str]] = {}
     for text in evaluation:
-        size = min(n, len(_WORD.findall(text)))
+        size = min(n, len(WORD.findall(text)))
         if size:
-            forbidden.setdefault(size, set()).update(_grams(text, size))
+            forbidden.setdefault(size, set()).update(grams(text, size))
     kept, dropped = [], 0
     for text in texts:
-        if any(_grams(text, size) & grams for size, grams in forbidden.items()):
+        if any(grams(text, size) & found for size, found in forbidden.items()):
             dropped += 1
         else:
             kept.append(text)
