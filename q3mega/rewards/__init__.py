@@ -64,6 +64,8 @@ def score(names: str | Sequence[str], completion: str, row: Mapping[str, Any]) -
 from q3mega.rewards import (  # noqa: E402  (they register)
     answer,  # noqa: F401
     code,  # noqa: F401
+    constraint_counts,  # noqa: F401
+    constraint_forms,  # noqa: F401
     exact,  # noqa: F401
     language,  # noqa: F401
     length,  # noqa: F401

@@ -72,6 +72,10 @@ def test_clean_is_idempotent_and_normal(raw):
     assert not re.search(r"[\t\r\0\u200b]| \n|\n{3}", done)
 
 
+def test_clean_is_linear_in_blanks():  # of quadratic time it would be hours
+    assert len(text.clean("a" + " " * 10**6 + "b")) == 10**6 + 2
+
+
 def _words(rng: random.Random, n: int) -> list[str]:
     return [str(rng.randrange(10**6)) for _ in range(n)]
 
