@@ -134,7 +134,7 @@ def render(run_dir: Path, evals: Evals) -> str:
     for _, folder in _stages(run_dir):
         state = "" if (folder / "DONE").exists() else " (not finished)"
         body.append(f"<h2>{escape(folder.name)}{state}</h2>")
-        body += [_training(folder), _drops(folder), _samples(folder)]
+        body += [_training(folder), _drops(folder), _audit(folder), _samples(folder)]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(run_dir.resolve().name)}</title><style>{_STYLE}</style></head><body>"
@@ -263,6 +263,16 @@ def _drops(folder: Path) -> str:
     drops = _json(folder / "data" / "drops.json")
     table = _table(["rule", "dropped"], [[rule, str(count)] for rule, count in drops.items()])
     return _titled("h3", "Data dropped by curation", table) if drops else ""
+
+
+def _audit(folder: Path) -> str:
+    """What the known ways to cheat earn from the rewards of this stage."""
+    rows = [
+        [task, r["reward"], str(r["probes"]), _text(r["mean"]), _text(r["highest"]), r["probe"]]
+        for task, r in _json(folder / "data" / "audit.json").items()
+    ]
+    head = ["task", "reward", "cheats tried", "mean score", "highest", "of"]
+    return _titled("h3", "Audit of the rewards", _table(head, rows)) if rows else ""
 
 
 def _samples(folder: Path) -> str:

@@ -128,13 +128,16 @@ def test_the_page_shows_values_pictures_and_marks(
     text = "\n".join(map(json.dumps, lines)) + '\n{"step": 9, "rew'
     (folder / "metrics.jsonl").write_text(text)
     (folder / "data" / "drops.json").write_text(json.dumps({"near_duplicate": 8123}))
+    audit = {"reward": "judge", "probes": 77, "mean": 0.0123, "highest": 0.875, "probe": "stuffing"}
+    (folder / "data" / "audit.json").write_text(json.dumps({"rag_name": audit}))
     (folder / "samples.jsonl").write_text(
         json.dumps({"prompt": "1+1?", "meta": {"terms": 2}}) + "\n"
     )
     path = publish(run_dir)
     page = path.read_text()
     assert page.count("✔ met") == len(CLAIMS) - 1 and page.count("✘ falls short") == 1
-    for value in ("0.422", "0.392 to 0.452", "near_duplicate", "8123", "1+1?", "{&quot;terms"):
+    for value in ("0.422", "0.392 to 0.452", "near_duplicate", "8123", "1+1?", "{&quot;terms",
+                  "rag_name", "0.875", "stuffing"):  # fmt: skip
         assert value in page
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     # Accuracies, long context, capabilities; the budget curve; the training of one stage.

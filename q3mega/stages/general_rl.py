@@ -24,6 +24,7 @@ from q3mega.data.tasks import Problem, general, generate
 from q3mega.engine import Engine, Head, parallel
 from q3mega.evaluate import Mode, flagged
 from q3mega.rewards import TASK_REWARD, Verdict, score
+from q3mega.rewards.audit import probes
 from q3mega.rewards.judge import judge, judge_examples
 from q3mega.rewards.mode import mode_of
 from q3mega.rewards.preference import preference
@@ -41,6 +42,7 @@ from q3mega.train.supervised import shard
 FOLLOW = 0.3  # of the general prompts are conversations with random mode flags
 CALL_SHARE = 0.3  # of an agent task's reward is for the call, the rest for the final answer
 HELD_OUT_PAIRS = 400
+AUDITED = 5  # problems of each task that every known cheat is tried on
 
 
 def run(stage: Stage) -> None:
@@ -84,6 +86,7 @@ def run(stage: Stage) -> None:
         log=stage.log(config.steps),
         save_every=max(1, config.save_every // config.updates),
     )
+    stage.write("data/audit.json", scorer.audit())
     stage.finish(engine, both_modes(stage, engine) | scorer.quality())
 
 
@@ -95,23 +98,21 @@ def prompts(stage: Stage, step: int) -> list[Problem]:
     for i in range(reasoning):
         family = REASONING[i % len(REASONING)]
         (problem,) = generate(family, 1, seed=rng.randrange(2**31))
-        mode: Mode | None = "think" if rng.random() < 0.6 else None
-        out.append(
-            replace(
-                problem,
-                messages=tuple(flagged(problem, mode)),
-                meta=problem.meta | {"mode": "think"},
-            )
-        )
+        out.append(_in_mode(problem, "think", flag=rng.random() < 0.6))
     others = [f for f in general.GENERAL if f != "think_follow"]
     for i in range(config.prompts - reasoning):
         if rng.random() < FOLLOW:
             out.append(general.draw_follow(rng))
             continue
         problem = general.draw(rng, [others[(step * 7 + i) % len(others)]])
-        turns = tuple(flagged(problem, "no_think"))
-        out.append(replace(problem, messages=turns, meta=problem.meta | {"mode": "no_think"}))
+        out.append(_in_mode(problem, "no_think"))
     return out
+
+
+def _in_mode(problem: Problem, mode: Mode, flag: bool = True) -> Problem:
+    """The problem with its mode's flag, or none, and the mode where the rewards look for it."""
+    turns = tuple(flagged(problem, mode if flag else None))
+    return replace(problem, messages=turns, meta=problem.meta | {"mode": mode})
 
 
 def _prompt(problem: Problem) -> str:
@@ -193,6 +194,27 @@ class Scorer:
             return scalar(head, batch, self.tokenizer.eod).tolist()
 
         return each_sequence(self.model, self.tokenizer.encode_batch(texts), value)
+
+    def audit(self) -> dict[str, dict[str, Any]]:
+        """Of every task the known cheat that earns most, and what all earn on average."""
+        rows = {}
+        for family in (*REASONING, *general.GENERAL):
+            mode: Mode = "think" if family in REASONING else "no_think"
+            asked = [
+                p if "mode" in p.meta else _in_mode(p, mode)
+                for p in generate(family, AUDITED, seed=self.stage.seed("audit"))
+            ]
+            tried = [(p, name, text) for p in asked for name, text in probes(vars(p))]
+            scores = [v.score for v in self([p for p, *_ in tried], [[t] for *_, t in tried])]
+            best = max(range(len(tried)), key=scores.__getitem__)
+            rows[family] = {
+                "reward": TASK_REWARD.get(family, ("rule", "answer"))[0],
+                "probes": len(tried),
+                "mean": sum(scores) / len(scores),
+                "highest": scores[best],
+                "probe": tried[best][1],
+            }
+        return rows
 
     def quality(self) -> dict[str, Any]:
         """How good the two models are, on examples they have not seen."""

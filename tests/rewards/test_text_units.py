@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from q3mega.data.text import _WORD
+from q3mega.data.ngrams import WORD
 from q3mega.rewards.language import script, written_in
 from q3mega.rewards.text_units import code_blocks, occurrences, prose, sentences, visible, words
 
@@ -25,7 +25,7 @@ def test_words(text, found):
 
 @given(st.text(alphabet="abcäßя我かカ茶ا7 -!。\n"))
 def test_words_are_those_of_the_corpus_where_that_has_no_marks_to_cut_at(text):
-    assert words(text) == _WORD.findall(text)
+    assert words(text) == WORD.findall(text)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from q3mega.data.batch import Sample, collate
+from q3mega.data.corpus import REASONING
+from q3mega.data.tasks.general import GENERAL
 from q3mega.evaluate import held_out
 from q3mega.recipe import STAGES, Recipe
+from q3mega.rewards import TASK_REWARD
 from q3mega.rollout import SamplingParams
 from q3mega.try_out import Checkpoint
 
@@ -74,6 +77,15 @@ def test_curation_says_what_it_dropped(uncut):
     queries = json.loads((folders(uncut)["cold_start"] / "data" / "queries.json").read_text())
     problems = json.loads((folders(uncut)["reasoning_rl"] / "data" / "problems.json").read_text())
     assert not {q["id"] for q in queries} & {p["id"] for p in problems}  # rule 1 of the selection
+
+
+def test_the_audit_of_the_rewards_covers_every_task_and_finds_no_rule_to_cheat(uncut):
+    audit = json.loads((folders(uncut)["general_rl"] / "data" / "audit.json").read_text())
+    assert set(audit) == {*REASONING, *GENERAL}
+    assert all(row["probes"] >= 75 for row in audit.values())
+    assert {task for task, row in audit.items() if row["highest"] > 0} <= {
+        task for task, (kind, _) in TASK_REWARD.items() if kind != "rule"
+    }
 
 
 @pytest.mark.parametrize("stage", STAGES)
