@@ -94,7 +94,7 @@ class Started:
         code = self.process.wait()
         printed = _read(self.stdout) if self.stdout else ""
         complaint = _read(self.stderr)
-        words = _read(self.report).split(maxsplit=1)
+        words = _read(self.report).strip().split(maxsplit=1)
         seconds = time.monotonic() - self.begun
         if not words and code == -signal.SIGALRM:
             reason = f"over {self.limits.wall:g} s of wall time"
@@ -156,13 +156,17 @@ def confinement() -> str:
 
     Raises UserError with what stands in each one's way, unless Q3MEGA_UNCONFINED=1 is set.
     """
+    if not CONFINE.exists():
+        raise UserError(
+            f"{CONFINE} is missing, without which no program runs: pip install . on Linux"
+        )
     problems = []
-    for level in ("namespaces", "landlock", "none"):
+    for level in LEVELS:
         if level == "none" and os.environ.get(UNCONFINED) != "1":
             break
         try:
             found = run("print(6 * 7)", level=level)
-        except (RuntimeError, OSError) as error:
+        except RuntimeError as error:
             problems.append(f"{level}: {error}")
             continue
         if found.stdout == "42\n":
@@ -170,8 +174,8 @@ def confinement() -> str:
         problems.append(f"{level}: {found.reason}")
     raise UserError(
         "nothing here confines the programs that a model writes "
-        f"({'; '.join(problems)}): allow user namespaces or Landlock, build q3mega on Linux, or "
-        f"set {UNCONFINED}=1 to run them all the same, at your own risk"
+        f"({'; '.join(problems)}): allow user namespaces or Landlock, or set "
+        f"{UNCONFINED}=1 to run them all the same, at your own risk"
     )
 
 

@@ -163,11 +163,35 @@ def test_a_killed_caller_leaves_no_program_behind():
     assert not any(alive(pid) for pid in launched)
 
 
-def test_nothing_runs_unconfined_unless_told_so(monkeypatch):
+@pytest.fixture
+def forbidden(tmp_path, monkeypatch):
+    """A machine that allows neither user namespaces nor Landlock."""
+    launcher = tmp_path / "confine"
+    launcher.write_text(
+        f'#!/bin/sh\n[ "$2" = none ] && exec {sandbox.CONFINE} "$@"\n'
+        'while [ "$1" != --report ]; do shift; done\n'
+        'echo "refused user namespaces: not permitted" > /proc/self/fd/$2\n'
+    )
+    launcher.chmod(0o755)
+    monkeypatch.setattr(sandbox, "CONFINE", launcher)
     monkeypatch.delenv(sandbox.UNCONFINED, raising=False)
-    monkeypatch.setattr(sandbox, "CONFINE", Path("/nowhere/confine"))
     confinement.cache_clear()
-    with pytest.raises(UserError, match="set Q3MEGA_UNCONFINED=1 to run them all the same"):
+    yield
+    confinement.cache_clear()
+
+
+def test_nothing_runs_unconfined_unless_told_so(forbidden, monkeypatch):
+    with pytest.raises(UserError, match=r"not permitted; .*Q3MEGA_UNCONFINED=1 to"):
+        run("print(1)")
+    monkeypatch.setenv(sandbox.UNCONFINED, "1")
+    assert run("print(1)").stdout == "1\n" and confinement() == "none"
+    assert "not permitted" in run("import os; os.fork()").reason
+
+
+def test_without_the_launcher_there_is_an_error_that_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox, "CONFINE", tmp_path / "confine")
+    confinement.cache_clear()
+    with pytest.raises(UserError, match="is missing, without which no program runs"):
         run("print(1)")
     confinement.cache_clear()
 
