@@ -98,20 +98,27 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = commands.add_parser(name, help=purpose)
         sub.set_defaults(command=command)
+        sub.set_defaults(mode="think")
         sub.add_argument("checkpoint", help="a Hugging Face folder, such as a stage's hf/")
         sub.add_argument("--budget", type=int, help="thinking budget, tokens")
         sub.add_argument("--max-tokens", type=int, default=256)
-        sub.add_argument("--temperature", type=float, default=0.6)
+        sub.add_argument("--temperature", type=float, help="default: the report's, by mode")
         sub.add_argument("--seed", type=int, default=0)
         if name == "eval":
-            sub.add_argument("--tasks", nargs="+", required=True, help="families, or capabilities")
+            sub.add_argument(
+                "--tasks",
+                nargs="+",
+                required=True,
+                help="families, capabilities, human_eval, FILE.jsonl",
+            )
             sub.add_argument("--mode", choices=("think", "no_think"), default="think")
             sub.add_argument("--tries", type=int, default=1, help="answers a problem, for pass@k")
-            sub.add_argument("--problems", type=int, default=100, help="of each family")
+            sub.add_argument("--problems", type=int, default=100, help="of each task")
         else:
             sub.add_argument(
-                "--no-think", action="store_true", help="pre-fill an empty think block"
-            )
+                "--no-think", dest="mode", action="store_const", const="no_think",
+                help="pre-fill an empty think block",
+            )  # fmt: skip
         if name == "generate":
             sub.add_argument("--prompt", required=True)
 
@@ -210,10 +217,13 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _params(arguments: argparse.Namespace, n: int = 1) -> "SamplingParams":
-    from q3mega.rollout.base import SamplingParams
+    from q3mega.rollout.base import EVALUATION, SamplingParams
 
     a = arguments
-    return SamplingParams(a.max_tokens, a.temperature, thinking_budget=a.budget, n=n, seed=a.seed)
+    how: dict[str, Any] = EVALUATION[a.mode]
+    if a.temperature is not None:
+        how = how | {"temperature": a.temperature}
+    return SamplingParams(a.max_tokens, **how, thinking_budget=a.budget, n=n, seed=a.seed)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -221,7 +231,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     messages = [{"role": "user", "content": arguments.prompt}]
     model = Checkpoint(arguments.checkpoint)
-    print(model.answer(messages, _params(arguments), think=not arguments.no_think))
+    print(model.answer(messages, _params(arguments), think=arguments.mode == "think"))
     return 0
 
 
@@ -231,7 +241,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     model, messages = Checkpoint(arguments.checkpoint), list[dict[str, str]]()
     while line := input("you> ").strip():
         messages.append({"role": "user", "content": line})
-        text = model.answer(messages, _params(arguments), think=not arguments.no_think)
+        text = model.answer(messages, _params(arguments), think=arguments.mode == "think")
         print(text)
         messages.append({"role": "assistant", "content": text})
     return 0

@@ -24,6 +24,7 @@ from q3mega.data.tasks import Problem, general, generate
 from q3mega.data.tasks.solutions import boxed, check
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, Head, parallel
+from q3mega.errors import UserError
 from q3mega.rewards import TASK_REWARD, score
 from q3mega.rewards.mode import mode_of
 from q3mega.rollout import Completion, Sampler, SamplingParams
@@ -118,6 +119,46 @@ def answers(
     done = [(i, c) for (i, _), c in zip(mine, completions, strict=True)]
     found = dict(parallel.gather_over_data(done))
     return [[Answer(p, c, text_of(c, tokenizer)) for c in found[i]] for i, p in enumerate(problems)]
+
+
+def graded(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    params: SamplingParams,
+    mode: Mode,
+) -> list[list[float]]:
+    """The scores of params.n answers to each row (`data.tasks.files`), by the rewards it names.
+
+    Without thinking the empty block is pre-filled. Raises UserError before anything is sampled for
+    a row that its rewards cannot judge.
+    """
+    for i, row in enumerate(rows):
+        _judged("", row, 0, params.max_tokens, i)
+    block = False if mode == "no_think" else None
+    prompts = [
+        tokenizer.encode(
+            render(
+                r["messages"],
+                add_generation_prompt=True,
+                enable_thinking=block,
+                tools=r.get("tools", ()),
+            )
+        )
+        for r in rows
+    ]
+    return [
+        [_judged(text_of(c, tokenizer), r, len(c.tokens), params.max_tokens, i) for c in tries]
+        for i, (r, tries) in enumerate(zip(rows, sampler.generate(prompts, params), strict=True))
+    ]
+
+
+def _judged(text: str, row: Mapping[str, Any], tokens: int, max_tokens: int, number: int) -> float:
+    given = {"tokens": tokens, "max_tokens": max_tokens} | dict(row)
+    try:
+        return score(row["reward"], text, given).score
+    except KeyError as error:
+        raise UserError(f"row {number + 1}: the reward {row['reward']} needs {error}") from error
 
 
 def text_of(completion: Completion, tokenizer: Tokenizer) -> str:

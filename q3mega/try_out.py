@@ -7,6 +7,7 @@ from typing import Any
 from q3mega import evaluate
 from q3mega.data.chat import render
 from q3mega.data.corpus import REASONING
+from q3mega.data.tasks import files
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
@@ -42,8 +43,20 @@ class Checkpoint:
     ) -> Iterator[tuple[str, dict[str, float]]]:
         """(metric, {value, n, low, high}) for each task: accuracy, and pass@k up to params.n."""
         for task in tasks:
+            if files.named(task):
+                scores = evaluate.graded(
+                    self.sampler, self.tokenizer, files.rows(task)[:n], params, mode
+                )
+                yield f"{task} score", evaluate.proportion(sum(s) / len(s) for s in scores)
+                if params.n > 1:
+                    passed = [[score == 1 for score in tries] for tries in scores]
+                    yield f"{task} pass@{params.n}", evaluate.pass_at_k(passed, params.n)
+                continue
             if task not in TASKS:
-                raise UserError(f"--tasks {task} is unknown: use some of {', '.join(TASKS)}")
+                raise UserError(
+                    f"--tasks {task} is unknown: use some of {', '.join(TASKS)}, "
+                    f"{files.HUMAN_EVAL}, or a .jsonl file"
+                )
             if task == "capabilities":
                 yield from evaluate.capabilities(
                     self.sampler, self.tokenizer, params.seed, params.max_tokens

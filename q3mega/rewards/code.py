@@ -14,7 +14,8 @@ looks for the tests finds nothing to gain by it.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from q3mega.errors import UserError
@@ -105,35 +106,35 @@ def code(completion: str, row: Mapping[str, Any]) -> Verdict:
 
     row["limits"]: fields of sandbox.Limits, for each process. Raises UserError for malformed tests.
     """
+    failure, limits = _tester(row["tests"]), Limits(**row.get("limits", {}))
     text = reply(completion)
     if text is None:
         return Verdict(0.0, "think block malformed or never closed")
     blocks = _BLOCK.findall(text)
     program = blocks[-1] if blocks else text
     if not program.strip() or len(program) > MAX_CHARACTERS:
-        return Verdict(0.0, "no program" if not program.strip() else "a program too long")
-    problem = first_failure(program, row["tests"], Limits(**row.get("limits", {})))
+        return Verdict(0.0, "a program too long" if program.strip() else "no program")
+    problem = failure(program, limits)
     return Verdict(1.0, "all tests passed") if problem is None else Verdict(0.0, problem)
 
 
-def first_failure(program: str, tests: Mapping[str, Any], limits: Limits) -> str | None:
-    """What the program does wrong, in a line; None if it passes."""
+def _tester(tests: Mapping[str, Any]) -> Callable[[str, Limits], str | None]:
+    """What says in a line what a program does wrong, or None if it passes."""
     match dict(tests):
         case {"cases": [_, *_] as cases, **rest} if not rest:
-            return _first_wrong_output(program, cases, limits)
+            return partial(_first_wrong_output, cases)
         case {"entry_point": str(name), "calls": [_, *_] as calls, **rest} if not rest:
             table = [(c["arguments"], c["result"]) for c in calls]
-            check = f"inf = 1e999\nCALLS = {table!r}\n{_TABLE}"
-            return _failed_check(program, name, check, "", limits)
+            return partial(_failed_check, name, f"inf = 1e999\nCALLS = {table!r}\n{_TABLE}", "")
         case {"entry_point": str(name), "check": str(check), **rest} if rest.keys() <= {"prompt"}:
-            return _failed_check(program, name, check, rest.get("prompt", ""), limits)
+            return partial(_failed_check, name, check, rest.get("prompt", ""))
     raise UserError(
         f"tests={str(tests)[:100]!r}: give cases (stdin, stdout), or entry_point with calls "
         "(arguments, result) or with check, and none of them empty"
     )
 
 
-def _first_wrong_output(program: str, cases: list[Mapping[str, str]], limits: Limits) -> str | None:
+def _first_wrong_output(cases: list[Mapping[str, str]], program: str, limits: Limits) -> str | None:
     for number, case in enumerate(cases, 1):
         found = run(program, case["stdin"], limits)
         if found.status != "ok":
@@ -149,7 +150,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _failed_check(
-    program: str, entry_point: str, check: str, prompt: str, limits: Limits
+    entry_point: str, check: str, prompt: str, program: str, limits: Limits
 ) -> str | None:
     """Both processes, each reading what the other writes."""
     serve = f"PROGRAM, ENTRY = {program!r}, {entry_point!r}\n{_SERVE}"

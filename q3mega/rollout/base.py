@@ -13,6 +13,13 @@ STOP_THINKING = (
 )
 
 
+# How the report samples in its evaluations (section 4.6), presence penalty aside.
+EVALUATION = {
+    "think": {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
+    "no_think": {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+}
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """max_tokens: sampled tokens a completion. thinking_budget: tokens after which an open think

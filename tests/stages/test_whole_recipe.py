@@ -19,6 +19,7 @@ from q3mega import device  # noqa: F401
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from q3mega.cli import main
 from q3mega.data.batch import Sample, collate
 from q3mega.data.corpus import REASONING
 from q3mega.data.tasks.general import GENERAL
@@ -111,6 +112,20 @@ def test_transformers_reads_in_what_a_stage_leaves_the_engines_model(uncut, stag
             eos_token_id=[sampler.tokenizer.eos, sampler.tokenizer.eod],
         )  # fmt: skip
         assert out[0, len(prompt) :].tolist() == completion.tokens
+
+
+def test_eval_takes_problems_of_ones_own(uncut, tmp_path, capsys):
+    folder, file = folders(uncut)["general_rl"] / "hf", tmp_path / "mine.jsonl"
+    row = {"question": "What is 5-1+3?", "reward": "length"}  # 1 for a short answer
+    file.write_text(json.dumps(row) + "\n" + json.dumps(row | {"reward": ["length", "answered"]}))
+    command = ["eval", str(folder), "--mode", "no_think", "--max-tokens", "40", "--tries", "2"]
+    assert main([*command, "--tasks", str(file)]) == 0
+    (mean, best) = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert mean[:2] == [str(file), "score"] and best[:2] == [str(file), "pass@2"]
+    assert 0 <= float(mean[2]) <= 1 and mean[-1] == best[-1] == "n=2"
+    file.write_text(json.dumps(row | {"reward": "code"}))
+    assert main([*command, "--tasks", str(file)]) == 2
+    assert "row 1: the reward code needs 'tests'" in capsys.readouterr().err
 
 
 def test_ten_kills_change_nothing(uncut, tmp_path):
