@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 from q3mega.algorithms.losses import normalise, supervised
 from q3mega.data.batch import Sample, pack
 from q3mega.engine import Engine, OptimizerSpec
+from q3mega.layout import Layout
 from q3mega.model import Qwen3Shape
-from q3mega.recipe import Layout
 
 LENGTH, DOCUMENTS = 256, 16
 DENSE = Qwen3Shape(

@@ -14,8 +14,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from q3mega.cost import RATES, Job, Rates, step
+from q3mega.layout import Layout
 from q3mega.model import QWEN3
-from q3mega.recipe import Layout
 
 A3B, A22B = "qwen3-30b-a3b", "qwen3-235b-a22b"
 

@@ -207,7 +207,7 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from q3mega.convert import hf_to_mcore, mcore_to_hf
-    from q3mega.recipe import layout_of
+    from q3mega.layout import layout_of
 
     a = arguments
     layout = layout_of(a.overrides, processes=int(os.environ.get("WORLD_SIZE", 1)))

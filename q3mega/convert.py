@@ -15,8 +15,8 @@ import torch.distributed as dist
 from q3mega.data.batch import Sample, collate
 from q3mega.engine import Engine, checkpoint
 from q3mega.errors import UserError
+from q3mega.layout import Layout, check_layout
 from q3mega.model.huggingface import audit, dtype_of, shape_of
-from q3mega.recipe import Layout, check_layout
 
 KEPT = ("config.json", "generation_config.json", "*token*", "vocab.json", "merges.txt", "*.jinja")
 NEAR = 1e-4  # apart, of fp32 logits; bf16 ones differ by their rounding and are only shown

@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from q3mega.layout import Layout, Recompute
 from q3mega.model.sizes import Qwen3Shape
-from q3mega.recipe import Layout, Recompute
 
 GIB = 2**30
 

@@ -26,9 +26,13 @@ from rich.live import Live
 from rich.table import Table
 
 from q3mega import report
+from q3mega.data.tasks import files
+from q3mega.data.tasks.pool import Pool
 from q3mega.errors import UserError
 from q3mega.recipe import Recipe
+from q3mega.rewards import judge_answer
 from q3mega.sections import nearest
+from q3mega.settings import ModeFusion
 
 MIN_FREE_BYTES = 200 * 2**20
 DETERMINISM = {  # what makes a run repeat bit for bit
@@ -63,6 +67,7 @@ def run(
     run_dir = Path(run_dir)
     stages = _chosen(recipe, only, start)
     prepare(recipe, run_dir)
+    _check_files(recipe)
     with _lock(run_dir), _Progress(recipe) as progress:
         for stage in stages:
             folder = recipe.stage_dir(run_dir, stage)
@@ -82,6 +87,15 @@ def prepare(recipe: Recipe, run_dir: Path) -> None:
     except OSError as error:
         raise UserError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
     _keep_recipe(recipe, run_dir)
+
+
+def _check_files(recipe: Recipe) -> None:
+    """UserError for a row that a stage could not use, before any of them computes."""
+    for problem in Pool(recipe.problems):
+        judge_answer(problem, "")
+    for stage in recipe.stages.values():
+        for name in stage.non_thinking if isinstance(stage, ModeFusion) else ():
+            files.answered(name)
 
 
 def _chosen(recipe: Recipe, only: str | None, start: str | None) -> list[str]:

@@ -21,11 +21,11 @@ from q3mega.data import corpus
 from q3mega.data.batch import Batch, Sample, pack
 from q3mega.data.chat import parse, render
 from q3mega.data.tasks import Problem, general, generate
-from q3mega.data.tasks.solutions import boxed, check
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, Head, parallel
 from q3mega.errors import UserError
-from q3mega.rewards import TASK_REWARD, score
+from q3mega.rewards import TASK_REWARD, judge_answer, reward_of, score
+from q3mega.rewards.answer import boxes
 from q3mega.rewards.mode import mode_of
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.episodes import run_episodes
@@ -58,16 +58,6 @@ def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> dict[str, float]:
     return proportion(values)
 
 
-def held_out(n: int, difficulty: Mapping[str, tuple[int, int]] | None = None) -> list[Problem]:
-    """n held-out reasoning problems, the families in turn; the same ones in every stage."""
-    share = -(-n // len(corpus.REASONING))
-    drawn = [
-        generate(f, share, seed=0, heldout=True, difficulty=(difficulty or {}).get(f))
-        for f in corpus.REASONING
-    ]
-    return list(itertools.chain.from_iterable(zip(*drawn, strict=True)))[:n]
-
-
 def flagged(problem: Problem, mode: Mode | None) -> list[dict[str, Any]]:
     """The problem's messages, with /think or /no_think added to the last user turn."""
     *before, last = problem.messages
@@ -82,18 +72,20 @@ class Answer:
     problem: Problem
     completion: Completion
     text: str
+    max_tokens: int
 
     @property
     def correct(self) -> bool:
-        message = parse(self.text)
-        answer = boxed(message.content) if message.closed else None
-        return answer is not None and check(self.problem, answer)
+        """Full marks from the problem's reward."""
+        tokens = len(self.completion.tokens)
+        return judge_answer(self.problem, self.text, tokens, self.max_tokens).score == 1.0
 
     @property
     def answered(self) -> bool:
-        """A boxed answer outside of a closed think block, right or wrong."""
+        """A reply after the thinking, right or wrong; in a box where the answer belongs there."""
         message = parse(self.text)
-        return message.closed and boxed(message.content) is not None
+        boxed = reward_of(self.problem) == ("rule", "answer")
+        return message.closed and bool(boxes(message.content) if boxed else message.content)
 
     @property
     def mode(self) -> str | None:
@@ -118,7 +110,10 @@ def answers(
     completions = sampler.generate(prompts, replace(params, seed=params.seed + rank))
     done = [(i, c) for (i, _), c in zip(mine, completions, strict=True)]
     found = dict(parallel.gather_over_data(done))
-    return [[Answer(p, c, text_of(c, tokenizer)) for c in found[i]] for i, p in enumerate(problems)]
+    return [
+        [Answer(p, c, text_of(c, tokenizer), params.max_tokens) for c in found[i]]
+        for i, p in enumerate(problems)
+    ]
 
 
 def graded(
@@ -175,25 +170,24 @@ def accuracy(found: Sequence[Sequence[Answer]]) -> dict[str, float]:
 def thinking(
     sampler: Sampler,
     tokenizer: Tokenizer,
+    problems: Sequence[Problem],
     seed: int,
     *,
-    n: int = 400,
-    tries: int = 1,
     mode: Mode | None = None,
     max_tokens: int = MAX_TOKENS,
 ) -> dict[str, dict[str, float]]:
-    """Thinking-mode accuracy on n held-out problems at T=0.6 (the report's), T=1 and greedy."""
+    """Thinking-mode accuracy on held-out problems at T=0.6 (the report's), T=1 and greedy."""
     results: dict[str, dict[str, float]] = {}
     for name, temperature in (
         ("think_accuracy", 0.6),
         ("think_accuracy_t1", 1.0),
         ("think_accuracy_greedy", 0.0),
     ):
-        params = SamplingParams(max_tokens, temperature, n=tries, seed=seed)
-        found = answers(sampler, tokenizer, held_out(n), params, mode)
+        params = SamplingParams(max_tokens, temperature, seed=seed)
+        found = answers(sampler, tokenizer, problems, params, mode)
         results[name] = accuracy(found)
         if name == "think_accuracy":
-            for family in corpus.REASONING:
+            for family in dict.fromkeys(p.family for p in problems):
                 members = [tries for tries in found if tries[0].problem.family == family]
                 results[f"think_accuracy/{family}"] = accuracy(members)
             results["answered"] = proportion(a.answered for tries in found for a in tries)

@@ -15,8 +15,10 @@ from pyarrow import parquet
 from q3mega import driver, evaluate
 from q3mega.data.curate.dataset import Curated
 from q3mega.engine import Engine
+from q3mega.layout import Layout
 from q3mega.model.huggingface import shape_of
-from q3mega.recipe import Layout, Pretrain, Recipe
+from q3mega.recipe import Recipe
+from q3mega.settings import Pretrain
 
 STAGE = "pretrain_general"
 LABELS = ("domain", "quality", "language", "source")

@@ -8,19 +8,17 @@ from typing import Any
 
 from q3mega.cost import CARDS, GIB, Card, Job, Rollouts, by_stage, memory, sent, step
 from q3mega.errors import UserError
+from q3mega.layout import Layout, Recompute, check_layout
 from q3mega.model.sizes import QWEN3, Qwen3Shape
-from q3mega.recipe import (
+from q3mega.recipe import Recipe
+from q3mega.settings import (
     SFT,
     DistillOffPolicy,
     DistillOnPolicy,
     GeneralRL,
-    Layout,
     ModeFusion,
     Pretrain,
-    Recipe,
-    Recompute,
     RLSettings,
-    check_layout,
 )
 
 # -- a recipe's stages -----------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def render(run_dir: Path, evals: Evals) -> str:
     for _, folder in _stages(run_dir):
         state = "" if (folder / "DONE").exists() else " (not finished)"
         body.append(f"<h2>{escape(folder.name)}{state}</h2>")
-        body += [_training(folder), _drops(folder), _audit(folder), _samples(folder)]
+        body += [_training(folder), _curation(folder), _audit(folder), _samples(folder)]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(run_dir.resolve().name)}</title><style>{_STYLE}</style></head><body>"
@@ -259,10 +259,14 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _drops(folder: Path) -> str:
-    drops = _json(folder / "data" / "drops.json")
-    table = _table(["rule", "dropped"], [[rule, str(count)] for rule, count in drops.items()])
-    return _titled("h3", "Data dropped by curation", table) if drops else ""
+def _curation(folder: Path) -> str:
+    """How many items came to each step, and how many each rule dropped."""
+    parts = []
+    for name, head in (("funnel", ["curation", "items"]), ("drops", ["dropped by", "items"])):
+        counts = _json(folder / "data" / f"{name}.json")
+        if counts:
+            parts.append(_table(head, [[step, f"{n:,}"] for step, n in counts.items()]))
+    return _titled("h3", "Curation of the data", "\n".join(parts)) if parts else ""
 
 
 def _audit(folder: Path) -> str:

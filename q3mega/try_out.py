@@ -6,13 +6,14 @@ from typing import Any
 
 from q3mega import evaluate
 from q3mega.data.chat import render
-from q3mega.data.corpus import REASONING
 from q3mega.data.tasks import files
+from q3mega.data.tasks.pool import Pool
+from q3mega.data.tasks.reasoning import REASONING
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
+from q3mega.layout import Layout
 from q3mega.model.huggingface import shape_of
-from q3mega.recipe import Layout
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 
@@ -62,7 +63,7 @@ class Checkpoint:
                     self.sampler, self.tokenizer, params.seed, params.max_tokens
                 ).items()
                 continue
-            problems = [p for p in evaluate.held_out(n * len(REASONING)) if p.family == task]
+            problems = Pool().draw(task, n, seed=0, heldout=True)
             found = evaluate.answers(self.sampler, self.tokenizer, problems, params, mode)
             yield f"{task} pass@1", evaluate.accuracy(found)
             if params.n > 1:

@@ -19,10 +19,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from q3mega.engine import parallel
 from q3mega.engine.optimizer import OptimizerSpec, build_optimizer
+from q3mega.layout import Layout
 from q3mega.model import QWEN3
 from q3mega.model.attention import Positions
 from q3mega.model.megatron import build_model, transformer_config
-from q3mega.recipe import Layout
 
 rank, name, layout = int(sys.argv[1]), sys.argv[2], Layout(**json.loads(sys.argv[3]))
 shape = QWEN3[name]

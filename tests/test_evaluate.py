@@ -13,9 +13,10 @@ from q3mega import device  # noqa: F401
 from tiny import LAYOUT, SHAPES
 
 from q3mega.data import corpus
+from q3mega.data.tasks.pool import Pool
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
-from q3mega.evaluate import expert_load, held_out, pass_at_k, proportion
+from q3mega.evaluate import expert_load, pass_at_k, proportion
 
 
 def test_wilson_interval_of_a_known_case():
@@ -37,7 +38,7 @@ def test_pass_at_k_counts_subsets(tries, k):
 
 
 def test_held_out_problems_are_held_out():
-    problems = held_out(42)
+    problems = Pool().held_out(42)
     assert all(p.heldout for p in problems)
     assert len({p.id for p in problems}) == 42
     assert len({p.family for p in problems}) == 3

@@ -19,8 +19,14 @@ FLOORS = [  # from the ground up; rooms of one floor may import each other
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Plain words that every floor speaks, and what the recipe itself may lean on.
-EVERYWHERE = {"errors", "recipe", "sections"}
-BELOW_RECIPE = {"q3mega.errors", "q3mega.sections", "q3mega.model.sizes"}
+EVERYWHERE = {"errors", "layout", "recipe", "sections", "settings"}
+BELOW_RECIPE = {
+    "q3mega.errors",
+    "q3mega.layout",
+    "q3mega.model.sizes",
+    "q3mega.sections",
+    "q3mega.settings",
+}
 
 
 def modules() -> dict[str, str]:

@@ -15,9 +15,10 @@ import pytest
 from published import A3B, A22B, EP16, MEMORY, PUBLISHED, errors, job
 
 from q3mega.cost import CARDS, GIB, by_stage, memory, sent, step
+from q3mega.layout import Layout
 from q3mega.model import QWEN3
 from q3mega.plan import best, table_of_stages
-from q3mega.recipe import Layout, Recipe
+from q3mega.recipe import Recipe
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from q3mega.errors import UserError
+from q3mega.layout import Layout, check_layout
 from q3mega.model.sizes import QWEN3
-from q3mega.recipe import STAGES, Layout, ModelSpec, Recipe, check_layout
+from q3mega.recipe import ModelSpec, Recipe
+from q3mega.settings import STAGES
 
 LAPTOP = yaml.safe_load(
     (Path(__file__).resolve().parent.parent / "examples" / "laptop.yaml").read_text()

@@ -25,12 +25,12 @@ from q3mega.data.batch import Sample
 from q3mega.data.chat import render
 from q3mega.data.curate.dataset import Curated
 from q3mega.data.tasks import Problem, general, generate
+from q3mega.data.tasks.reasoning import REASONING
 from q3mega.data.tasks.solutions import response_text, solve, text_documents, thinking_text
 from q3mega.data.tokenizer import Tokenizer
 
 # The reasoning families and their shares of the pre-training problems.
 SHARES = {"chain_sum": 0.4, "modular_product": 0.28, "number_sorting": 0.32}
-REASONING = tuple(SHARES)
 # How many of the worked steps are wrong: a base model that knows the way and stumbles on it. Fewer
 # of the sums, which have most facts and so are the slowest to get rid of their slips.
 SLIPS = {"chain_sum": 0.18, "modular_product": 0.28, "number_sorting": 0.27}

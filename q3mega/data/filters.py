@@ -1,19 +1,29 @@
 """The two filters of the cold start (Qwen3 report, section 4.1), and domain balance.
 
-Each returns the name of the rule that drops an item, or None. They look at text alone; what they
-drop is counted by rule and shown in the report.
+Each returns the name of the rule that drops an item, or None, from the text alone. The generated
+families are worked in lines of arithmetic, which can be held to stricter rules than prose; where
+rules cannot tell, a judge model is asked (`data.opinions`).
 """
 
+import itertools
 import random
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 
+from q3mega.data.language import scripts
+from q3mega.data.ngrams import WORD, grams
 from q3mega.data.tasks.base import Problem
-from q3mega.data.tasks.solutions import boxed, check
+from q3mega.data.tasks.solutions import METHODS, boxed
 
+COPIED = 13  # words in a row that an answer shares with a validation question
+LOOP = 20  # words in a row that are said again
+LOOPS = 0.2  # of an answer said again: a loop
+FOREIGN = 0.01  # of the words in a script that the question does not have
+THOUGHT = 20  # words of prose: with fewer an answer is a guess
 _NUMBER = re.compile(r"\d+")
 _PROSE = re.compile(r"[A-Za-z]+ [A-Za-z]+")  # says something instead of doing a step
 _ASCII_WORDS = re.compile(r"[A-Za-z]+")
+_PARTS = re.compile(r"\(([a-z]|[ivx]+)\)")
 # function words of the languages that a small English-German-Chinese teacher slips into
 _FOREIGN = frozenset([
     "der", "die", "das", "und", "ist", "nicht", "wir", "auch",
@@ -21,75 +31,135 @@ _FOREIGN = frozenset([
 ])  # fmt: skip
 
 
-def query_filter(query: Problem, answered_without_thinking: bool) -> str | None:
-    """Drop what cannot be verified, asks several things, or needs no thinking.
-
-    answered_without_thinking: the judge got it right directly (a model's answer, not a guess here).
-    """
-    if not query.answer:
+def query_filter(query: Problem) -> str | None:
+    """Drop what cannot be verified, and what asks several things."""
+    if query.meta.get("reward", "answer") == "answer" and not query.answer:
         return "not_verifiable"
-    if len(re.findall(r"[?]|(?<=\d)\.(?=\s|$)", query.question)) > 1:
-        return "several_questions"
-    return "answerable_without_thinking" if answered_without_thinking else None
+    asked = len(re.findall(r"[?]", query.question))
+    if _arithmetic(query):
+        asked += len(re.findall(r"(?<=\d)\.(?=\s|$)", query.question))
+    parts = set(_PARTS.findall(query.question))
+    return "several_questions" if asked > 1 or {"a", "b"} <= parts or {"i", "ii"} <= parts else None
 
 
-def response_filter(
-    query: Problem, thinking: str, response: str, validation: Collection[str] = ()
-) -> str | None:
-    """The six rules, in the report's order. validation: questions held out before generating."""
-    answer = boxed(response)
-    if answer is None or not check(query, answer):
-        return "wrong_answer"
-    lines = [line for line in thinking.splitlines() if line.strip()]
-    if _repeats(lines):
-        return "repetition"
-    if _similar(thinking, validation, query.question):
-        return "validation_copy"
-    if any(_foreign(line) for line in lines):
-        return "language_mixing"
-    if sum(not _PROSE.search(line) for line in lines) < max(1, query.difficulty - 1):
-        return "guess"
-    if not _agree(lines, answer):
-        return "disagreement"
-    return None
+class ResponseFilter:
+    """The six rules, in the report's order, and one for an answer that never came.
+
+    validation: questions that were held out before anything was generated.
+    """
+
+    def __init__(self, validation: Sequence[str]) -> None:
+        self.validation = set(validation)
+        self.grams = {g: q for q in validation for g in grams(q, COPIED)}
+
+    def __call__(
+        self, query: Problem, thinking: str, response: str, right: Callable[[str], bool]
+    ) -> str | None:
+        """right(text): whether the answer that a text gives is the reference."""
+        if not response.strip():
+            return "unfinished"
+        if not right(response):
+            return "wrong_answer"
+        lines = [line for line in thinking.splitlines() if line.strip()]
+        if _repeats(lines) or _loops(thinking):
+            return "repetition"
+        if self._copies(thinking, query.question):
+            return "validation_copy"
+        of = _ArithmeticRules if _arithmetic(query) else _ProseRules
+        if of.mixed(query, lines):
+            return "language_mixing"
+        if of.guessed(query, lines):
+            return "guess"
+        return "disagreement" if of.disagrees(lines, response, right) else None
+
+    def _copies(self, text: str, own: str) -> bool:
+        if any(question in text for question in self.validation if question != own):
+            return True
+        shared = (self.grams.get(g, own) for g in grams(text, COPIED))
+        return any(question != own for question in shared)
 
 
-def balance(queries: Sequence[Problem], seed: int) -> list[Problem]:
-    """As many of every family as of the rarest one, shuffled."""
-    families: dict[str, list[Problem]] = {}
-    for query in queries:
-        families.setdefault(query.family, []).append(query)
-    smallest = min(map(len, families.values()), default=0)
+def balance(queries: Sequence[Problem], seed: int, most: int | None = None) -> list[Problem]:
+    """As many of every domain as of the rarest one, or `most` in all, the domains in turn."""
     rng = random.Random(seed)
-    kept = [q for members in families.values() for q in rng.sample(members, smallest)]
+    domains: dict[str, list[Problem]] = {}
+    for query in queries:
+        domains.setdefault(query.family, []).append(query)
+    if most is None:
+        size = min(map(len, domains.values()), default=0)
+        kept = [q for members in domains.values() for q in rng.sample(members, size)]
+    else:
+        shuffled = [rng.sample(members, len(members)) for members in domains.values()]
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*shuffled))
+        kept = [q for q in turns if q is not None][:most]
     rng.shuffle(kept)
     return kept
+
+
+def _arithmetic(query: Problem) -> bool:
+    return query.family in METHODS
 
 
 def _repeats(lines: list[str]) -> bool:
     """A block of whole lines that comes three times in a row."""
     for size in range(1, len(lines) // 3 + 1):
-        for start in range(len(lines) - 3 * size + 1):
-            block = lines[start : start + size]
-            if lines[start : start + 3 * size] == block * 3:
+        run = 0  # of lines that equal the one `size` lines on
+        for line, later in zip(lines, lines[size:], strict=False):
+            run = run + 1 if line == later else 0
+            if run == 2 * size:
                 return True
     return False
 
 
-def _similar(text: str, validation: Collection[str], own: str) -> bool:
-    return any(question in text for question in validation if question != own)
+def _loops(text: str) -> bool:
+    """Much of it said before, in the same words."""
+    words = WORD.findall(text.lower())
+    runs = len(words) - LOOP + 1
+    return runs > 0 and len(grams(text, LOOP)) < (1 - LOOPS) * runs
 
 
-def _foreign(line: str) -> bool:
-    """A letter outside the Latin script's ASCII part, or a function word of another language."""
-    if any(c.isalpha() and not c.isascii() for c in line):
-        return True
-    return any(word.lower() in _FOREIGN for word in _ASCII_WORDS.findall(line))
+class _ArithmeticRules:
+    """Of thinking in lines such as 5-1=4, in English."""
+
+    @staticmethod
+    def mixed(query: Problem, lines: list[str]) -> bool:
+        """A letter outside of ASCII, or a function word of another language."""
+        text = "\n".join(lines)
+        if any(c.isalpha() and not c.isascii() for c in text):
+            return True
+        return any(word.lower() in _FOREIGN for word in _ASCII_WORDS.findall(text))
+
+    @staticmethod
+    def guessed(query: Problem, lines: list[str]) -> bool:
+        return sum(not _PROSE.search(line) for line in lines) < max(1, query.difficulty - 1)
+
+    @staticmethod
+    def disagrees(lines: list[str], response: str, right: Callable[[str], bool]) -> bool:
+        """Whether the thinking ends in another answer: as its last number, or as its lines list."""
+        answer = boxed(response) or ""
+        last = _NUMBER.findall(lines[-1]) if lines else []
+        listed = [line.split(":")[0].strip() for line in lines]
+        digits = answer.split()
+        return not (last and (last[-1] == answer or listed[-len(digits) :] == digits))
 
 
-def _agree(lines: list[str], answer: str) -> bool:
-    """The thinking ends in the summary's answer: as its last number, or as what its lines list."""
-    last = _NUMBER.findall(lines[-1]) if lines else []
-    listed = [line.split(":")[0].strip() for line in lines]
-    digits = answer.split()
-    return bool(last) and (last[-1] == answer or listed[-len(digits) :] == digits)
+class _ProseRules:
+    """Of thinking in any language. Two Latin languages are not told apart: that is the judge's."""
+
+    @staticmethod
+    def mixed(query: Problem, lines: list[str]) -> bool:
+        """Words in a script that neither the question nor mathematics has."""
+        found = scripts("\n".join(lines))
+        usual = {"LATIN", "GREEK", "MATHEMATICAL", *scripts(query.question)}
+        foreign = sum(count for script, count in found.items() if script not in usual)
+        return foreign > FOREIGN * found.total()
+
+    @staticmethod
+    def guessed(query: Problem, lines: list[str]) -> bool:
+        return sum(len(WORD.findall(line)) for line in lines) < THOUGHT
+
+    @staticmethod
+    def disagrees(lines: list[str], response: str, right: Callable[[str], bool]) -> bool:
+        """Whether the last answer that the thinking puts in a box is another one."""
+        last = next((line for line in reversed(lines) if "\\boxed{" in line), None)
+        return last is not None and not right(last)

@@ -1,6 +1,10 @@
-"""Language identification: py3langid's classifier of 139 languages, whose model is in its wheel."""
+"""Scripts by Unicode, languages by py3langid: a classifier of 139, whose model is in its wheel."""
 
 import functools
+import re
+import unicodedata
+from collections import Counter
+from itertools import groupby
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
@@ -20,3 +24,19 @@ def identify(text: str) -> tuple[str, float]:
     """
     code, probability = _identifier().classify(text[:READ])
     return code, float(probability)
+
+
+@functools.lru_cache(maxsize=10_000)
+def script(letter: str) -> str:
+    """The Unicode script by name: "LATIN", "CYRILLIC"; Han and kana are one, for Japanese."""
+    name = re.split(r"[ -]", unicodedata.name(letter, "UNKNOWN"), maxsplit=1)[0]
+    return "CJK" if name in ("HIRAGANA", "KATAKANA", "IDEOGRAPHIC") else name
+
+
+def scripts(text: str) -> Counter[str]:
+    """Words by script: a run of letters is one, and so is each letter of Chinese and Japanese."""
+    found: Counter[str] = Counter()
+    for name, run in groupby(text, lambda c: script(c) if c.isalpha() else ""):
+        found[name] += sum(1 for _ in run) if name == "CJK" else 1
+    del found[""]
+    return found

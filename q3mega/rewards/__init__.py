@@ -10,8 +10,9 @@ preference) need a model and are called with one from the stage that holds it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from q3mega.data.tasks import Problem
 from q3mega.errors import UserError
 
 
@@ -28,6 +29,8 @@ class Verdict:
 
 
 Reward = Callable[[str, Mapping[str, Any]], Verdict]
+Kind = Literal["rule", "judge", "preference"]
+Names = str | Sequence[str]  # of registered rewards
 _REWARDS: dict[str, Reward] = {}
 
 
@@ -44,7 +47,7 @@ def reward(name: str) -> Callable[[Reward], Reward]:
     return register
 
 
-def score(names: str | Sequence[str], completion: str, row: Mapping[str, Any]) -> Verdict:
+def score(names: Names, completion: str, row: Mapping[str, Any]) -> Verdict:
     """The verdict of one registered reward; of several, the product, with the lowest one's reason.
 
     Raises UserError for an unknown name.
@@ -75,7 +78,7 @@ from q3mega.rewards import (  # noqa: E402  (they register)
 )
 
 # family -> (kind of reward, its name or names); the reasoning families are the answer reward's
-TASK_REWARD: dict[str, tuple[str, str | tuple[str, ...]]] = {
+TASK_REWARD: dict[str, tuple[Kind, Names]] = {
     "repeat_digit": ("rule", "exact"),
     "json_digit": ("rule", "json"),
     "think_follow": ("rule", ("mode", "answered")),
@@ -87,3 +90,30 @@ TASK_REWARD: dict[str, tuple[str, str | tuple[str, ...]]] = {
     "rag_answer": ("judge", "judge"),
     "rag_name": ("judge", "judge"),
 }
+
+
+def reward_of(problem: Problem) -> tuple[Kind, Names]:
+    """What judges a problem: the reward that its file names, else its task's."""
+    match problem.meta.get("reward"):
+        case None:
+            return TASK_REWARD.get(problem.family, ("rule", "answer"))
+        case "judge" | "preference" as kind:
+            return kind, kind
+        case names:
+            return "rule", names
+
+
+def judge_answer(problem: Problem, text: str, tokens: int = 0, max_tokens: int = 0) -> Verdict:
+    """The verdict of a problem's rule reward on a completion of `tokens` of at most `max_tokens`.
+
+    Raises UserError for a problem that lacks what its reward reads, or has a model for a reward.
+    """
+    kind, names = reward_of(problem)
+    if kind != "rule":
+        raise UserError(f"reward={kind} of {problem.question[:60]!r} is a model's, not a rule")
+    try:
+        return score(names, text, problem.row | {"tokens": tokens, "max_tokens": max_tokens})
+    except KeyError as error:
+        raise UserError(
+            f"reward={names} of {problem.question[:60]!r} needs the field {error}"
+        ) from error

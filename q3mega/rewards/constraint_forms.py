@@ -7,9 +7,10 @@ from itertools import pairwise
 from json import loads
 from typing import Annotated, Any
 
+from q3mega.data.language import scripts
 from q3mega.rewards import text_units as units
 from q3mega.rewards.constraints import kind
-from q3mega.rewards.language import NAMES, SCRIPTS, scripts, written_in
+from q3mega.rewards.language import NAMES, SCRIPTS, written_in
 from q3mega.rewards.text_units import fold
 
 LanguageCode = Annotated[str, NAMES]

@@ -5,15 +5,12 @@ mixing languages. Scripts are a coarse form of it that short texts cannot fool: 
 English answer shows, French does not.
 """
 
-import functools
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping
-from itertools import groupby
 from typing import Any
 
-from q3mega.data.language import READ, identify
+from q3mega.data.language import READ, identify, script, scripts
 from q3mega.rewards import Verdict, reward
 
 # code -> its name, its script
@@ -44,22 +41,6 @@ SHARE = 0.7  # of a text in the language: the rest is names, quotations and loan
 MIN_LETTERS = 20  # below them the classifier is wrong more often than one time in five
 _KANA = 0.1  # of the letters of Japanese and more; Chinese has none
 _LETTERS = re.compile(r"[^\W\d_]")
-
-
-@functools.lru_cache(maxsize=10_000)
-def script(letter: str) -> str:
-    """The Unicode script by name: "LATIN", "CYRILLIC"; Han and kana are one, for Japanese."""
-    name = re.split(r"[ -]", unicodedata.name(letter, "UNKNOWN"), maxsplit=1)[0]
-    return "CJK" if name in ("HIRAGANA", "KATAKANA", "IDEOGRAPHIC") else name
-
-
-def scripts(text: str) -> Counter[str]:
-    """Words by script: a run of letters is one, and so is each letter of Chinese and Japanese."""
-    found: Counter[str] = Counter()
-    for name, run in groupby(text, lambda c: script(c) if c.isalpha() else ""):
-        found[name] += sum(1 for _ in run) if name == "CJK" else 1
-    del found[""]
-    return found
 
 
 def written_in(text: str, code: str) -> str | None:

@@ -11,8 +11,8 @@ import sys
 import unicodedata
 from itertools import groupby
 
+from q3mega.data.language import script
 from q3mega.data.text import clean
-from q3mega.rewards.language import script
 
 # Han and kana are written without spaces: each counts as a word, as in q3mega.data.text.
 IDEOGRAPHS = r"\u3005\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"

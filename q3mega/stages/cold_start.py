@@ -7,88 +7,207 @@ trained on (Qwen3 report, section 4.1). Validation questions are held out before
 
 import json
 import random
-from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
 
 from q3mega import evaluate
-from q3mega.data.corpus import REASONING
-from q3mega.data.filters import balance, query_filter, response_filter
+from q3mega.data import opinions
+from q3mega.data.chat import parse
+from q3mega.data.filters import ResponseFilter, balance, query_filter
 from q3mega.data.sft import chat_sample, reply_text
-from q3mega.data.tasks import Problem, generate
+from q3mega.data.tasks import Problem
 from q3mega.data.tasks.solutions import boxed, check
-from q3mega.data.tasks.tutor import candidates, unsuitable_queries
-from q3mega.engine import Engine, parallel
+from q3mega.data.tasks.tutor import Candidate, candidates, unsuitable_queries
+from q3mega.engine import parallel
+from q3mega.errors import UserError
 from q3mega.evaluate import text_of
+from q3mega.rewards import judge_answer
 from q3mega.rollout import SamplingParams
+from q3mega.stages.asking import Asked
 from q3mega.stages.fine_tune import fine_tune
+from q3mega.stages.funnel import Funnel
 from q3mega.stages.stage import Stage
 
-UNSUITABLE_SHARE = 10  # one query in ten of the raw pool
-VALIDATION = 400
+UNSUITABLE_SHARE = 10  # one query in ten of the generated pool
+GUESSED = "answered without thinking"
+Answered = tuple[Problem, Candidate]
 
 
 def run(stage: Stage) -> None:
     source = stage.start()
     if not stage.prepared("samples.json"):
-        curate(stage, stage.engine(source))
+        curate(stage, Generated(stage, source) if stage.pool.generated else FromFiles(stage))
     rows = json.loads((stage.data / "samples.json").read_text())
     samples = [
         chat_sample(stage.tokenizer, row["messages"], reply_text(row["thinking"], row["response"]))
         for row in rows
     ]
     engine = fine_tune(stage, source, samples)
-    stage.finish(
-        engine, evaluate.thinking(stage.sampler(engine), stage.tokenizer, stage.seed("eval"))
-    )
+    sampler, held = stage.sampler(engine), stage.held_out()
+    stage.finish(engine, evaluate.thinking(sampler, stage.tokenizer, held, stage.seed("eval")))
 
 
-def curate(stage: Stage, judge: Engine) -> None:
-    """Both filters; leaves samples.json, queries.json and drops.json in data/."""
-    config = stage.config
-    validation = {p.question for p in evaluate.held_out(VALIDATION)}
-    share = config.queries // len(REASONING)
-    pool = [p for f in REASONING for p in generate(f, share, seed=stage.seed("queries", f))]
-    pool += unsuitable_queries(config.queries // UNSUITABLE_SHARE, stage.seed("unsuitable"))
-    known = answered_directly(stage, judge, pool)
-    drops: Counter[str] = Counter()
-    kept: list[Problem] = []
-    for query, guessed in zip(pool, known, strict=True):
-        rule = query_filter(query, guessed)
-        drops.update([f"query: {rule}"] if rule else [])
-        kept += [] if rule else [query]
-    kept = balance(kept, stage.seed("balance"))
-    held = [p for p in evaluate.held_out(VALIDATION) if p.family == "chain_sum"]
-    rows = []
-    for query in kept:
-        for c in candidates(query, config.candidates, stage.seed("teacher"), held):
-            rule = response_filter(query, c.thinking, c.response, validation)
-            drops.update([f"response: {rule}"] if rule else [])
-            if rule is None:
-                rows.append(
-                    {
-                        "id": query.id,
-                        "messages": query.messages,
-                        "thinking": c.thinking,
-                        "response": c.response,
-                    }
-                )
-                break
-    rows = random.Random(stage.seed("subset")).sample(rows, min(config.samples, len(rows)))
-    stage.write("data/drops.json", dict(drops))
-    stage.write("data/queries.json", [vars(p) for p in kept])
+def curate(stage: Stage, helpers: "Helpers") -> None:
+    """Both filters; leaves samples.json, queries.json and the funnel in data/."""
+    config, funnel, held = stage.config, Funnel(_described), stage.held_out()
+
+    queries = helpers.queries()
+    funnel.step("queries", queries)
+    queries = funnel.keep("query", queries, map(query_filter, queries))
+    queries = funnel.keep("query", *helpers.unfit(queries))
+    queries = funnel.keep("query", queries, helpers.guessed(queries))
+    funnel.step("queries that passed the filter", queries)
+    queries = balance(queries, stage.seed("balance"), config.keep)
+    funnel.step("queries of balanced domains", queries)
+
+    tries = zip(queries, helpers.candidates(queries, held), strict=True)
+    answers = [(query, c) for query, some in tries for c in some]
+    funnel.step("responses", answers)
+    rules = ResponseFilter([p.question for p in held])
+    broken = (rules(q, c.thinking, c.response, _right(q)) for q, c in answers)
+    answers = funnel.keep("response", answers, broken)
+    answers = funnel.keep("response", answers, helpers.unsound(answers))
+    funnel.step("responses that passed the filter", answers)
+
+    first = {query.id: (query, c) for query, c in reversed(answers)}
+    sound = [first[query.id] for query in queries if query.id in first]
+    funnel.step("queries with a sound response", sound)
+    chosen = random.Random(stage.seed("subset")).sample(sound, min(config.samples, len(sound)))
+    funnel.step("samples", chosen)
+    if not chosen:
+        raise UserError(
+            f"stages.{stage.name}.queries={config.queries}: nothing passed both filters "
+            f"({dict(funnel.drops)}); more queries, more candidates, or a stronger teacher"
+        )
+    funnel.write(stage)
+    rows = [
+        {"id": q.id, "messages": q.messages, "thinking": c.thinking, "response": c.response}
+        for q, c in chosen
+    ]
+    stage.write("data/queries.json", [vars(p) for p in queries])
     stage.write("data/samples.json", rows)
     stage.barrier()
 
 
-def answered_directly(stage: Stage, judge: Engine, pool: list[Problem]) -> list[bool]:
-    """Does the base model answer right with no room to think? (the report's judge, at our scale)"""
-    rank, size = parallel.data_rank(), parallel.data_size()
-    mine = pool[rank::size]
-    prompts = [stage.tokenizer.encode(f"Q: {p.question}\nA:") for p in mine]
-    params = SamplingParams(max_tokens=24, temperature=0)
-    found = stage.sampler(judge).generate(prompts, params)
-    right = []
-    for i, (p, (c,)) in enumerate(zip(mine, found, strict=True)):
-        answer = boxed(text_of(c, stage.tokenizer).split("\n")[0])
-        right.append((rank + i * size, answer is not None and check(p, answer)))
-    every = dict(parallel.gather_over_data(right))
-    return [every[i] for i in range(len(pool))]
+def _right(query: Problem) -> Callable[[str], bool]:
+    return lambda text: judge_answer(query, text).score == 1.0
+
+
+def _described(item: Any) -> dict[str, Any]:
+    query, candidate = item if isinstance(item, tuple) else (item, None)
+    return {"id": query.id, "question": query.question} | (
+        {"thinking": candidate.thinking, "response": candidate.response} if candidate else {}
+    )
+
+
+class Helpers(Protocol):
+    """Who writes candidates and judges, where rules cannot: a script and the base model for the
+    generated families, the recipe's teacher and judge for problems from files."""
+
+    def queries(self) -> list[Problem]: ...
+
+    def unfit(self, queries: list[Problem]) -> tuple[list[Problem], list[str | None]]:
+        """The queries, by the judge's domains where it gives any, and what is wrong with each."""
+
+    def guessed(self, queries: list[Problem]) -> list[str | None]:
+        """Which are answered right without thinking."""
+
+    def candidates(self, queries: list[Problem], held: list[Problem]) -> list[list[Candidate]]: ...
+
+    def unsound(self, answers: list[Answered]) -> list[str | None]:
+        """Of responses that passed the rules, what is wrong with them all the same."""
+
+
+class Generated:
+    """At laptop scale: a scripted teacher, who errs in every way that the filters exist for."""
+
+    def __init__(self, stage: Stage, source: Path) -> None:
+        self.stage, self.base = stage, stage.engine(source)
+
+    def queries(self) -> list[Problem]:
+        stage, n = self.stage, self.stage.config.queries
+        pool = stage.problems(n // len(stage.pool.domains), "queries")
+        return pool + unsuitable_queries(n // UNSUITABLE_SHARE, stage.seed("unsuitable"))
+
+    def unfit(self, queries: list[Problem]) -> tuple[list[Problem], list[str | None]]:
+        return queries, [None] * len(queries)
+
+    def guessed(self, queries: list[Problem]) -> list[str | None]:
+        """By the base model, which has no room to think (the report's judge, at our scale)."""
+        stage, rank, size = self.stage, parallel.data_rank(), parallel.data_size()
+        mine = queries[rank::size]
+        prompts = [stage.tokenizer.encode(f"Q: {p.question}\nA:") for p in mine]
+        params = SamplingParams(max_tokens=24, temperature=0)
+        found = stage.sampler(self.base).generate(prompts, params)
+        said = []
+        for i, (p, (c,)) in enumerate(zip(mine, found, strict=True)):
+            answer = boxed(text_of(c, stage.tokenizer).split("\n")[0])
+            said.append((rank + i * size, answer is not None and check(p, answer)))
+        right = dict(parallel.gather_over_data(said))
+        return [GUESSED if right[i] else None for i in range(len(queries))]
+
+    def candidates(self, queries: list[Problem], held: list[Problem]) -> list[list[Candidate]]:
+        copied = [p for p in held if p.family == "chain_sum"]
+        n, seed = self.stage.config.candidates, self.stage.seed("teacher")
+        return [candidates(query, n, seed, copied) for query in queries]
+
+    def unsound(self, answers: list[Answered]) -> list[str | None]:
+        return [None] * len(answers)
+
+
+class FromFiles:
+    """The recipe's teacher and judge; without a judge, rules alone decide."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, config = stage, stage.config
+        self.teacher = Asked(stage, config.teacher)
+        self.judge = Asked(stage, config.judge) if config.judge else None
+
+    def queries(self) -> list[Problem]:
+        return self.stage.problems(
+            -(-self.stage.config.queries // len(self.stage.pool.domains)), "queries"
+        )
+
+    def unfit(self, queries: list[Problem]) -> tuple[list[Problem], list[str | None]]:
+        if self.judge is None:
+            return queries, [None] * len(queries)
+        domains = self.stage.config.domains
+        said = opinions.of_queries([q.question for q in queries], domains, self.judge.opinion)
+        labelled = [replace(q, family=o.domain) for q, o in zip(queries, said, strict=True)]
+        rules = [
+            "judged open-ended" if o.open_ended
+            else "judged several questions" if o.questions > 1
+            else None
+            for o in said
+        ]  # fmt: skip
+        return labelled, rules
+
+    def guessed(self, queries: list[Problem]) -> list[str | None]:
+        judge = self.judge or self.teacher
+        said = judge([list(q.messages) for q in queries], temperature=0.0, thinking=False)
+        return [
+            GUESSED if _right(q)(text) else None for q, (text,) in zip(queries, said, strict=True)
+        ]
+
+    def candidates(self, queries: list[Problem], held: list[Problem]) -> list[list[Candidate]]:
+        said = self.teacher([list(q.messages) for q in queries], n=self.stage.config.candidates)
+        return [[_candidate(text) for text in texts] for texts in said]
+
+    def unsound(self, answers: list[Answered]) -> list[str | None]:
+        if self.judge is None:
+            return [None] * len(answers)
+        texts = [(q.question, c.thinking, c.response) for q, c in answers]
+        return [
+            "judged a guess" if o.guess
+            else "judged in disagreement" if not o.agrees
+            else "judged inconsistent in style" if not o.consistent
+            else None
+            for o in opinions.of_responses(texts, self.judge.opinion)
+        ]  # fmt: skip
+
+
+def _candidate(text: str) -> Candidate:
+    message = parse(text)
+    return Candidate(message.thinking or "", message.content if message.closed else "", None)

@@ -17,9 +17,8 @@ from q3mega import evaluate
 from q3mega.algorithms.losses import distillation
 from q3mega.data.batch import Batch, Sample
 from q3mega.data.chat import render
-from q3mega.data.corpus import REASONING
 from q3mega.data.sft import chat_sample, epochs, steps_of
-from q3mega.data.tasks import Problem, generate
+from q3mega.data.tasks import Problem
 from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
 from q3mega.evaluate import Mode, flagged
@@ -133,10 +132,9 @@ def student_base(stage: Stage) -> Path:
 
 
 def problems(stage: Stage, n: int, purpose: str) -> list[tuple[Problem, Mode]]:
-    """n training-side problems of all families, each with the mode that its flag asks for."""
+    """n training-side problems of all domains, each with the mode that its flag asks for."""
     rng = random.Random(stage.seed(purpose))
-    share = -(-n // len(REASONING))
-    pool = [p for f in REASONING for p in generate(f, share, seed=stage.seed(purpose, f))]
+    pool = stage.problems(-(-n // len(stage.pool.domains)), purpose)
     rng.shuffle(pool)
     return [(p, "no_think" if rng.random() < NO_THINK else "think") for p in pool[:n]]
 
@@ -220,7 +218,7 @@ def copied(student: Qwen3Shape, teacher: Qwen3Shape, row: dict[str, float]) -> f
 def watcher(stage: Stage, engine: Engine, log: Log, steps: int) -> Callable[[int], None]:
     """Thinking accuracy at the start and at a few steps of a run, into points.jsonl."""
     at = {round(steps * i / POINTS) for i in range(POINTS + 1)}
-    held = evaluate.held_out(400)
+    held = stage.held_out()
 
     def watch(step: int) -> None:
         if step in at:
@@ -281,7 +279,7 @@ def compare_sft(stage: Stage, source: Path) -> None:
 def pass_rates(stage: Stage, engine: Engine) -> dict[str, dict[str, float]]:
     """pass@1 and pass@8 in thinking mode at T=0.6, and accuracy without thinking."""
     params = SamplingParams(stage.answer_tokens, 0.6, n=TRIES, seed=stage.seed("eval"))
-    sampler, held = stage.sampler(engine), evaluate.held_out(400)
+    sampler, held = stage.sampler(engine), stage.held_out()
     found = evaluate.answers(sampler, stage.tokenizer, held, params, "think")
     correct = [[a.correct for a in tries] for tries in found]
     return {

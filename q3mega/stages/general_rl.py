@@ -18,12 +18,11 @@ from q3mega.algorithms.losses import normalise, scalar, supervised
 from q3mega.algorithms.losses import preference as preference_loss
 from q3mega.data.batch import Batch, Sample, collate
 from q3mega.data.chat import parse, render
-from q3mega.data.corpus import REASONING
 from q3mega.data.sft import chat_sample, reply_text
-from q3mega.data.tasks import Problem, general, generate
+from q3mega.data.tasks import FAMILIES, Problem, general, generate
 from q3mega.engine import Engine, Head, parallel
 from q3mega.evaluate import Mode, flagged
-from q3mega.rewards import TASK_REWARD, Verdict, score
+from q3mega.rewards import TASK_REWARD, Verdict, judge_answer, score
 from q3mega.rewards.audit import probes
 from q3mega.rewards.judge import judge, judge_examples
 from q3mega.rewards.mode import mode_of
@@ -93,11 +92,10 @@ def run(stage: Stage) -> None:
 def prompts(stage: Stage, step: int) -> list[Problem]:
     """The problems of a rollout batch: reasoning ones in thinking mode, general ones mostly not."""
     config, rng = stage.config, random.Random(stage.seed("prompts", step))
-    reasoning = int(config.prompts * config.reasoning_share)
+    reasoning, domains = int(config.prompts * config.reasoning_share), stage.pool.domains
     out = []
     for i in range(reasoning):
-        family = REASONING[i % len(REASONING)]
-        (problem,) = generate(family, 1, seed=rng.randrange(2**31))
+        (problem,) = stage.pool.draw(domains[i % len(domains)], 1, seed=rng.randrange(2**31))
         out.append(_in_mode(problem, "think", flag=rng.random() < 0.6))
     others = [f for f in general.GENERAL if f != "think_follow"]
     for i in range(config.prompts - reasoning):
@@ -152,7 +150,7 @@ class Scorer:
     def _rule(self, problem: Problem, turns: list[str]) -> Verdict:
         row = vars(problem)
         if problem.capability == "reasoning":
-            return score("answer", turns[-1], row)
+            return judge_answer(problem, turns[-1])
         kind, name = TASK_REWARD[problem.family]
         if kind != "rule":
             return Verdict(0.0, "not a rule")
@@ -198,8 +196,8 @@ class Scorer:
     def audit(self) -> dict[str, dict[str, Any]]:
         """Of every task the known cheat that earns most, and what all earn on average."""
         rows = {}
-        for family in (*REASONING, *general.GENERAL):
-            mode: Mode = "think" if family in REASONING else "no_think"
+        for family in FAMILIES:
+            mode: Mode = "think" if FAMILIES[family].capability == "reasoning" else "no_think"
             asked = [
                 p if "mode" in p.meta else _in_mode(p, mode)
                 for p in generate(family, AUDITED, seed=self.stage.seed("audit"))

@@ -12,7 +12,7 @@ from q3mega import evaluate
 from q3mega.data import corpus
 from q3mega.data.tokenizer import train_tokenizer
 from q3mega.engine import Engine
-from q3mega.recipe import PretrainSettings
+from q3mega.settings import PretrainSettings
 from q3mega.stages.stage import Stage, extended
 from q3mega.train import supervised
 

@@ -1,26 +1,25 @@
 """Stage 5, reasoning RL: GRPO on verifiable problems.
 
 Problems obey the report's four rules (section 4.2): not used in the cold start, learnable for the
-model at hand, as hard as possible, and of every family. Then: many rollouts a prompt, several
+model at hand, as hard as possible, and of every domain. Then: many rollouts a prompt, several
 off-policy updates a rollout batch, groups without a signal dropped, entropy held by a controller.
 """
 
 import json
 import random
-from collections import Counter
 from collections.abc import Callable
 
 from q3mega import evaluate
 from q3mega.algorithms.entropy import EntropyController
 from q3mega.data.chat import render
-from q3mega.data.corpus import REASONING
-from q3mega.data.tasks import Problem, generate
+from q3mega.data.tasks import Problem
 from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
-from q3mega.recipe import RLSettings
-from q3mega.rewards import score
+from q3mega.rewards import judge_answer
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
+from q3mega.settings import RLSettings
+from q3mega.stages.funnel import Funnel
 from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement
 from q3mega.train.reinforcement import PolicySettings, Rollout
@@ -34,8 +33,9 @@ def run(stage: Stage) -> None:
     problems = [Problem(**row) for row in json.loads((stage.data / "problems.json").read_text())]
     learn(stage, engine, problems, config)
     results = evaluate.thinking(
-        stage.sampler(engine), stage.tokenizer, stage.seed("eval"), max_tokens=stage.answer_tokens
-    )
+        stage.sampler(engine), stage.tokenizer, stage.held_out(), stage.seed("eval"),
+        max_tokens=stage.answer_tokens,
+    )  # fmt: skip
     stage.finish(engine, results | evaluate.entropy_ratio(stage.dir / "metrics.jsonl"))
 
 
@@ -102,43 +102,56 @@ def answered(
         mine, prompts, sampler.generate(prompts, params), strict=True
     ):
         for c in tries:
-            verdict = score("answer", evaluate.text_of(c, stage.tokenizer), vars(p))
+            text = evaluate.text_of(c, stage.tokenizer)
+            verdict = judge_answer(p, text, len(c.tokens), config.max_tokens)
             rollouts.append(Rollout(prompt, c, group, verdict.score, p.family, verdict.reason))
     return rollouts
 
 
 def select(stage: Stage, sampler: InProcessSampler) -> None:
-    """The four rules; leaves problems.json and drops.json in data/."""
-    rules = stage.config.selection
+    """The four rules; leaves problems.json and the funnel in data/."""
+    rules, funnel = stage.config.selection, Funnel(vars)
     used = {query.id for query in stage.cold_start_queries()}
-    pool, drops = [], Counter[str]()
-    for f in REASONING:
-        for p in generate(f, rules.pool // len(REASONING), seed=stage.seed("pool", f)):
-            drops["used in the cold start"] += p.id in used
-            pool += [] if p.id in used else [p]
+    low, high = rules.band
+
+    pool = stage.problems(rules.pool // len(stage.pool.domains), "pool")
+    funnel.step("problems", pool)
+    seen = ["used in the cold start" if p.id in used else None for p in pool]
+    pool = funnel.keep("problem", pool, seen)
+
     params = SamplingParams(stage.config.max_tokens, n=rules.tries, seed=stage.seed("select"))
     found = evaluate.answers(sampler, stage.tokenizer, pool, params)
     rates = {
         p.id: sum(a.correct for a in tries) / rules.tries
         for p, tries in zip(pool, found, strict=True)
     }
-    drops["not learnable: never right"] = sum(r == 0 for r in rates.values())
-    drops["too easy: always right"] = sum(r == 1 for r in rates.values())
-    learnable = [p for p in pool if 0 < rates[p.id] < 1]
-    chosen = []
-    for f in REASONING:  # the hardest of every family
-        members = sorted(
-            (p for p in learnable if p.family == f),
-            key=lambda p: (rates[p.id], -p.difficulty, p.id),
-        )
-        chosen += members[: rules.keep // len(REASONING)]
-    drops["easier than the rest of its family"] = len(learnable) - len(chosen)
+    for right in range(rules.tries + 1):
+        members = [p for p in pool if rates[p.id] == right / rules.tries]
+        funnel.step(f"right in {right} of {rules.tries} tries", members)
+    unfit = (
+        "not learnable" if rates[p.id] <= low else "too easy" if rates[p.id] >= high else None
+        for p in pool
+    )
+    learnable = funnel.keep("problem", pool, unfit)
+
+    def hardest_first(problem: Problem) -> tuple[float, int, str]:
+        return rates[problem.id], -problem.difficulty, problem.id
+
+    chosen: list[Problem] = []
+    for domain in stage.pool.domains:
+        members = sorted((p for p in learnable if p.family == domain), key=hardest_first)
+        chosen += members[: rules.keep // len(stage.pool.domains)]
+    kept = {p.id for p in chosen}
+    easier = (None if p.id in kept else "easier than the rest of its domain" for p in learnable)
+    funnel.keep("problem", learnable, easier)
+    funnel.step("problems to train on", chosen)
     if not chosen:
         raise UserError(
-            f"stages.{stage.name}.selection.pool={rules.pool}: the model gets every problem always "
-            "right or never; strengthen the cold start, widen the pool, or raise tries"
+            f"stages.{stage.name}.selection.pool={rules.pool}: no problem is right in more than "
+            f"{low:.0%} and less than {high:.0%} of the tries; strengthen the cold start, widen "
+            "the pool, or raise tries"
         )
     random.Random(stage.seed("order")).shuffle(chosen)
-    stage.write("data/drops.json", dict(drops))
+    funnel.write(stage)
     stage.write("data/problems.json", [vars(p) for p in chosen])
     stage.barrier()

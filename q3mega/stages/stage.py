@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from q3mega.data.tasks import Problem
+from q3mega.data.tasks.pool import Pool
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, OptimizerSpec, parallel
 from q3mega.errors import UserError
@@ -23,6 +24,7 @@ from q3mega.recipe import ModelSpec, Recipe
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.train.log import Log
 
+EVALUATED = 400  # held-out problems
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -60,6 +62,20 @@ class Stage:
         before = list(self.recipe.stages)[: list(self.recipe.stages).index(self.name)]
         found = [s for s in before if self.recipe.stages[s].trains == model]
         return self.hf(found[-1]) if found else None
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The run's reasoning problems."""
+        return Pool(self.recipe.problems)
+
+    def problems(self, share: int, purpose: str) -> list[Problem]:
+        """`share` training-side problems of every domain, drawn for one purpose."""
+        pool = self.pool
+        return [p for d in pool.domains for p in pool.draw(d, share, self.seed(purpose, d))]
+
+    def held_out(self) -> list[Problem]:
+        """What every stage evaluates on."""
+        return self.pool.held_out(EVALUATED)
 
     def cold_start_queries(self) -> list[Problem]:
         """What this run's cold start was built on; none when it had no cold start."""

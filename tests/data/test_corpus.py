@@ -10,7 +10,7 @@ from q3mega import device  # noqa: F401
 # isort: split
 from q3mega.data import corpus
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
-from q3mega.recipe import Kind
+from q3mega.settings import Kind
 
 MIXTURE = {"facts": 0.5, "worked": 0.3, "direct": 0.2}
 

@@ -17,8 +17,8 @@ from megatron.core import parallel_state as ps
 from safetensors import safe_open
 
 from q3mega.data.batch import Sample
+from q3mega.layout import Layout
 from q3mega.model import Qwen3Shape
-from q3mega.recipe import Layout
 
 SHAPE = partial(
     Qwen3Shape,

@@ -21,12 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from q3mega.cli import main
 from q3mega.data.batch import Sample, collate
-from q3mega.data.corpus import REASONING
 from q3mega.data.tasks.general import GENERAL
-from q3mega.evaluate import held_out
-from q3mega.recipe import STAGES, Recipe
+from q3mega.data.tasks.pool import Pool
+from q3mega.data.tasks.reasoning import REASONING
+from q3mega.recipe import Recipe
 from q3mega.rewards import TASK_REWARD
 from q3mega.rollout import SamplingParams
+from q3mega.settings import STAGES
 from q3mega.try_out import Checkpoint
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
@@ -97,7 +98,7 @@ def test_transformers_reads_in_what_a_stage_leaves_the_engines_model(uncut, stag
         AutoTokenizer.from_pretrained(folder),
     )
     sampler = Checkpoint(folder).sampler
-    chats = [p.messages for p in held_out(6)]
+    chats = [p.messages for p in Pool().held_out(6)]
     prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True) for c in chats]
     prompts = [p["input_ids"] if hasattr(p, "keys") else p for p in prompts]
     greedy = sampler.generate(prompts, SamplingParams(24, temperature=0.0))

@@ -41,6 +41,11 @@ class Problem:
         return int(self.id, 16) % HELDOUT_ONE_IN == 0
 
     @property
+    def row(self) -> dict[str, Any]:
+        """What a reward reads: the fields, beside what the line of a file says (meta)."""
+        return self.meta | vars(self)
+
+    @property
     def question(self) -> str:
         """The text of the last user turn."""
         return self.messages[-1]["content"]

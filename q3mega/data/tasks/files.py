@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from q3mega.data.tasks.base import Problem, problem
 from q3mega.errors import UserError
 
 Row = dict[str, Any]
@@ -27,15 +28,58 @@ def rows(name: str) -> list[Row]:
 
     Raises UserError for a file that is not there, and for a malformed line with its number.
     """
-    return _human_eval() if name == HUMAN_EVAL else _file(Path(name))
+    if name == HUMAN_EVAL:
+        return _human_eval()
+    found = _file(Path(name))
+    for number, row in found:
+        names = row.get("reward")
+        if not (isinstance(names, str) or (isinstance(names, list) and names)):
+            raise UserError(
+                f"{name}:{number}: reward={names!r:.80} must name a reward, or several in a list"
+            )
+    return [row for _, row in found]
 
 
-def _file(path: Path) -> list[Row]:
+def problems(name: str) -> list[Problem]:
+    """The rows of a file as problems. Their family is the row's `domain`, else the file's name.
+
+    What is no field of a problem (`reward`, `tests`, ...) is its meta, where its reward reads it.
+    """
+    return [_problem(row, Path(name).stem) for row in rows(name)]
+
+
+def _problem(row: Row, domain: str) -> Problem:
+    fields = {"id", "question", "messages", "answer", "domain", "difficulty", "tools", "meta"}
+    meta = {key: value for key, value in row.items() if key not in fields} | row.get("meta", {})
+    difficulty, question = row.get("difficulty", 0), row["messages"][-1]["content"]
+    if not isinstance(difficulty, int):
+        raise UserError(f"difficulty={difficulty!r} must be a whole number, of {question[:60]!r}")
+    return problem(
+        str(row.get("domain", domain)), "reasoning", row["messages"], str(row.get("answer", "")),
+        difficulty, meta=meta, tools=row.get("tools", ()),
+    )  # fmt: skip
+
+
+def answered(name: str) -> list[Row]:
+    """The rows of a file whose `response` is the assistant's next turn; `checklist` says how one is
+    judged, in statements that are true of a good one."""
+    found = _file(Path(name))
+    for number, row in found:
+        response, items = row.get("response"), row.get("checklist", [])
+        if not isinstance(response, str) or not response.strip():
+            raise UserError(f"{name}:{number}: response={response!r:.80} must be a text")
+        if not (isinstance(items, list) and all(isinstance(item, str) for item in items)):
+            raise UserError(f"{name}:{number}: checklist={items!r:.80} must be a list of texts")
+    return [row for _, row in found]
+
+
+def _file(path: Path) -> list[tuple[int, Row]]:
+    """(line number, row) of each, its chat checked."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): give a file of JSON lines") from error
-    found = [_row(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    found = [(n, _row(f"{path}:{n}", line)) for n, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise UserError(f"{path} holds no rows: give one JSON object a line")
     return found
@@ -58,9 +102,6 @@ def _row(where: str, line: str) -> Row:
         )
     if messages[-1]["role"] not in ("user", "tool"):
         raise UserError(f"{where}: the last of messages is the {messages[-1]['role']}'s own turn")
-    names = row.get("reward")
-    if not (isinstance(names, str) or (isinstance(names, list) and names)):
-        raise UserError(f"{where}: reward={names!r:.80} must name a reward, or several in a list")
     return row
 
 

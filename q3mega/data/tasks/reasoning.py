@@ -19,7 +19,7 @@ Distinct problems by difficulty, both sides of the split:
 import math
 import random
 
-from q3mega.data.tasks.base import Problem, family, problem
+from q3mega.data.tasks.base import FAMILIES, Problem, family, problem
 
 MAX_PARTIAL_SUM = 9
 FACTORS = (2, 3, 4, 6, 7, 8, 9)
@@ -64,3 +64,6 @@ def number_sorting(rng: random.Random, count: int) -> Problem:
     return problem(
         "number_sorting", "reasoning", question, answer, count, meta={"numbers": numbers}
     )
+
+
+REASONING = tuple(name for name, spec in FAMILIES.items() if spec.capability == "reasoning")

@@ -1,0 +1,50 @@
+"""Where a run's reasoning problems come from: generated families, or files of one's own."""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+
+from q3mega.data.tasks import files
+from q3mega.data.tasks.base import Problem, generate
+from q3mega.data.tasks.reasoning import REASONING
+from q3mega.errors import UserError
+
+
+class Pool:
+    """Problems by domain, one in ten of them held out by a hash of its text.
+
+    names: files of JSON lines (`data.tasks.files.problems`). Without any, the domains are the
+    generated families, which never run out.
+    Raises UserError for files with too few problems to hold any out.
+    """
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        distinct = {p.id: p for name in names for p in files.problems(name)}
+        self._rows: dict[str, list[Problem]] = {}
+        for found in distinct.values():
+            self._rows.setdefault(found.family, []).append(found)
+        self.generated = not names
+        self.domains = tuple(self._rows) or REASONING
+        if not self.held_out(1):
+            raise UserError(
+                f"problems={list(names)}: none of {len(distinct)} is held out for evaluation, as "
+                "one in ten is by its hash; give more problems"
+            )
+
+    def __iter__(self) -> Iterator[Problem]:
+        """The problems of the files."""
+        return itertools.chain.from_iterable(self._rows.values())
+
+    def draw(self, domain: str, n: int, seed: int, heldout: bool = False) -> list[Problem]:
+        """n distinct problems of one side of the split; of files at most what they hold."""
+        if self.generated:
+            return generate(domain, n, seed=seed, heldout=heldout)
+        side = [p for p in self._rows[domain] if p.heldout == heldout]
+        return random.Random(seed).sample(side, min(n, len(side)))
+
+    def held_out(self, n: int) -> list[Problem]:
+        """n held-out problems, the domains in turn; the same ones in every stage."""
+        each = -(-n // len(self.domains))
+        drawn = [self.draw(domain, each, seed=0, heldout=True) for domain in self.domains]
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*drawn))
+        return [p for p in turns if p is not None][:n]

@@ -1,0 +1,230 @@
+"""What each stage can be told: one class a stage, one line a setting, one row in `STAGES`."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from q3mega.errors import UserError
+from q3mega.layout import Layout
+from q3mega.sections import Section
+
+Kind = Literal[
+    "prose", "code", "science", "facts", "worked", "direct", "chat", "retrieval", "retrieval_long",
+]  # fmt: skip
+Curated = Annotated[str, Field(pattern="^curated:.")]  # a folder that q3mega curate has written
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+class StageConfig(Section):
+    """What every stage has: where it starts, how it is laid out, saved and optimized."""
+
+    trains: ClassVar[Literal["model", "student"]] = "model"
+
+    layout: Layout
+    init: str | None = None  # a Hugging Face folder; None: the stage that comes before
+    save_every: PositiveInt = 50  # optimizer steps
+    micro_batch_tokens: PositiveInt = 4096  # a rank's packed micro-batch holds at most so many
+    fp8: bool = False  # pre-training's linear layers, through Transformer Engine
+    sample_batch: PositiveInt = 512  # sequences that a sampling rank decodes at once
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: PositiveFloat
+    adam_lr: PositiveFloat | None = None  # with muon: embeddings and norms; None: lr
+    min_lr: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: NonNegativeFloat = 0.0
+    clip_grad: NonNegativeFloat = 1.0
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
+
+    @model_validator(mode="after")
+    def _rates(self) -> Self:
+        if self.min_lr > self.lr:
+            raise UserError(f"min_lr={self.min_lr} must not exceed lr={self.lr}")
+        return self
+
+
+class PretrainSettings(Section):
+    """One pass over a mixture of documents (kinds: q3mega.data.corpus)."""
+
+    steps: PositiveInt
+    tokens_per_step: PositiveInt
+    sequence: PositiveInt  # longest document, tokens
+    mixture: dict[Kind | Curated, PositiveFloat]  # share of the tokens
+
+
+class Extension(Section):
+    """Beyond the training length: YaRN and dual-chunk attention, at inference."""
+
+    factor: PositiveFloat = 4.0
+    chunk_size: PositiveInt
+    local_size: PositiveInt
+    documents: PositiveInt = 400  # of the retrieval evaluation, one pass key each
+
+
+class Pretrain(StageConfig, PretrainSettings):
+    """One of the three pre-training stages."""
+
+    rope_base: PositiveFloat | None = None  # ABF: another base from here on
+    extension: Extension | None = None
+
+
+class SFT(StageConfig):
+    """What the supervised stages share."""
+
+    epochs: PositiveInt
+    batch_samples: PositiveInt  # samples an optimizer step
+
+
+class ChatModelSpec(Section):
+    """A teacher or judge: `model` of an OpenAI-compatible server at `url`, or the folder `path`."""
+
+    url: Annotated[str, Field(pattern="^https?://.")] | None = None
+    model: str | None = None
+    path: str | None = None  # a Hugging Face folder, sampled from by the stage's own processes
+    key_env: str | None = None  # the environment variable that holds the server's key
+    max_tokens: PositiveInt = 32768  # of a reply
+    temperature: NonNegativeFloat = 0.6  # of a teacher
+    concurrency: PositiveInt = 64  # requests at once
+    token_budget: PositiveInt | None = None  # tokens of all requests; None: no limit
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.path is None) == (self.url is None) or (self.url is None) != (self.model is None):
+            raise UserError("give either url and model (a server) or path (a Hugging Face folder)")
+        return self
+
+
+class ColdStart(SFT):
+    """Supervised fine-tuning on long chains of thought that passed two filters."""
+
+    queries: PositiveInt  # before the filters
+    keep: PositiveInt | None = None  # queries for the teacher; None: all that balance allows
+    candidates: PositiveInt  # answers a query, from the teacher
+    samples: PositiveInt  # the refined subset that is trained on
+    # of problems from files; the generated families have a scripted teacher
+    teacher: ChatModelSpec | None = None
+    judge: ChatModelSpec | None = None  # None: rules, and the teacher without thinking
+    # what the judge sorts queries into
+    domains: tuple[str, ...] = ("mathematics", "code", "logical reasoning", "science")
+
+
+class RLSettings(Section):
+    """Rollouts and policy updates; published presets: QWEN3_FACTS section 7."""
+
+    steps: PositiveInt  # rollout batches
+    prompts: PositiveInt  # a rollout batch
+    rollouts: Annotated[int, Field(ge=2)]  # a prompt
+    updates: PositiveInt  # optimizer steps a rollout batch
+    max_tokens: PositiveInt
+    temperature: PositiveFloat = 1.0
+    variant: Literal["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo"] = (
+        "dapo"
+    )
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.28
+    kl_coef: NonNegativeFloat = 0.0
+    entropy_hold: NonNegativeFloat = 0.7  # the controller's target, of the first batch's entropy
+    entropy_step: NonNegativeFloat = 0.001
+    entropy_limit: NonNegativeFloat = 0.02
+
+
+class Selection(Section):
+    """Which problems RL trains on: unused, learnable, as hard as possible, of every family."""
+
+    pool: PositiveInt
+    tries: Annotated[int, Field(ge=2)] = 4  # rollouts that measure a problem's pass rate
+    band: tuple[Fraction, Fraction] = (0.0, 1.0)  # pass rates between these are kept
+    keep: PositiveInt
+
+
+class ReasoningRL(StageConfig, RLSettings):
+    """Reinforcement learning on verifiable problems."""
+
+    selection: Selection
+
+
+class ModeFusion(SFT):
+    """Supervised fine-tuning that puts thinking and direct answers into one model."""
+
+    thinking_queries: PositiveInt  # answered by the RL model itself, kept when right
+    direct: NonNegativeInt = 0  # non-thinking answers to generated reasoning queries
+    general: NonNegativeInt = 0  # non-thinking samples of the generated general tasks
+    non_thinking: dict[str, PositiveInt] = {}  # file of answered chats -> samples drawn from it
+    judge: ChatModelSpec | None = None  # holds the responses of those to checklists
+    skill: Fraction = 0.5  # share of general samples that do their task
+    max_tokens: PositiveInt
+    budgets: tuple[PositiveInt, ...]  # of the thinking-budget curve, tokens
+    stop_thinking: str | None = None  # closes the block at the budget; None: the report's sentence
+
+
+class PreferenceModel(Section):
+    """The Bradley-Terry model that scores open queries."""
+
+    steps: PositiveInt = 60
+    pairs: PositiveInt = 32  # a step
+    lr: PositiveFloat = 1e-3
+
+
+class JudgeModel(Section):
+    """The model that compares a reply with the reference answer."""
+
+    steps: PositiveInt = 300
+    questions: PositiveInt = 32  # a step
+    lr: PositiveFloat = 3e-3
+
+
+class GeneralRL(StageConfig, RLSettings):
+    """Reinforcement learning over five capabilities, with three kinds of reward."""
+
+    reasoning_share: Fraction  # of the prompts: reasoning problems, so that thinking is kept
+    judge: JudgeModel = JudgeModel()
+    preference: PreferenceModel = PreferenceModel()
+
+
+class DistillOffPolicy(SFT):
+    """The student learns from the teacher's samples, in both modes."""
+
+    trains = "student"
+
+    teacher: str | None = None  # a Hugging Face folder; None: the latest stage of the model
+    student_pretraining: PretrainSettings | None = None  # before distillation; needs no init
+    student_lr: PositiveFloat = 0.02
+    queries: PositiveInt
+    max_tokens: PositiveInt
+
+
+class DistillOnPolicy(StageConfig):
+    """The student learns from the teacher's distribution on its own samples."""
+
+    trains = "student"
+
+    teacher: str | None = None
+    steps: PositiveInt
+    prompts: PositiveInt  # a step, one sample each
+    max_tokens: PositiveInt
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
+    temperature: PositiveFloat = 1.0
+    compare_rl: RLSettings | None = None  # Table 21: RL from the same start
+    compare_rl_lr: PositiveFloat = 3e-4
+    compare_sft_samples: NonNegativeInt = 0  # and more off-policy data from the same start
+
+
+STAGES: dict[str, type[StageConfig]] = {
+    "pretrain_general": Pretrain,
+    "pretrain_reasoning": Pretrain,
+    "pretrain_long": Pretrain,
+    "cold_start": ColdStart,
+    "reasoning_rl": ReasoningRL,
+    "mode_fusion": ModeFusion,
+    "general_rl": GeneralRL,
+    "distill_off_policy": DistillOffPolicy,
+    "distill_on_policy": DistillOnPolicy,
+}
