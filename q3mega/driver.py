@@ -8,6 +8,7 @@ stage writes DONE last; one without DONE is started again and goes on from its c
 
 import ctypes
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -30,9 +31,9 @@ from q3mega.data.tasks import files
 from q3mega.data.tasks.pool import Pool
 from q3mega.errors import UserError
 from q3mega.recipe import Recipe
-from q3mega.rewards import judge_answer
+from q3mega.rewards import MODELS, Verdict, judge_answer, models_of
 from q3mega.sections import nearest
-from q3mega.settings import ModeFusion
+from q3mega.settings import GeneralRL, ModeFusion
 
 MIN_FREE_BYTES = 200 * 2**20
 DETERMINISM = {  # what makes a run repeat bit for bit
@@ -92,10 +93,39 @@ def prepare(recipe: Recipe, run_dir: Path) -> None:
 def _check_files(recipe: Recipe) -> None:
     """UserError for a row that a stage could not use, before any of them computes."""
     for problem in Pool(recipe.problems):
+        if models := models_of(problem):
+            raise UserError(
+                f"problems: reward={models[0]} of {problem.question[:60]!r} asks a model, and "
+                "reasoning RL takes rules alone: give it to general_rl.problems"
+            )
         judge_answer(problem, "")
     for stage in recipe.stages.values():
-        for name in stage.non_thinking if isinstance(stage, ModeFusion) else ():
-            files.answered(name)
+        if isinstance(stage, ModeFusion):
+            for name in stage.non_thinking:
+                files.answered(name)
+        if isinstance(stage, GeneralRL):
+            _check_tasks(stage)
+
+
+def _check_tasks(stage: GeneralRL) -> None:
+    """The same of general RL's own tasks and of what its models learn from."""
+    models = {"judge": stage.judge_model, "preference": stage.preference.file}
+    needs = {"judge": "judge_model", "preference": "preference.file"}
+    for problem in itertools.chain.from_iterable(map(files.problems, stage.problems)):
+        judge_answer(problem, "", scored=dict.fromkeys(MODELS, Verdict(0.0, "not asked")))
+        for name in models_of(problem):
+            if not models[name]:
+                raise UserError(
+                    f"general_rl.{needs[name]}: reward={name} of {problem.question[:60]!r} needs it"
+                )
+    if stage.preference.file:
+        files.pairs(stage.preference.file)
+    for row in files.answered(stage.judge_examples) if stage.judge_examples else ():
+        if not isinstance(row.get("right"), bool) or "answer" not in row:
+            raise UserError(
+                f"{stage.judge_examples}: a row needs answer, the reference, and right: true or "
+                f"false, not {row.get('right')!r}"
+            )
 
 
 def _chosen(recipe: Recipe, only: str | None, start: str | None) -> list[str]:

@@ -24,7 +24,7 @@ from q3mega.data.tasks import Problem, general, generate
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, Head, parallel
 from q3mega.errors import UserError
-from q3mega.rewards import TASK_REWARD, judge_answer, reward_of, score
+from q3mega.rewards import judge_answer, reward_of, score
 from q3mega.rewards.answer import boxes
 from q3mega.rewards.mode import mode_of
 from q3mega.rollout import Completion, Sampler, SamplingParams
@@ -78,13 +78,16 @@ class Answer:
     def correct(self) -> bool:
         """Full marks from the problem's reward."""
         tokens = len(self.completion.tokens)
-        return judge_answer(self.problem, self.text, tokens, self.max_tokens).score == 1.0
+        return (
+            judge_answer(self.problem, self.text, tokens=tokens, max_tokens=self.max_tokens).score
+            == 1.0
+        )
 
     @property
     def answered(self) -> bool:
         """A reply after the thinking, right or wrong; in a box where the answer belongs there."""
         message = parse(self.text)
-        boxed = reward_of(self.problem) == ("rule", "answer")
+        boxed = reward_of(self.problem) == "answer"
         return message.closed and bool(boxes(message.content) if boxed else message.content)
 
     @property
@@ -243,7 +246,7 @@ def success(problem: Problem, turns: list[str]) -> float:
         return float(last.closed and last.content.strip() == problem.answer)
     if problem.tools and len(turns) == 1:
         return 0.0  # answered without the tool: a guess
-    return float(score(TASK_REWARD[problem.family][1], turns[-1], vars(problem)).score == 1.0)
+    return float(judge_answer(problem, turns[-1]).score == 1.0)
 
 
 def budget_curve(

@@ -157,7 +157,9 @@ class ModeFusion(SFT):
     thinking_queries: PositiveInt  # answered by the RL model itself, kept when right
     direct: NonNegativeInt = 0  # non-thinking answers to generated reasoning queries
     general: NonNegativeInt = 0  # non-thinking samples of the generated general tasks
-    non_thinking: dict[str, PositiveInt] = {}  # file of answered chats -> samples drawn from it
+    non_thinking: dict[str, PositiveInt] = Field(
+        {}
+    )  # file of answered chats -> samples drawn from it
     judge: ChatModelSpec | None = None  # holds the responses of those to checklists
     skill: Fraction = 0.5  # share of general samples that do their task
     max_tokens: PositiveInt
@@ -168,6 +170,7 @@ class ModeFusion(SFT):
 class PreferenceModel(Section):
     """The Bradley-Terry model that scores open queries."""
 
+    file: str | None = None  # rows of question or messages, chosen, rejected; None: generated
     steps: PositiveInt = 60
     pairs: PositiveInt = 32  # a step
     lr: PositiveFloat = 1e-3
@@ -185,7 +188,11 @@ class GeneralRL(StageConfig, RLSettings):
     """Reinforcement learning over five capabilities, with three kinds of reward."""
 
     reasoning_share: Fraction  # of the prompts: reasoning problems, so that thinking is kept
-    judge: JudgeModel = JudgeModel()
+    # file or set -> share of the other prompts; none: the generated tasks
+    problems: dict[str, PositiveFloat] = Field({})
+    judge: JudgeModel = JudgeModel()  # trained here
+    judge_model: ChatModelSpec | None = None  # asked instead of one trained here
+    judge_examples: str | None = None  # rows of messages, answer, response, right: its calibration
     preference: PreferenceModel = PreferenceModel()
 
 

@@ -4,13 +4,14 @@
     def shouting(completion, row):
         return Verdict(float(completion.isupper()), "all upper case?")
 
-`row` holds a problem's fields (family, answer, messages, meta, ...). Model-based rewards (judge,
-preference) need a model and are called with one from the stage that holds it.
+`row` holds a problem's fields (family, answer, messages, meta, ...). The rewards `judge` and
+`preference` read what the models of general RL have said: row["scored"].
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 from q3mega.data.tasks import Problem
 from q3mega.errors import UserError
@@ -18,10 +19,14 @@ from q3mega.errors import UserError
 
 @dataclass(frozen=True)
 class Verdict:
-    """score in [0, 1], and the reason in a few words. Any other score, NaN too, is an error."""
+    """score in [0, 1], and the reason in a few words. Any other score, NaN too, is an error.
+
+    parts: each reward's own score, where several make one.
+    """
 
     score: float
     reason: str
+    parts: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.score <= 1:
@@ -29,8 +34,8 @@ class Verdict:
 
 
 Reward = Callable[[str, Mapping[str, Any]], Verdict]
-Kind = Literal["rule", "judge", "preference"]
-Names = str | Sequence[str]  # of registered rewards
+# One registered reward; several, whose product counts; or several with weights.
+Names = str | Sequence[str] | Mapping[str, float]
 _REWARDS: dict[str, Reward] = {}
 
 
@@ -48,20 +53,25 @@ def reward(name: str) -> Callable[[Reward], Reward]:
 
 
 def score(names: Names, completion: str, row: Mapping[str, Any]) -> Verdict:
-    """The verdict of one registered reward; of several, the product, with the lowest one's reason.
+    """The verdict of one registered reward; of several the product, or with weights their mean.
 
-    Raises UserError for an unknown name.
+    The reason is the lowest one's. Raises UserError for an unknown name or a weight of no use.
     """
-    names = [names] if isinstance(names, str) else names
-    for name in names:
+    weights = names if isinstance(names, Mapping) else None
+    listed = [names] if isinstance(names, str) else list(names)
+    for name in listed:
         if name not in _REWARDS:
             raise UserError(f"reward={name!r} is unknown: use one of {', '.join(sorted(_REWARDS))}")
-    verdicts = [_REWARDS[name](completion, row) for name in names]
-    lowest, product = verdicts[0], 1.0
-    for verdict in verdicts:
-        product *= verdict.score
-        lowest = min(lowest, verdict, key=lambda v: v.score)
-    return Verdict(product, lowest.reason)
+    verdicts = {name: _REWARDS[name](completion, row) for name in listed}
+    if weights is None:
+        value = math.prod(v.score for v in verdicts.values())
+    else:
+        if not all(isinstance(w, int | float) and 0 < w < math.inf for w in weights.values()):
+            raise UserError(f"reward={dict(weights)}: weights must be numbers above 0")
+        value = sum(weights[n] * v.score for n, v in verdicts.items()) / sum(weights.values())
+    lowest = min(verdicts.values(), key=lambda v: v.score)
+    parts = {name: verdict.score for name, verdict in verdicts.items()}
+    return Verdict(min(value, 1.0), lowest.reason, parts)
 
 
 from q3mega.rewards import (  # noqa: E402  (they register)
@@ -70,50 +80,52 @@ from q3mega.rewards import (  # noqa: E402  (they register)
     constraint_counts,  # noqa: F401
     constraint_forms,  # noqa: F401
     exact,  # noqa: F401
+    judge,  # noqa: F401
     language,  # noqa: F401
     length,  # noqa: F401
     mode,  # noqa: F401
+    preference,  # noqa: F401
     repetition,  # noqa: F401
     tool_call,  # noqa: F401
 )
 
-# family -> (kind of reward, its name or names); the reasoning families are the answer reward's
-TASK_REWARD: dict[str, tuple[Kind, Names]] = {
-    "repeat_digit": ("rule", "exact"),
-    "json_digit": ("rule", "json"),
-    "think_follow": ("rule", ("mode", "answered")),
-    "boxed_digit": ("rule", "exact"),
-    "describe": ("preference", "preference"),
-    "advise": ("preference", "preference"),
-    "calculator": ("rule", "answer"),
-    "lookup": ("rule", "answer"),
-    "rag_answer": ("judge", "judge"),
-    "rag_name": ("judge", "judge"),
+MODELS = ("judge", "preference")  # what needs a model, which general RL has
+# family -> its reward; the reasoning families' is `answer`
+TASK_REWARD: dict[str, Names] = {
+    "repeat_digit": "exact",
+    "json_digit": "json",
+    "think_follow": ("mode", "answered"),
+    "boxed_digit": "exact",
+    "describe": "preference",
+    "advise": "preference",
+    "calculator": "answer",
+    "lookup": "answer",
+    "rag_answer": "judge",
+    "rag_name": "judge",
 }
 
 
-def reward_of(problem: Problem) -> tuple[Kind, Names]:
+def reward_of(problem: Problem) -> Names:
     """What judges a problem: the reward that its file names, else its task's."""
-    match problem.meta.get("reward"):
-        case None:
-            return TASK_REWARD.get(problem.family, ("rule", "answer"))
-        case "judge" | "preference" as kind:
-            return kind, kind
-        case names:
-            return "rule", names
+    return problem.meta.get("reward") or TASK_REWARD.get(problem.family, "answer")
 
 
-def judge_answer(problem: Problem, text: str, tokens: int = 0, max_tokens: int = 0) -> Verdict:
-    """The verdict of a problem's rule reward on a completion of `tokens` of at most `max_tokens`.
+def models_of(problem: Problem) -> list[str]:
+    """Which of MODELS a problem's reward asks."""
+    names = reward_of(problem)
+    return [m for m in MODELS if m in ([names] if isinstance(names, str) else names)]
 
-    Raises UserError for a problem that lacks what its reward reads, or has a model for a reward.
+
+def judge_answer(problem: Problem, text: str, **facts: Any) -> Verdict:
+    """The verdict of a problem's reward on a completion.
+
+    facts: what a reward reads besides the problem: tokens and max_tokens of the completion, and
+    scored, the verdicts of MODELS on it.
+    Raises UserError for a problem that lacks what its reward reads.
     """
-    kind, names = reward_of(problem)
-    if kind != "rule":
-        raise UserError(f"reward={kind} of {problem.question[:60]!r} is a model's, not a rule")
     try:
-        return score(names, text, problem.row | {"tokens": tokens, "max_tokens": max_tokens})
+        return score(reward_of(problem), text, problem.row | facts)
     except KeyError as error:
         raise UserError(
-            f"reward={names} of {problem.question[:60]!r} needs the field {error}"
+            f"reward={reward_of(problem)} of {problem.question[:60]!r} needs the field {error}"
         ) from error

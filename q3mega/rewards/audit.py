@@ -9,7 +9,7 @@ from typing import Any
 
 from q3mega.data.chat import EMPTY_THINKING
 from q3mega.data.tasks import FAMILIES, generate
-from q3mega.rewards import TASK_REWARD, score
+from q3mega.rewards import MODELS, TASK_REWARD, score
 
 
 def probes(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -39,7 +39,7 @@ def probes(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def audit() -> list[tuple[str, str, float]]:
     """(family, probe, score) of every probe that earns anything from a rule reward."""
-    rules = [(f, name) for f, (kind, name) in TASK_REWARD.items() if kind == "rule"]
+    rules = [(f, name) for f, name in TASK_REWARD.items() if name not in MODELS]
     rules += [(f, "answer") for f, spec in FAMILIES.items() if spec.capability == "reasoning"]
     rules += [(f, "tool_call") for f, spec in FAMILIES.items() if spec.capability == "agent"]
     return [

@@ -10,13 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from q3mega.data.tasks.general import NAMES, NOT_FOUND
-from q3mega.rewards import Verdict
+from q3mega.rewards import Verdict, reward
 from q3mega.rewards.mode import reply
 
 MAX_CHARACTERS = 60  # of an answer: a longer one says too much to be the short reference
 PHRASED = 0.25  # of the examples hold the answer in a sentence
 ALIKE = 0.75  # of the wrong answers are of the right one's kind
 STUFFED = 0.1  # list several answers, the right one among them
+
+
+@reward("judge")
+def said(completion: str, row: Mapping[str, Any]) -> Verdict:
+    """What the judge of the stage said, which had the whole batch before it."""
+    return row["scored"]["judge"]
 
 
 def judge_prompt(reference: str, answer: str) -> str:

@@ -1,11 +1,18 @@
 """Model-based reward without a reference: a preference model's scalar, made a score in [0, 1]."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from q3mega.rewards import Verdict
+from q3mega.rewards import Verdict, reward
 
 WIDEST = 30.0  # standard deviations; beyond them the logistic is 0 or 1 and exp would overflow
+
+
+@reward("preference")
+def said(completion: str, row: Mapping[str, Any]) -> Verdict:
+    """What the preference model of the stage said, which had the whole batch before it."""
+    return row["scored"]["preference"]
 
 
 def preference(scalars: Sequence[float], mean: float, std: float) -> list[Verdict]:

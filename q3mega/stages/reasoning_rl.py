@@ -103,8 +103,10 @@ def answered(
     ):
         for c in tries:
             text = evaluate.text_of(c, stage.tokenizer)
-            verdict = judge_answer(p, text, len(c.tokens), config.max_tokens)
-            rollouts.append(Rollout(prompt, c, group, verdict.score, p.family, verdict.reason))
+            verdict = judge_answer(p, text, tokens=len(c.tokens), max_tokens=config.max_tokens)
+            rollouts.append(
+                Rollout(prompt, c, group, verdict.score, p.family, verdict.reason, verdict.parts)
+            )
     return rollouts
 
 

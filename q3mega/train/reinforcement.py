@@ -1,7 +1,8 @@
 """The second loop: roll out, score, credit, update. Both RL stages are this loop."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class Rollout:
     reward: float = 0.0
     task: str = ""
     reason: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)  # each reward's own score
     ref_logprobs: list[float] | None = None
 
 
@@ -137,8 +139,11 @@ def _split(samples: list[Sample], parts: int) -> list[list[Sample]]:
 def _summary(rollouts: list[Rollout], samples: list[Sample]) -> dict[str, float]:
     lengths = [len(r.completion.tokens) for r in rollouts]
     by_task: dict[str, list[float]] = {}
+    by_reward: dict[str, list[float]] = {}
     for r in rollouts:
         by_task.setdefault(r.task, []).append(r.reward)
+        for name, value in r.parts.items():
+            by_reward.setdefault(name, []).append(value)
     return {
         "reward": sum(r.reward for r in rollouts) / len(rollouts),
         "length": sum(lengths) / len(lengths),
@@ -146,5 +151,7 @@ def _summary(rollouts: list[Rollout], samples: list[Sample]) -> dict[str, float]
         "kept": len(samples) / len(rollouts),
         **size([_sample(r, 0.0) for r in rollouts]),
         **size(samples, "trained_"),
-        **{f"reward/{task}": sum(v) / len(v) for task, v in sorted(by_task.items())},
+        **{f"reward/{task}": statistics.fmean(v) for task, v in sorted(by_task.items())},
+        **{f"score/{name}": statistics.fmean(v) for name, v in sorted(by_reward.items())},
+        **{f"spread/{name}": statistics.pstdev(v) for name, v in sorted(by_reward.items())},
     }

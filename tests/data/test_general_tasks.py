@@ -22,7 +22,7 @@ def worth(problem, response):
     if problem.capability == "rag":
         same = f"Same? {problem.answer} = {problem.answer}"
         return judge([text], [row], lambda prompts: [float(p == same) for p in prompts])[0].score
-    names = "answered" if problem.family == "think_follow" else TASK_REWARD[problem.family][1]
+    names = "answered" if problem.family == "think_follow" else TASK_REWARD[problem.family]
     return score(names, text, row).score
 
 

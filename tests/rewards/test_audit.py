@@ -14,7 +14,7 @@ def test_the_audit_finds_a_reward_that_can_be_cheated(monkeypatch):
     def keyword(completion, row):
         return Verdict(float(row["answer"] in completion), "holds the answer")
 
-    monkeypatch.setitem(TASK_REWARD, "boxed_digit", ("rule", "keyword"))
+    monkeypatch.setitem(TASK_REWARD, "boxed_digit", "keyword")
     found = {(family, probe) for family, probe, _ in audit()}
     assert ("boxed_digit", "answer inside the thinking") in found
     assert {family for family, _ in found} == {"boxed_digit"}

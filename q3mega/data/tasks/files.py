@@ -1,7 +1,8 @@
 """Problems of one's own, and HumanEval: rows that name the reward which judges them.
 
-A line of JSON is a row: `question` or `messages`, `reward` (one name or several, whose product
-counts), and whatever that reward reads, such as `answer`, `tests` or `constraints`.
+A line of JSON is a row: `question` or `messages`, `reward` (one name; several, whose product
+counts; or names with weights), and whatever that reward reads, such as `answer`, `tests` or
+`constraints`.
 """
 
 import gzip
@@ -33,9 +34,10 @@ def rows(name: str) -> list[Row]:
     found = _file(Path(name))
     for number, row in found:
         names = row.get("reward")
-        if not (isinstance(names, str) or (isinstance(names, list) and names)):
+        if not (isinstance(names, str) or (isinstance(names, list | dict) and names)):
             raise UserError(
-                f"{name}:{number}: reward={names!r:.80} must name a reward, or several in a list"
+                f"{name}:{number}: reward={names!r:.80} must name a reward, several in a list, or "
+                "several with weights"
             )
     return [row for _, row in found]
 
@@ -71,6 +73,17 @@ def answered(name: str) -> list[Row]:
         if not (isinstance(items, list) and all(isinstance(item, str) for item in items)):
             raise UserError(f"{name}:{number}: checklist={items!r:.80} must be a list of texts")
     return [row for _, row in found]
+
+
+def pairs(name: str) -> list[tuple[Problem, str, str]]:
+    """(problem, chosen, rejected) of each row of a file of preferences."""
+    found = _file(Path(name))
+    for number, row in found:
+        both = row.get("chosen"), row.get("rejected")
+        if not all(isinstance(text, str) for text in both) or both[0] == both[1]:
+            raise UserError(f"{name}:{number}: chosen and rejected must be two different texts")
+    stem = Path(name).stem
+    return [(_problem(row, stem), row["chosen"], row["rejected"]) for _, row in found]
 
 
 def _file(path: Path) -> list[tuple[int, Row]]:
