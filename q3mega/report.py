@@ -134,7 +134,8 @@ def render(run_dir: Path, evals: Evals) -> str:
     for _, folder in _stages(run_dir):
         state = "" if (folder / "DONE").exists() else " (not finished)"
         body.append(f"<h2>{escape(folder.name)}{state}</h2>")
-        body += [_training(folder), _curation(folder), _audit(folder), _samples(folder)]
+        parts = (_training, _curation, _rewards, _audit, _samples)
+        body += [part(folder) for part in parts]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(run_dir.resolve().name)}</title><style>{_STYLE}</style></head><body>"
@@ -265,8 +266,25 @@ def _curation(folder: Path) -> str:
     for name, head in (("funnel", ["curation", "items"]), ("drops", ["dropped by", "items"])):
         counts = _json(folder / "data" / f"{name}.json")
         if counts:
-            parts.append(_table(head, [[step, f"{n:,}"] for step, n in counts.items()]))
+            parts.append(_table(head, [[step, str(n)] for step, n in counts.items()]))
     return _titled("h3", "Curation of the data", "\n".join(parts)) if parts else ""
+
+
+def _rewards(folder: Path) -> str:
+    """Mean of each task's score, and of each reward's own, at the start and at the end."""
+    kinds = {"reward": "task", "score": "reward"}
+    lines = _json_lines(folder / "metrics.jsonl")
+    keys = sorted({key for line in lines for key in line if key.split("/")[0] in kinds})
+    rows = []
+    for key, points in _traces(folder, keys).items():
+        kind, _, name = key.partition("/")
+        values, part = [value for _, value in points], max(1, len(points) // 10)
+        spread = _traces(folder, [f"spread/{name}"]) if kind == "score" else {}
+        spreads = [value for _, value in spread.get(f"spread/{name}", [])][-part:]
+        means = [sum(some) / len(some) for some in (values[:part], values[-part:], spreads) if some]
+        rows.append([kinds[kind], name, *map(_text, means), *[""] * (3 - len(means))])
+    head = ["", "name", "first tenth of the steps", "last tenth", "standard deviation"]
+    return _titled("h3", "Rewards", _table(head, rows)) if rows else ""
 
 
 def _audit(folder: Path) -> str:

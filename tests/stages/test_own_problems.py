@@ -192,16 +192,26 @@ def test_general_rl_scores_by_judge_preference_and_rules(ran):
     assert {(task, row["reward"]) for task, row in audit.items()} >= {
         ("tasks", "judge"), ("open", "preference"), ("letters", "rule"),
     }  # fmt: skip
-    folder = Recipe.load(folder / "own.yaml").stage_dir(folder / "run", "general_rl")
+    assert {"reward/tasks", "reward/letters"} <= logged(folder, "general_rl")
+    names = {"reward/letters", "score/constraints_strict", "spread/constraints_strict"}
+    assert names <= logged(folder, "reasoning_rl")
+
+
+def logged(folder, stage):
+    folder = Recipe.load(folder / "own.yaml").stage_dir(folder / "run", stage)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    names = {name for row in rows for name in row}
-    assert {"reward/tasks", "score/constraints_strict", "spread/constraints_strict"} <= names
+    return {name for row in rows for name in row}
 
 
 def test_the_report_shows_funnels_and_scores(ran, monkeypatch, capsys):
     folder, _ = ran
     text = (folder / "run/report.html").read_text()
-    for word in ("answered without thinking", "queries of balanced domains", "score/tasks"):
+    for word in (
+        "answered without thinking",
+        "queries of balanced domains",
+        "score/tasks",
+        "standard deviation",
+    ):
         assert word in text
 
 
