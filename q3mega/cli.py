@@ -109,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
                 "--tasks",
                 nargs="+",
                 required=True,
-                help="families, capabilities, human_eval, FILE.jsonl",
+                help="families, capabilities, counterfactual, length_control, think_flags, "
+                "tool_use, ruler:LENGTH, human_eval, FILE.jsonl",
             )
             sub.add_argument("--mode", choices=("think", "no_think"), default="think")
             sub.add_argument("--tries", type=int, default=1, help="answers a problem, for pass@k")
@@ -252,10 +253,11 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     params = _params(arguments, arguments.tries)
     model = Checkpoint(arguments.checkpoint)
+    print(f"{'':<32} value  95 % interval   problems")
     for name, found in model.score(arguments.tasks, arguments.mode, params, arguments.problems):
         print(
             f"{name:<32} {found['value']:.3f}  "
-            f"[{found['low']:.3f}, {found['high']:.3f}]  n={found['n']}"
+            f"[{found['low']:.3f}, {found['high']:.3f}]  {found['n']:>8}"
         )
     return 0
 

@@ -1,4 +1,4 @@
-"""Problems of one's own, and HumanEval: rows that name the reward which judges them.
+"""Problems of one's own, HumanEval and generated sets: rows that name the reward which judges them.
 
 A line of JSON is a row: `question` or `messages`, `reward` (one name or several, whose product
 counts), and whatever that reward reads, such as `answer`, `tests` or `constraints`.
@@ -6,28 +6,48 @@ counts), and whatever that reward reads, such as `answer`, `tests` or `constrain
 
 import gzip
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from q3mega.data.tasks import counterfactual, length_control, ruler, think_flags, tool_use
+from q3mega.data.tasks.base import Row
+from q3mega.data.tokenizer import Tokenizer
 from q3mega.errors import UserError
 
-Row = dict[str, Any]
-HUMAN_EVAL = "human_eval"
+HUMAN_EVAL, RULER = "human_eval", "ruler:"
+SETS: dict[str, Callable[[int, int], list[Row]]] = {
+    "counterfactual": counterfactual.rows,
+    "length_control": length_control.rows,
+    "think_flags": think_flags.rows,
+    "tool_use": tool_use.rows,
+}
+NAMES = (*SETS, f"{RULER}LENGTH", HUMAN_EVAL, "FILE.jsonl")
 _ROLES = {"system", "user", "assistant", "tool"}
 
 
 def named(name: str) -> bool:
-    """Whether `rows` knows it: human_eval, or a .jsonl file."""
-    return name == HUMAN_EVAL or name.endswith(".jsonl")
+    """Whether `rows` knows it: one of SETS, ruler:LENGTH, human_eval, or a .jsonl file."""
+    return name in SETS or name == HUMAN_EVAL or name.startswith(RULER) or name.endswith(".jsonl")
 
 
-def rows(name: str) -> list[Row]:
-    """The rows of a file or of HumanEval.
+def rows(name: str, n: int, tokenizer: Tokenizer, seed: int = 0) -> list[Row]:
+    """n rows of a generated set, the same for the same seed; the first n of a file or HumanEval.
 
-    Raises UserError for a file that is not there, and for a malformed line with its number.
+    tokenizer: that of the model, for ruler:LENGTH. Raises UserError for n below 1, for a LENGTH
+    that is no number of tokens, a file that is not there, and a malformed line with its number.
     """
-    return _human_eval() if name == HUMAN_EVAL else _file(Path(name))
+    if n < 1:
+        raise UserError(f"n={n} problems: ask for 1 or more")
+    if name in SETS:
+        return SETS[name](n, seed)
+    if name.startswith(RULER):
+        length = name.removeprefix(RULER)
+        if not (length.isascii() and length.isdecimal() and len(length) < 10):
+            raise UserError(f"{name}: LENGTH is a number of tokens, such as {RULER}32768")
+        return ruler.rows(n, seed, int(length), tokenizer)
+    return (_human_eval() if name == HUMAN_EVAL else _file(Path(name)))[:n]
 
 
 def _file(path: Path) -> list[Row]:
