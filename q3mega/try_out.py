@@ -53,9 +53,7 @@ class Checkpoint:
         rows = {t: files.rows(t, n, self.tokenizer) for t in tasks if files.named(t)}
         for task in tasks:
             if task in rows:
-                scores = evaluate.graded(
-                    self.sampler, self.tokenizer, rows[task], params, mode
-                )
+                scores = evaluate.graded(self.sampler, self.tokenizer, rows[task], params, mode)
                 yield from _summary(task, rows[task], scores)
                 continue
             if task == "capabilities":

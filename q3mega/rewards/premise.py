@@ -7,7 +7,7 @@ from typing import Any
 from q3mega.errors import UserError
 from q3mega.rewards import Verdict, reward
 from q3mega.rewards.mode import reply
-from q3mega.rewards.text_units import fold, occurrences, visible, words
+from q3mega.rewards.text_units import fold, occurrences, sentences, visible, words
 
 MAX_WORDS = 60  # of a reply that was asked for in one sentence: a longer one may say everything
 REFUSED = 0.5  # for a refusal that does not say what is true
@@ -15,10 +15,11 @@ _WRONG = r"(?:false|wrong|incorrect|mistaken|untrue|not (?:true|correct|right|so
 # A denial that is itself denied ("not a false premise") is none.
 _DENIAL = re.compile(
     rf"(?<!no )(?<!not a )(?<!n't a ){_WRONG} (?:premise|assumption)"
-    rf"|(?:premise|assumption|question)(?: of the question)? (?:is|was|seems) (?:(?!not )\w+ )?{_WRONG}"
+    r"|(?:premise|assumption|question)(?: of the question)? (?:is|was|seems) "
+    rf"(?:(?!not )\w+ )?{_WRONG}"
     r"|(?:can ?not|can't) be (?:answered|determined|known|told)|can(?:not|'t) (?:answer|tell|know)"
-    r"|(?:not|n't|never) (?:be )?(?:stated?|mention(?:s|ed)?|says?|said|given|specif(?:y|ied)|known)"
-    r"|no (?:information|mention|way to (?:know|tell))"
+    r"|(?:not|n't|never) (?:be )?(?:stated?|mention(?:s|ed)?|says?|said|given|known)"
+    r"|(?:not|n't) (?:be )?specif(?:y|ied)|no (?:information|mention|way to (?:know|tell))"
 )
 
 
@@ -37,13 +38,13 @@ def premise(completion: str, row: Mapping[str, Any]) -> Verdict:
     text = reply(completion)
     if text is None:
         return Verdict(0.0, "think block malformed or never closed")
-    text = visible(text)
+    text = _own(visible(text), row["messages"][-1]["content"])
     if not 0 < len(words(text)) <= MAX_WORDS:
         return Verdict(0.0, f"{len(words(text))} words, 1 to {MAX_WORDS} make sense")
     guesses = [r for r in rivals if occurrences(text, r)]
     if guesses:
         return Verdict(0.0, f"names {guesses[0]} as well")
-    refused = bool(_DENIAL.search(fold(text).replace("’", "'")))
+    refused = bool(_DENIAL.search(text))
     right = _named(text, accepted)
     if row["premise"] == "true":
         return Verdict(float(right and not refused), "refused" if refused else "answered")
@@ -52,6 +53,15 @@ def premise(completion: str, row: Mapping[str, Any]) -> Verdict:
     if row["premise"] == "unknown" or right:
         return Verdict(1.0, "refused for the right reason")
     return Verdict(REFUSED, "refused without saying what is true")
+
+
+def _own(text: str, question: str) -> str:
+    """The folded reply without the question's sentences on how to refuse, if it copies them."""
+    text = fold(text).replace("’", "'")
+    for sentence in map(fold, sentences(question)):
+        if _DENIAL.search(sentence):
+            text = text.replace(sentence, " ")
+    return text
 
 
 def _named(text: str, phrases: Sequence[str]) -> bool:

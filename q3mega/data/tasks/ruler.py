@@ -24,12 +24,12 @@ from q3mega.errors import UserError
 LONG_LIST = 8192  # tokens; from here on a common word is there 30 times and a rare one 3 times
 _SOURCES = ("year_2889", "python_reference", "stdlib_docs")
 _HOPS, _COMMON, _FREQUENT = 4, 10, 3
-_ADJECTIVES = "amber brave calm dusty eager faint gentle hollow ivory quiet rapid silent".split()
-_NOUNS = "anchor bridge candle desert engine falcon garden harbor island lantern meadow".split()
+_ADJECTIVES = ("amber", "brave", "calm", "dusty", "eager", "gentle", "hollow", "quiet", "silent")
+_NOUNS = ("anchor", "bridge", "candle", "desert", "engine", "falcon", "garden", "island", "meadow")
 _SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-_FIRST_NAMES = "Ada Boris Carla Dirk Edda Farid Greta Hugo Ines Jaro Kaja Luis".split()
-_TOWNS = "Bergen Cork Gdansk Graz Lindau Lund Nantes Porto Siena Tartu".split()
-_TRADES = "baker farmer glazier miller printer sailor tailor weaver".split()
+_FIRST_NAMES = ("Ada", "Boris", "Carla", "Dirk", "Edda", "Farid", "Greta", "Hugo", "Ines", "Jaro")
+_TOWNS = ("Bergen", "Cork", "Gdansk", "Graz", "Lindau", "Lund", "Nantes", "Porto", "Siena", "Tartu")
+_TRADES = ("baker", "farmer", "glazier", "miller", "printer", "sailor", "tailor", "weaver")
 
 _Pieces = Callable[[int], list[str]]
 
@@ -128,7 +128,7 @@ def _common_words(rng: random.Random, length: int) -> _Task:
         "Some words of the following list are there many times, the others seldom.",
         f"Which are the {_COMMON} words that are there most often? Give nothing but the words.",
         common,
-        [],
+        [_coined(start, _COMMON + i) for i in range(100)],  # else copying a short list would do
     )
 
 

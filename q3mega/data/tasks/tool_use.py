@@ -1,7 +1,7 @@
 """Evaluation: one turn in which the right tools have to be called, or none (as in BFCL, ToolUse).
 
-Every row shows five tools that are not needed as well. Its `calls` say what is right: for each call a
-name, the accepted values of each argument, and those of arguments that may be left out.
+Every row shows five tools that are not needed as well. Its `calls` say what is right: for each call
+a name, the accepted values of each argument, and those of arguments that may be left out.
 """
 
 import random
