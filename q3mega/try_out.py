@@ -22,11 +22,12 @@ TASKS = (*REASONING, "capabilities")
 class Checkpoint:
     """A model that answers."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, batch: int = 512) -> None:
+        """batch: sequences decoded at once."""
         self.tokenizer = Tokenizer(folder)
         engine = Engine(shape_of(folder), Layout(processes=1), seed=0)
         engine.load_hf(folder)
-        self.sampler = InProcessSampler(engine, self.tokenizer)
+        self.sampler = InProcessSampler(engine, self.tokenizer, max_batch=batch)
 
     def answer(
         self, messages: Sequence[dict[str, Any]], params: SamplingParams, *, think: bool = True

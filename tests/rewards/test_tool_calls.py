@@ -46,7 +46,13 @@ def test_one_call_is_graded_by_name_schema_and_arguments():
     # fits the schema, but is not what was asked for
     for valid in (made(city="Oslo"), made(city="Lima", days=2), made(city="Lima", unit="celsius")):
         assert grade(text(valid), LIMA) == 0.5
-    for wrong in ({"city": 7}, {"unit": "kelvin"}, {"x": 1}, {"days": True}, {"place": {"tags": 7}}):
+    for wrong in (
+        {"city": 7},
+        {"unit": "kelvin"},
+        {"x": 1},
+        {"days": True},
+        {"place": {"tags": 7}},
+    ):
         invalid = made(**{"city": "Lima"} | wrong)
         assert grade(text(invalid), LIMA) == grade(text(made()), LIMA) == 0.25
     for nothing in (made("clock"), made("none", city="Lima")):
