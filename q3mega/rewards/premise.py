@@ -6,6 +6,7 @@ from typing import Any
 
 from q3mega.errors import UserError
 from q3mega.rewards import Verdict, reward
+from q3mega.rewards.found import texts
 from q3mega.rewards.mode import reply
 from q3mega.rewards.text_units import fold, occurrences, sentences, visible, words
 
@@ -30,11 +31,11 @@ def premise(completion: str, row: Mapping[str, Any]) -> Verdict:
     row["premise"]: "true", 1 for one of row["accepted"] without a refusal; "false", 1 for a refusal
     that names one of row["accepted"], what is true instead, 0.5 for a bare one; "unknown", 1 for a
     refusal. Naming any of row["rivals"], other answers to what is asked, or more than 60 words,
-    earns 0. Raises UserError for any other premise.
+    earns 0. Raises UserError for any other premise, and for lists of anything but texts.
     """
     if row["premise"] not in ("true", "false", "unknown"):
         raise UserError(f"premise={row['premise']!r:.80} must be true, false or unknown")
-    accepted, rivals = row["accepted"], row["rivals"]
+    accepted, rivals = texts(row, "accepted"), texts(row, "rivals")
     text = reply(completion)
     if text is None:
         return Verdict(0.0, "think block malformed or never closed")

@@ -1,6 +1,6 @@
 """Tool calls of one turn against JSON schemas and the wanted calls: several tools, parallel calls.
 
-Schemas are looked up nowhere, and a call is data: nothing of it is run.
+A call is data: nothing of it is run.
 """
 
 import json
@@ -10,11 +10,11 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
-from referencing import Registry
 
 from q3mega.data.chat import parse
 from q3mega.errors import UserError
 from q3mega.rewards import Verdict, reward
+from q3mega.rewards.found import texts
 from q3mega.rewards.mode import reply
 from q3mega.rewards.text_units import fold, visible
 
@@ -40,7 +40,7 @@ def tool_calls(completion: str, row: Mapping[str, Any]) -> Verdict:
         return Verdict(0.0, "malformed tags")
     made = message.tool_calls
     if not wanted:
-        return _without(message.content, made, row["says"])
+        return _without(message.content, made, texts(row, "says"))
     if not 0 < len(made) <= MAX_CALLS:
         return Verdict(0.0, f"{len(made)} calls")
     grades = sorted(
@@ -89,15 +89,20 @@ def _same(value: Any, wanted: Any) -> bool:
     return isinstance(value, bool) == isinstance(wanted, bool) and bool(value == wanted)
 
 
-def _schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _schemas(tools: Any) -> dict[str, str]:
     """Name -> JSON of the arguments' schema."""
+    if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
+        raise UserError(f"tools={tools!r:.80} must be a list of objects")
     functions = [tool.get("function", tool) for tool in tools]
     return {f["name"]: json.dumps(f.get("parameters", {"type": "object"})) for f in functions}
 
 
-def _wanted(
-    calls: Sequence[Mapping[str, Any]], schemas: Mapping[str, str]
-) -> Sequence[Mapping[str, Any]]:
+def _wanted(calls: Any, schemas: Mapping[str, str]) -> Sequence[Mapping[str, Any]]:
+    if not isinstance(calls, list | tuple) or not all(map(_is_wanted, calls)):
+        raise UserError(
+            f"calls={calls!r:.80} must be a list of name and arguments, with a list of accepted "
+            "values for each"
+        )
     for call in calls:
         if call["name"] not in schemas:
             raise UserError(f"calls: {call['name']!r} is no tool of the row: {', '.join(schemas)}")
@@ -107,14 +112,23 @@ def _wanted(
     return calls
 
 
+def _is_wanted(call: Any) -> bool:
+    if not isinstance(call, Mapping) or "arguments" not in call:
+        return False
+    accepted = [call["arguments"], call.get("optional", {})]
+    return isinstance(call.get("name"), str) and all(
+        isinstance(a, Mapping) and all(isinstance(v, list) and v for v in a.values())
+        for a in accepted
+    )
+
+
 @lru_cache(256)
 def _validator(schema: str) -> Draft202012Validator:
-    """Raises UserError for a schema that is none, or that refers elsewhere than into itself."""
-    found = json.loads(schema)
-    if '"$ref": "' in schema.replace('"$ref": "#', ""):
+    """Raises UserError for a schema that is none, or that refers elsewhere: it would be fetched."""
+    if any(f'"${name}": ' in schema for name in ("ref", "dynamicRef", "recursiveRef")):
         raise UserError(f"tools: the schema {schema:.80} refers to another: write it out")
     try:
-        Draft202012Validator.check_schema(found)
+        Draft202012Validator.check_schema(found := json.loads(schema))
     except SchemaError as error:
         raise UserError(f"tools: {schema:.80} is no JSON schema: {error.message}") from error
-    return Draft202012Validator(found, registry=Registry())
+    return Draft202012Validator(found)

@@ -254,6 +254,16 @@ def test_ruler_answers_follow_from_the_text(tokenizer):
         assert found == set(row["items"]), row["group"]
 
 
+def test_found_reads_words_whole_and_refuses_what_is_no_list():
+    row = {"items": ["12", "Ada B"], "rivals": ["13"]}
+    for said, share in (("ada  b, 12", 1), ("12.", 0.5), ("120 Adab", 0), ("12 ada b 13", 2 / 3)):
+        assert score("found", said, row).score == pytest.approx(share)
+    assert score("found", "<think>\n12", row).score == 0
+    for wrong in ({"items": []}, {"items": "12"}, {"items": [12]}, row | {"rivals": [" "]}):
+        with pytest.raises(UserError, match=r"(items|rivals)="):
+            score("found", "12", wrong)
+
+
 @pytest.mark.parametrize("length", ["", "x", "-5", "²", "9" * 30, "0", "300"])
 def test_a_length_that_cannot_be_is_named(length, tokenizer):
     with pytest.raises(UserError, match="ruler:"):

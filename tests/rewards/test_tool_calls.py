@@ -99,10 +99,19 @@ def test_wrong_rows_are_named_before_anything_is_sampled():
         grade("", {"name": "nothing", "arguments": {}})
     with pytest.raises(UserError, match="does not fit the schema of weather"):
         grade("", {"name": "weather", "arguments": {"city": [7]}})
+    lists = LIMA | {"arguments": {"city": []}}, LIMA | {"optional": {"days": 1}}
+    names = {"name": "weather"}, {"name": 7, "arguments": {}}
+    for calls in ("weather", ["weather"], *([call] for call in (*lists, *names))):
+        with pytest.raises(UserError, match=r"calls=.* must be a list of name and arguments"):
+            score("tool_calls", "", {"tools": TOOLS, "calls": calls})
+    with pytest.raises(UserError, match="tools='x' must be a list"):
+        grade("", LIMA, tools="x")
+    with pytest.raises(UserError, match="says='yes' must be a list of texts"):
+        grade("", says="yes")
     for schema, says in (
         ({"type": "number of things"}, "no JSON schema"),
         ({"$ref": "http://localhost:9/x.json"}, "refers to another"),
-        ({"properties": {"a": {"$ref": "file:///etc/passwd"}}}, "refers to another"),
+        ({"properties": {"a": {"$ref": "#/nowhere"}}}, "refers to another"),
     ):
         tools = [{"name": "weather", "parameters": schema}]
         with pytest.raises(UserError, match=says):
