@@ -13,9 +13,12 @@ from tiny import LAYOUT, SHAPES
 
 from q3mega.cli import main
 from q3mega.data import text
+from q3mega.data.chat import EMPTY_THINKING
 from q3mega.data.tasks import files
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
+from q3mega.evaluate import graded
+from q3mega.rollout import Completion, SamplingParams
 
 LINE = re.compile(r"(\S.*?) +([01]\.\d{3})  \[([01]\.\d{3}), ([01]\.\d{3})\] +(\d+)")
 
@@ -47,6 +50,33 @@ def test_eval_prints_each_set_and_its_groups(checkpoint, mode, capsys):
         assert found[f"{task} pass@2"][3] == 10
     # One that is untrained calls no tool, and does not think of the boxed answer either.
     assert found["tool_use/nested"][0] == found["think_flags score"][0] == 0
+
+
+class Obedient:
+    """Knows the answers and opens a reply in the wanted mode, unless the prompt has done so."""
+
+    def __init__(self, tokenizer: Tokenizer, rows: list[files.Row]) -> None:
+        self.tokenizer, self.rows = tokenizer, rows
+
+    def generate(self, prompts, params):
+        return [[self.reply(*pair)] for pair in zip(prompts, self.rows, strict=True)]
+
+    def reply(self, prompt: list[int], row: files.Row) -> Completion:
+        asked = self.tokenizer.decode(prompt)
+        flags = re.findall(r"/(think|no_think)\b(?!>)", asked.replace("</think>", ""))
+        block = EMPTY_THINKING if flags and flags[-1] == "no_think" else "<think>\nx\n</think>\n\n"
+        begun = asked.endswith(EMPTY_THINKING)
+        said = f"{'' if begun else block}\\boxed{{{row['answer']}}}"
+        tokens = [*self.tokenizer.encode(said), self.tokenizer.eos]
+        return Completion(tokens, [0.0] * len(tokens), [1] * len(tokens), "stop")
+
+
+@pytest.mark.parametrize("mode", ["think", "no_think"])
+def test_who_obeys_the_flags_is_let_choose_the_mode(checkpoint, mode):
+    tokenizer = Tokenizer(checkpoint)
+    rows = files.rows("think_flags", 60, tokenizer)
+    scores = graded(Obedient(tokenizer, rows), tokenizer, rows, SamplingParams(32), mode)
+    assert scores == [[1.0]] * 60
 
 
 @pytest.mark.parametrize(
