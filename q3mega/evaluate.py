@@ -128,18 +128,18 @@ def graded(
 ) -> list[list[float]]:
     """The scores of params.n answers to each row (`data.tasks.files`), by the rewards it names.
 
-    Without thinking the empty block is pre-filled. Raises UserError before anything is sampled for
-    a row that its rewards cannot judge.
+    Without thinking the empty block is pre-filled, except where the reward `mode` judges how the
+    model opens its reply. Raises UserError before anything is sampled for a row that its rewards
+    cannot judge.
     """
     for i, row in enumerate(rows):
         _judged("", row, 0, params.max_tokens, i)
-    block = False if mode == "no_think" else None
     prompts = [
         tokenizer.encode(
             render(
                 r["messages"],
                 add_generation_prompt=True,
-                enable_thinking=block,
+                enable_thinking=False if mode == "no_think" and not _by_mode(r) else None,
                 tools=r.get("tools", ()),
             )
         )
@@ -149,6 +149,11 @@ def graded(
         [_judged(text_of(c, tokenizer), r, len(c.tokens), params.max_tokens, i) for c in tries]
         for i, (r, tries) in enumerate(zip(rows, sampler.generate(prompts, params), strict=True))
     ]
+
+
+def _by_mode(row: Mapping[str, Any]) -> bool:
+    names = row["reward"]
+    return "mode" in ([names] if isinstance(names, str) else names)
 
 
 def _judged(text: str, row: Mapping[str, Any], tokens: int, max_tokens: int, number: int) -> float:
