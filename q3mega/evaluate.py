@@ -28,6 +28,7 @@ from q3mega.rewards import judge_answer, reward_of, score
 from q3mega.rewards.answer import boxes
 from q3mega.rewards.mode import mode_of
 from q3mega.rollout import Completion, Sampler, SamplingParams
+from q3mega.rollout.base import text_of
 from q3mega.rollout.episodes import run_episodes
 from q3mega.rollout.tools import Environment
 
@@ -162,12 +163,6 @@ def _judged(text: str, row: Mapping[str, Any], tokens: int, max_tokens: int, num
         return score(row["reward"], text, given).score
     except KeyError as error:
         raise UserError(f"row {number + 1}: the reward {row['reward']} needs {error}") from error
-
-
-def text_of(completion: Completion, tokenizer: Tokenizer) -> str:
-    """A completion's text without its stop token."""
-    tokens = completion.tokens
-    return tokenizer.decode(tokens[:-1] if completion.finish_reason == "stop" else tokens)
 
 
 def accuracy(found: Sequence[Sequence[Answer]]) -> dict[str, float]:

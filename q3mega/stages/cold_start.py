@@ -22,9 +22,9 @@ from q3mega.data.tasks.solutions import boxed, check
 from q3mega.data.tasks.tutor import Candidate, candidates, unsuitable_queries
 from q3mega.engine import parallel
 from q3mega.errors import UserError
-from q3mega.evaluate import text_of
 from q3mega.rewards import judge_answer
 from q3mega.rollout import SamplingParams
+from q3mega.rollout.base import text_of
 from q3mega.stages.asking import Asked
 from q3mega.stages.fine_tune import fine_tune
 from q3mega.stages.funnel import Funnel

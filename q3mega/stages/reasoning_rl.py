@@ -17,6 +17,7 @@ from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
 from q3mega.rewards import judge_answer
 from q3mega.rollout import SamplingParams
+from q3mega.rollout.base import text_of
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.settings import RLSettings
 from q3mega.stages.funnel import Funnel
@@ -102,7 +103,7 @@ def answered(
         mine, prompts, sampler.generate(prompts, params), strict=True
     ):
         for c in tries:
-            text = evaluate.text_of(c, stage.tokenizer)
+            text = text_of(c, stage.tokenizer)
             verdict = judge_answer(p, text, tokens=len(c.tokens), max_tokens=config.max_tokens)
             rollouts.append(
                 Rollout(prompt, c, group, verdict.score, p.family, verdict.reason, verdict.parts)
