@@ -45,8 +45,13 @@ def run(stage: Stage) -> None:
         for row in rows
     ]
     engine = fine_tune(stage, source, samples)
-    sampler, held = stage.sampler(engine), stage.held_out()
-    stage.finish(engine, evaluate.thinking(sampler, stage.tokenizer, held, stage.seed("eval")))
+    teacher = stage.config.teacher
+    longest = max(stage.answer_tokens, teacher.max_tokens if teacher else 0)
+    results = evaluate.thinking(
+        stage.sampler(engine), stage.tokenizer, stage.held_out(), stage.seed("eval"),
+        max_tokens=longest,
+    )  # fmt: skip
+    stage.finish(engine, results)
 
 
 def curate(stage: Stage, helpers: "Helpers") -> None:
