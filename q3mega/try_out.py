@@ -56,7 +56,7 @@ class Checkpoint:
             if task not in TASKS:
                 raise UserError(
                     f"--tasks {task} is unknown: use some of {', '.join(TASKS)}, "
-                    f"{files.HUMAN_EVAL}, or a .jsonl file"
+                    f"{', '.join(files.SETS)}, or a .jsonl file"
                 )
             if task == "capabilities":
                 yield from evaluate.capabilities(

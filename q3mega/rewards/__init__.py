@@ -80,6 +80,7 @@ from q3mega.rewards import (  # noqa: E402  (they register)
     constraint_counts,  # noqa: F401
     constraint_forms,  # noqa: F401
     exact,  # noqa: F401
+    grounded,  # noqa: F401
     judge,  # noqa: F401
     language,  # noqa: F401
     length,  # noqa: F401

@@ -1,4 +1,4 @@
-"""Problems of one's own, and HumanEval: rows that name the reward which judges them.
+"""Problems of one's own, and known sets: rows that name the reward which judges them.
 
 A line of JSON is a row: `question` or `messages`, `reward` (one name; several, whose product
 counts; or names with weights), and whatever that reward reads, such as `answer`, `tests` or
@@ -7,11 +7,15 @@ counts; or names with weights), and whatever that reward reads, such as `answer`
 
 import gzip
 import json
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from q3mega.data.tasks import agents
 from q3mega.data.tasks.base import Problem, problem
+from q3mega.data.tasks.tools import with_schemas
 from q3mega.errors import UserError
 
 Row = dict[str, Any]
@@ -20,17 +24,17 @@ _ROLES = {"system", "user", "assistant", "tool"}
 
 
 def named(name: str) -> bool:
-    """Whether `rows` knows it: human_eval, or a .jsonl file."""
-    return name == HUMAN_EVAL or name.endswith(".jsonl")
+    """Whether `rows` knows it: one of SETS, or a .jsonl file."""
+    return name in SETS or name.endswith(".jsonl")
 
 
 def rows(name: str) -> list[Row]:
-    """The rows of a file or of HumanEval.
+    """The rows of a file or of one of SETS.
 
     Raises UserError for a file that is not there, and for a malformed line with its number.
     """
-    if name == HUMAN_EVAL:
-        return _human_eval()
+    if name in SETS:
+        return SETS[name]()
     found = _file(Path(name))
     for number, row in found:
         names = row.get("reward")
@@ -43,14 +47,19 @@ def rows(name: str) -> list[Row]:
 
 
 def problems(name: str) -> list[Problem]:
-    """The rows of a file as problems. Their family is the row's `domain`, else the file's name.
+    """The rows of a file or set as problems. Their family is the row's `domain`, else the file's name.
 
     What is no field of a problem (`reward`, `tests`, ...) is its meta, where its reward reads it.
     """
-    return [_problem(row, Path(name).stem) for row in rows(name)]
+    return [as_problem(row, Path(name).stem) for row in rows(name)]
 
 
-def _problem(row: Row, domain: str) -> Problem:
+def as_problem(row: Row, domain: str) -> Problem:
+    """One row as a problem, with schemas for the tools that it names (`tasks.tools`).
+
+    Raises UserError for a difficulty or tools that are wrong.
+    """
+    row = with_schemas(row)
     fields = {"id", "question", "messages", "answer", "domain", "difficulty", "tools", "meta"}
     meta = {key: value for key, value in row.items() if key not in fields} | row.get("meta", {})
     difficulty, question = row.get("difficulty", 0), row["messages"][-1]["content"]
@@ -58,7 +67,7 @@ def _problem(row: Row, domain: str) -> Problem:
         raise UserError(f"difficulty={difficulty!r} must be a whole number, of {question[:60]!r}")
     return problem(
         str(row.get("domain", domain)), "reasoning", row["messages"], str(row.get("answer", "")),
-        difficulty, meta=meta, tools=row.get("tools", ()),
+        difficulty, meta=meta, tools=row["tools"],
     )  # fmt: skip
 
 
@@ -83,7 +92,7 @@ def pairs(name: str) -> list[tuple[Problem, str, str]]:
         if not all(isinstance(text, str) for text in both) or both[0] == both[1]:
             raise UserError(f"{name}:{number}: chosen and rejected must be two different texts")
     stem = Path(name).stem
-    return [(_problem(row, stem), row["chosen"], row["rejected"]) for _, row in found]
+    return [(as_problem(row, stem), row["chosen"], row["rejected"]) for _, row in found]
 
 
 def _file(path: Path) -> list[tuple[int, Row]]:
@@ -144,3 +153,9 @@ def _of_human_eval(row: Row) -> Row:
         "reward": "code",
         "tests": {k: row[k] for k in ("entry_point", "prompt")} | {"check": row["test"]},
     }
+
+
+SETS: dict[str, Callable[[], list[Row]]] = {
+    HUMAN_EVAL: _human_eval,
+    **{name: partial(agents.make, name) for name in agents.MAKERS},
+}
