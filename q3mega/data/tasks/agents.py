@@ -47,6 +47,7 @@ _SQL = (
     "Use the sql tool to answer from the database.",
     "A SQLite database is at hand through the sql tool.",
     "Query the database with the sql tool to find the answer.",
+    "This takes a query or two with the sql tool.",
 )
 _HIDDEN = (
     "Its tables are listed in sqlite_master.",

@@ -9,10 +9,12 @@ import sqlite3
 from dataclasses import dataclass, fields
 from datetime import date, timedelta
 
-_FIRST = """Ada Bela Carin Dov Edda Fritz Greta Hugo Ilse Jonas Kaja Lars Mira Nils Olga Piet Rosa
-Sven Tilda Ugo Vera Wim Yara Zeno""".split()
-_LAST = """Abel Brandt Corvin Dahl Ekholm Falk Gruber Holt Iversen Jansky Keller Lorenz Marek Novak
-Oster Pohl Quist Rehn Sorel Thorn""".split()
+from q3mega.data.tasks.invented import FIRST_NAMES
+
+_FAMILY_NAMES = """
+Abel Brandt Corvin Dahl Ekholm Falk Gruber Holt Iversen Jansky Keller Lorenz Marek Novak Oster Pohl
+Quist Rehn Sorel Thorn
+"""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,9 @@ def _tables(t: Theme) -> str:
 
 
 def _rows(rng: random.Random, t: Theme) -> str:
-    people = rng.sample([f"{a} {b}" for a in _FIRST for b in _LAST], rng.randint(8, 30))
+    people = rng.sample(
+        [f"{a} {b}" for a in FIRST_NAMES for b in _FAMILY_NAMES.split()], rng.randint(8, 30)
+    )
     items = rng.sample(t.names, rng.randint(6, len(t.names)))
     actor_rows = [f"({i}, '{p}', '{rng.choice(t.groups)}')" for i, p in enumerate(people, 1)]
     item_rows = [

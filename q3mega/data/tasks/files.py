@@ -7,7 +7,7 @@ counts; or names with weights), and whatever that reward reads, such as `answer`
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,14 +47,14 @@ def rows(name: str) -> list[Row]:
 
 
 def problems(name: str) -> list[Problem]:
-    """The rows of a file or set as problems. Their family is the row's `domain`, else the file's name.
+    """The rows of a file or set as problems, of the family `domain`, else of the file's name.
 
     What is no field of a problem (`reward`, `tests`, ...) is its meta, where its reward reads it.
     """
     return [as_problem(row, Path(name).stem) for row in rows(name)]
 
 
-def as_problem(row: Row, domain: str) -> Problem:
+def as_problem(row: Mapping[str, Any], domain: str) -> Problem:
     """One row as a problem, with schemas for the tools that it names (`tasks.tools`).
 
     Raises UserError for a difficulty or tools that are wrong.

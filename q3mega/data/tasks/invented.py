@@ -12,19 +12,23 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 NOT_FOUND = "not found"
-MONTHS = """January February March April May June July August September October November
-December""".split()
-_STEMS = """Bram Cald Dorn Elst Fenn Garl Hav Ist Jarn Kelb Lorm Marn Nors Osk Pell Quar Rosk Selv
-Tarn Ulm Veld Wern Yst Zell Ald Birk Crane Drav Esk Frost Grim Holm""".split()
-_PLACE = "mar burg stead ford wick haven moor holt bury field mouth dale minster gate".split()
-_FAMILY = "en er ovic ström ini quist aux land ley son well by".split()
-_FIRST = """Ada Bela Carin Dov Edda Fritz Greta Hugo Ilse Jonas Kaja Lars Mira Nils Olga Piet Rosa
-Sven Tilda Ugo Vera Wim Yara Zeno Alma Bruno Clara Darius Enzo Freya""".split()
-_TRADES = """Glassworks Shipping Foundry Mills Instruments Brewery Printing Textiles Railways
-Ceramics Optics Timber""".split()
-PROFESSIONS = """architect botanist cartographer chemist clockmaker composer engineer geologist
-historian lawyer librarian painter surgeon surveyor translator""".split()
-_RIVERS = "Ava Brenne Corve Dessa Erne Fural Gleide Hamble Isk Jura Kolm Lavant Mese Nadder".split()
+_VOCABULARY = """
+January February March April May June July August September October November December /
+Bram Cald Dorn Elst Fenn Garl Hav Ist Jarn Kelb Lorm Marn Nors Osk Pell Quar Rosk Selv Tarn Ulm Veld
+Wern Yst Zell Ald Birk Crane Drav Esk Frost Grim Holm /
+mar burg stead ford wick haven moor holt bury field mouth dale minster gate /
+en er ovic ström ini quist aux land ley son well by /
+Ada Bela Carin Dov Edda Fritz Greta Hugo Ilse Jonas Kaja Lars Mira Nils Olga Piet Rosa Sven Tilda
+Ugo Vera Wim Yara Zeno Alma Bruno Clara Darius Enzo Freya /
+Glassworks Shipping Foundry Mills Instruments Brewery Printing Textiles Railways Ceramics Optics
+Timber /
+architect botanist cartographer chemist clockmaker composer engineer geologist historian lawyer
+librarian painter surgeon surveyor translator /
+Ava Brenne Corve Dessa Erne Fural Gleide Hamble Isk Jura Kolm Lavant Mese Nadder
+"""
+MONTHS, _STEMS, _PLACE, _FAMILY, FIRST_NAMES, _TRADES, PROFESSIONS, _RIVERS = (
+    words.split() for words in _VOCABULARY.split("/")
+)
 
 
 @dataclass(frozen=True)
@@ -150,13 +154,14 @@ _NOTES = (
     "{person} was seen in {town} that {season}, on the way to somewhere else.",
     "Rumours that {company} would leave {town} were called {adjective} by all.",
 )
-_WORDS = {
-    "season": "spring summer autumn winter harvest carnival".split(),
-    "adjective": """quiet narrow generous plain bright old modest handsome curious sturdy dusty
-    pleasant stubborn famous faded splendid""".split(),
-    "thing": "harp clock lantern kite compass barrel bell loom globe mirror sledge drum".split(),
-    "room": "reading room|main hall|council chamber|library|east wing|old chapel".split("|"),
+_SLOTS = {
+    "season": "spring summer autumn winter harvest carnival",
+    "adjective": "quiet narrow generous plain bright old modest handsome curious sturdy dusty "
+    "pleasant stubborn famous faded splendid",
+    "thing": "harp clock lantern kite compass barrel bell loom globe mirror sledge drum",
+    "room": "ballroom hall chamber library chapel attic",
 }
+_WORDS = {slot: words.split() for slot, words in _SLOTS.items()}
 Names = dict[str, list[str]]
 
 
@@ -173,7 +178,7 @@ class World:
         each = size // 3
         stems = rng.sample(_STEMS, 3 + each // 3)  # few, so that names look alike
         names = {
-            "person": _some(rng, each, _FIRST, [s + e for s in stems for e in _FAMILY], " "),
+            "person": _some(rng, each, FIRST_NAMES, [s + e for s in stems for e in _FAMILY], " "),
             "town": _some(rng, each, stems, _PLACE, ""),
             "company": _some(rng, each, stems, _TRADES, " "),
         }
