@@ -122,9 +122,11 @@ def test_a_list_of_all_candidates_earns_nothing(rows, name):
         texts = row.get("documents") or [row["messages"][0]["content"]]
         words = sorted({*re.findall(r"[A-ZÖ]\w+(?: [A-Z]\w+)?|\d[\d,]*", " ".join(texts))})
         assert len(words) > len(kinds)
-        for reply in (", ".join(words), final(", ".join([*words, NOT_FOUND])), " ".join(
-            rf"\boxed{{{w}}}" for w in words
-        )):
+        for reply in (
+            ", ".join(words),
+            final(", ".join([*words, NOT_FOUND])),
+            " ".join(rf"\boxed{{{w}}}" for w in words),
+        ):
             assert play(row, lambda _, reply=reply: iter([reply])) == 0.0
 
 
