@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--tasks",
                 nargs="+",
                 required=True,
-                help="families, capabilities, human_eval, FILE.jsonl",
+                help="families, capabilities, human_eval, agent_sql and other sets, FILE.jsonl",
             )
             sub.add_argument("--mode", choices=("think", "no_think"), default="think")
             sub.add_argument("--tries", type=int, default=1, help="answers a problem, for pass@k")

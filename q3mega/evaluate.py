@@ -21,6 +21,7 @@ from q3mega.data import corpus
 from q3mega.data.batch import Batch, Sample, pack
 from q3mega.data.chat import parse, render
 from q3mega.data.tasks import Problem, files, general, generate
+from q3mega.data.tasks.tools import with_schemas
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, Head, parallel
 from q3mega.errors import UserError
@@ -133,6 +134,7 @@ def graded(
     pre-filled. Raises UserError before anything is sampled for a row that its rewards cannot
     judge, or its tools not work on.
     """
+    rows = [with_schemas(row) for row in rows]
     problems = [files.as_problem(row, "rows") for row in rows]
     for i, row in enumerate(rows):
         _judged("", row, 0, params.max_tokens, i)

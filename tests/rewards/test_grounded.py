@@ -45,7 +45,7 @@ def test_right_answers(reply, answer):
         (r"\boxed{Eskmar} or \boxed{Birkdale}", "Eskmar"),
         (r"\boxed{not found or Eskmar}", "Eskmar"),
         ("Eskmar or Birkdale", "Eskmar"),
-        ("It is one of Eskmar, Birkdale, Veldmar and so on, says the archive, which is old.", "Eskmar"),
+        ("It is one of Eskmar, Birkdale, Veldmar and so on, as the archive says.", "Eskmar"),
         ("I read in the second of the documents that were found that it is Eskmar", "Eskmar"),
         (r"\boxed{4,1188}", "41,188"),
         (r"\boxed{1859}", "26 November 1859"),

@@ -1,7 +1,7 @@
 """Episodes on two ranks whose tools answer differently; rank 0 prints every rank's.
 
-Run by test_episode_layouts.py: `torchrun acting.py CASES`, a JSON list of [layout, number of steps of each
-data-parallel rank's environments].
+Run by test_episode_layouts.py: `torchrun acting.py CASES`, a JSON list of [layout, numbers of steps
+of each data-parallel rank's environments].
 """
 
 import os

@@ -355,6 +355,6 @@ def test_long_results_are_cut_where_one_sees_it():
 def test_a_script_makes_a_database_in_memory_and_nothing_else(tmp_path, script):
     if isinstance(script, str):
         script = script.replace("{}", str(tmp_path))
-    with pytest.raises(UserError, match="script=.* makes no database"):
+    with pytest.raises(UserError, match=r"script=.* makes no database"):
         Environment(row_with("sql", script=script))
     assert not list(tmp_path.iterdir())
