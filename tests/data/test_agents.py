@@ -230,5 +230,7 @@ def test_computations_of_known_value(kind, given, answer):
 def test_the_sets_are_named_like_files():
     assert all(files.named(name) for name in ORACLES)
     assert len(files.rows("agent_python")) == agents.ROWS
+    with pytest.raises(UserError, match="'agent_go' holds no problems: use human_eval, agent_sear"):
+        files.rows("agent_go")
     with pytest.raises(UserError, match="name='agent_go' is unknown: use one of agent_search"):
         agents.make("agent_go")

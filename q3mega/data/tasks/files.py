@@ -31,8 +31,11 @@ def named(name: str) -> bool:
 def rows(name: str) -> list[Row]:
     """The rows of a file or of one of SETS.
 
-    Raises UserError for a file that is not there, and for a malformed line with its number.
+    Raises UserError for a name that is neither, for a file that is not there, and for a malformed
+    line with its number.
     """
+    if not named(name):
+        raise UserError(f"{name!r} holds no problems: use {', '.join(SETS)} or a .jsonl file")
     if name in SETS:
         return SETS[name]()
     found = _file(Path(name))
