@@ -139,7 +139,12 @@ def _cut(text: str, most: int = MAX_RESULT) -> str:
 
 
 def search(documents: Sequence[str]) -> Run:
-    """The documents that fit a query best, by BM25 over their words (SQLite's FTS5)."""
+    """The documents that fit a query best, by BM25 over their words (SQLite's FTS5).
+
+    Raises UserError for documents that are no list of texts.
+    """
+    if not (isinstance(documents, list | tuple) and all(isinstance(d, str) for d in documents)):
+        raise UserError(f"documents={documents!r:.80} must be a list of texts")
     database = sqlite3.connect(":memory:", check_same_thread=False)
     database.execute("create virtual table corpus using fts5(text)")
     database.executemany("insert into corpus values (?)", ((text,) for text in documents))

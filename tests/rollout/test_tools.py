@@ -287,6 +287,7 @@ def test_tools_that_cannot_be_run_have_no_environment(tools, fields):
         ({"tools": [{"name": "x"}]}, "must be a tool's name or a function schema"),
         ({"tools": [{"function": {"name": 7}}]}, "must be a tool's name or a function schema"),
         ({"tools": ["search"]}, "documents is missing, which the tool search works on: add it"),
+        ({"tools": ["python", SCHEMAS["python"]]}, "tools names 'python' twice"),
         ({"max_steps": 65}, "max_steps=65 must be a whole number from 1 to 64"),
         ({"max_steps": True}, "max_steps=True must be a whole number"),
         ({"tool_seconds": "1"}, "tool_seconds='1' must be a number of seconds above 0"),
@@ -335,6 +336,12 @@ def test_a_tool_that_breaks_is_an_error_text():
     (broken, found) = world.step(SUM + call("search", "query", "Stockholm"))
     assert broken["content"] == "error: the tool failed (RecursionError)"
     assert found["content"] == CORPUS[1]
+
+
+@pytest.mark.parametrize("documents", ["one text", [1], {"a": "b"}, ["a", None]])
+def test_documents_are_a_list_of_texts(documents):
+    with pytest.raises(UserError, match=r"documents=.* must be a list of texts"):
+        Environment(row_with("search", documents=documents))
 
 
 def test_long_results_are_cut_where_one_sees_it():

@@ -75,8 +75,8 @@ def arguments_of(schema: Schema) -> list[str]:
 def with_schemas(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with schemas for the tools that it names, which also get STEPS turns.
 
-    Raises UserError for an unknown tool, for one without the field that it works on, and for
-    limits (`max_steps`, `tool_seconds`) out of range.
+    Raises UserError for a tool that is unknown, named twice or without the field that it works on,
+    and for limits (`max_steps`, `tool_seconds`) out of range.
     """
     tools = row.get("tools", [])
     if not isinstance(tools, list | tuple):
@@ -88,6 +88,9 @@ def with_schemas(row: Mapping[str, Any]) -> dict[str, Any]:
         if (field := WORKS_ON.get(name)) and not row.get(field):
             raise UserError(f"{field} is missing, which the tool {name} works on: add it")
     schemas = [SCHEMAS[tool] if isinstance(tool, str) else _checked(tool) for tool in tools]
+    names = [name_of(schema) for schema in schemas]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"tools names {min(twice)!r:.80} twice: name each tool once")
     limits = {"max_steps": STEPS} if named else {}
     full = limits | dict(row) | {"tools": schemas}
     _check_limits(full)
