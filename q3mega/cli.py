@@ -109,11 +109,14 @@ def _parser() -> argparse.ArgumentParser:
                 "--tasks",
                 nargs="+",
                 required=True,
-                help="families, capabilities, human_eval, agent_sql and other sets, FILE.jsonl",
+                help="families, capabilities, counterfactual, length_control, think_flags, "
+                "tool_use, agent_search, agent_sql, agent_python, rag, ruler:LENGTH, human_eval, "
+                "FILE.jsonl",
             )
             sub.add_argument("--mode", choices=("think", "no_think"), default="think")
             sub.add_argument("--tries", type=int, default=1, help="answers a problem, for pass@k")
             sub.add_argument("--problems", type=int, default=100, help="of each task")
+            sub.add_argument("--batch", type=int, default=512, help="answers decoded at once")
         else:
             sub.add_argument(
                 "--no-think", dest="mode", action="store_const", const="no_think",
@@ -250,12 +253,15 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from q3mega.try_out import Checkpoint
 
+    if arguments.batch < 1:
+        raise UserError(f"--batch={arguments.batch} must be 1 or more")
     params = _params(arguments, arguments.tries)
-    model = Checkpoint(arguments.checkpoint)
+    model = Checkpoint(arguments.checkpoint, batch=arguments.batch)
+    print(f"{'':<32} value  95 % interval   problems")
     for name, found in model.score(arguments.tasks, arguments.mode, params, arguments.problems):
         print(
             f"{name:<32} {found['value']:.3f}  "
-            f"[{found['low']:.3f}, {found['high']:.3f}]  n={found['n']}"
+            f"[{found['low']:.3f}, {found['high']:.3f}]  {found['n']:>8}"
         )
     return 0
 

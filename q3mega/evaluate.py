@@ -131,29 +131,39 @@ def graded(
 
     Where a row's tools can be run an answer is an episode with them, scored on its last turn alone:
     the rewards do not ask whether a tool was called. Without thinking the empty block is
-    pre-filled. Raises UserError before anything is sampled for a row that its rewards cannot
-    judge, or its tools not work on.
+    pre-filled, except where the reward `mode` judges how the model opens its reply. Raises
+    UserError before anything is sampled for a row that its rewards cannot judge, or its tools not
+    work on.
     """
     rows = [with_schemas(row) for row in rows]
     problems = [files.as_problem(row, "rows") for row in rows]
     for i, row in enumerate(rows):
         _judged("", row, 0, params.max_tokens, i)
-    block = False if mode == "no_think" else None
     prompts = [
         tokenizer.encode(
-            render(p.messages, add_generation_prompt=True, enable_thinking=block, tools=p.tools)
+            render(
+                p.messages,
+                add_generation_prompt=True,
+                enable_thinking=False if mode == "no_think" and not _by_mode(r) else None,
+                tools=p.tools,
+            )
         )
-        for p in problems
+        for p, r in zip(problems, rows, strict=True)
     ]
     each = [i for i in range(len(rows)) for _ in range(params.n)]
     environments = [environment(problems[i]) for i in each]
     asked = [prompts[i] for i in each]
-    episodes = run_episodes(sampler, tokenizer, asked, environments, params, enable_thinking=block)
+    episodes = run_episodes(sampler, tokenizer, asked, environments, params)
     scores = [
         _judged(turns[-1], rows[i], sum(c.mask), params.max_tokens * len(turns), i)
         for i, (c, turns) in zip(each, episodes, strict=True)
     ]
     return [scores[i : i + params.n] for i in range(0, len(scores), params.n)]
+
+
+def _by_mode(row: Mapping[str, Any]) -> bool:
+    names = row["reward"]
+    return "mode" in ([names] if isinstance(names, str) else names)
 
 
 def _judged(text: str, row: Mapping[str, Any], tokens: int, max_tokens: int, number: int) -> float:

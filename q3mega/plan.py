@@ -90,7 +90,10 @@ def _planned(recipe: Recipe, name: str, card: Card) -> Planned:
     if isinstance(config, RLSettings | DistillOnPolicy):  # every step
         takes["sample"] = sampled.seconds()
     if isinstance(config, GeneralRL):  # the start, the judge, the preference model
-        more["judges"] = 3 * memory(job)["weights"]
+        judge = not config.problems and not config.judge_model
+        liked = not config.problems or config.preference.file is not None
+        models = (config.kl_coef > 0) + judge + liked
+        more["judges"] = models * memory(job)["weights"]
     teacher = replace(job, shape=recipe.model.shape(vocab))
     if isinstance(config, DistillOffPolicy | DistillOnPolicy):
         more["teacher"] = memory(teacher)["weights"]

@@ -23,11 +23,12 @@ TASKS = (*REASONING, "capabilities")
 class Checkpoint:
     """A model that answers."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, batch: int = 512) -> None:
+        """batch: sequences decoded at once."""
         self.tokenizer = Tokenizer(folder)
         engine = Engine(shape_of(folder), Layout(processes=1), seed=0)
         engine.load_hf(folder)
-        self.sampler = InProcessSampler(engine, self.tokenizer)
+        self.sampler = InProcessSampler(engine, self.tokenizer, max_batch=batch)
 
     def answer(
         self, messages: Sequence[dict[str, Any]], params: SamplingParams, *, think: bool = True
@@ -42,22 +43,21 @@ class Checkpoint:
     def score(
         self, tasks: Sequence[str], mode: evaluate.Mode, params: SamplingParams, n: int
     ) -> Iterator[tuple[str, dict[str, float]]]:
-        """(metric, {value, n, low, high}) for each task: accuracy, and pass@k up to params.n."""
+        """(metric, {value, n, low, high}) for each task: accuracy, by group where its rows have
+        one, and pass@k up to params.n.
+
+        Raises UserError for an unknown task and wrong rows of any, before anything is sampled.
+        """
         for task in tasks:
-            if files.named(task):
-                scores = evaluate.graded(
-                    self.sampler, self.tokenizer, files.rows(task)[:n], params, mode
-                )
-                yield f"{task} score", evaluate.proportion(sum(s) / len(s) for s in scores)
-                if params.n > 1:
-                    passed = [[score == 1 for score in tries] for tries in scores]
-                    yield f"{task} pass@{params.n}", evaluate.pass_at_k(passed, params.n)
+            if task not in TASKS and not files.named(task):
+                known = ", ".join((*TASKS, *files.NAMES))
+                raise UserError(f"--tasks {task} is unknown: use some of {known}")
+        rows = {t: files.rows(t, n, self.tokenizer) for t in tasks if files.named(t)}
+        for task in tasks:
+            if task in rows:
+                scores = evaluate.graded(self.sampler, self.tokenizer, rows[task], params, mode)
+                yield from _summary(task, rows[task], scores)
                 continue
-            if task not in TASKS:
-                raise UserError(
-                    f"--tasks {task} is unknown: use some of {', '.join(TASKS)}, "
-                    f"{', '.join(files.SETS)}, or a .jsonl file"
-                )
             if task == "capabilities":
                 yield from evaluate.capabilities(
                     self.sampler, self.tokenizer, params.seed, params.max_tokens
@@ -69,3 +69,17 @@ class Checkpoint:
             if params.n > 1:
                 correct = [[a.correct for a in tries] for tries in found]
                 yield f"{task} pass@{params.n}", evaluate.pass_at_k(correct, params.n)
+
+
+def _summary(
+    task: str, rows: Sequence[files.Row], scores: Sequence[Sequence[float]]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    means = [sum(tries) / len(tries) for tries in scores]
+    yield f"{task} score", evaluate.proportion(means)
+    groups = [row.get("group") for row in rows]
+    for group in sorted({str(g) for g in groups if g is not None}):
+        members = [m for m, g in zip(means, groups, strict=True) if str(g) == group]
+        yield f"{task}/{group}", evaluate.proportion(members)
+    if (tries := len(scores[0])) > 1:
+        passed = [[score == 1 for score in found] for found in scores]
+        yield f"{task} pass@{tries}", evaluate.pass_at_k(passed, tries)

@@ -80,14 +80,18 @@ from q3mega.rewards import (  # noqa: E402  (they register)
     constraint_counts,  # noqa: F401
     constraint_forms,  # noqa: F401
     exact,  # noqa: F401
+    found,  # noqa: F401
     grounded,  # noqa: F401
     judge,  # noqa: F401
     language,  # noqa: F401
     length,  # noqa: F401
+    length_control,  # noqa: F401
     mode,  # noqa: F401
     preference,  # noqa: F401
+    premise,  # noqa: F401
     repetition,  # noqa: F401
     tool_call,  # noqa: F401
+    tool_calls,  # noqa: F401
 )
 
 MODELS = ("judge", "preference")  # what needs a model, which general RL has

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from q3mega.data.chat import render
+from q3mega.data.chat import EMPTY_THINKING, render
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import parallel
 from q3mega.rollout.base import Completion, Sampler, SamplingParams
@@ -22,14 +22,13 @@ def run_episodes(
     prompts: Sequence[list[int]],
     environments: Sequence[Environment | None],
     params: SamplingParams,
-    *,
-    enable_thinking: bool | None = None,
 ) -> list[tuple[Completion, list[str]]]:
     """For each prompt, one episode as a single completion, and its assistant turns as text.
 
     An environment ends its episode, after at most tools.MAX_STEPS turns and one. params.max_tokens
-    are a turn's. enable_thinking: as in `render`, for the turns after the first.
+    are a turn's. Where the empty think block is pre-filled in a prompt, it is in later turns too.
     """
+    block = tokenizer.encode(EMPTY_THINKING)
     done = [Completion([], [], [], "stop") for _ in prompts]
     turns: list[list[str]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
@@ -51,7 +50,9 @@ def run_episodes(
         active = []
         for i, messages in zip(stopped, said, strict=True):
             if messages:
-                text = render(messages, add_generation_prompt=True, enable_thinking=enable_thinking)
+                filled = list(prompts[i][-len(block) :]) == block
+                think = False if filled else None
+                text = render(messages, add_generation_prompt=True, enable_thinking=think)
                 following = tokenizer.encode(f"\n{text}")
                 _extend(done[i], following, [0.0] * len(following), [0] * len(following))
                 active.append(i)

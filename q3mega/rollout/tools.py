@@ -19,7 +19,7 @@ from q3mega.data.chat import parse
 from q3mega.data.tasks import Problem
 from q3mega.data.tasks.tools import MAX_STEPS, WORKS_ON, Schema, arguments_of, name_of
 from q3mega.errors import UserError
-from q3mega.rewards import sandbox
+from q3mega.rewards import reward_of, sandbox
 
 MAX_CALLS = 4  # of one turn are answered
 MAX_RESULT = 2000  # characters of a tool's answer
@@ -28,6 +28,7 @@ MAX_HITS = 3  # documents that a search finds
 STEPS = 2  # turns with calls, where the problem does not say
 SECONDS = 30.0  # in tools, of an episode
 OVER = "That was the last call. Answer now."
+JUDGE_CALLS = {"tool_call", "tool_calls"}  # rewards
 LATE = "error: no time is left for tools"
 _SQL_STEPS = 100_000  # instructions of SQLite's machine between two looks at the budget
 _SQL_LOOKS = 100  # some seconds
@@ -271,11 +272,17 @@ class Environment:
 
 def environment(problem: Problem) -> Environment | None:
     """The environment of a problem all of whose tools can be run here; None where there is none,
-    as for a schema of one's own, whose calls are the last turn of their episode."""
-    runnable = problem.tools and all(
-        name_of(schema) in TOOLS
-        and len(arguments_of(schema)) == 1
-        and WORKS_ON.get(name_of(schema)) in {None, *problem.meta}
-        for schema in problem.tools
+    as for a schema of one's own, and where the reward judges the calls themselves."""
+    names = reward_of(problem)
+    by_answer = JUDGE_CALLS.isdisjoint([names] if isinstance(names, str) else names)
+    runnable = (
+        by_answer
+        and problem.tools
+        and all(
+            name_of(schema) in TOOLS
+            and len(arguments_of(schema)) == 1
+            and WORKS_ON.get(name_of(schema)) in {None, *problem.meta}
+            for schema in problem.tools
+        )
     )
     return Environment(problem) if runnable else None

@@ -82,7 +82,7 @@ def querier(row):
 
 
 def programmer(row):
-    solve = getattr(computations, row["kind"])
+    solve = getattr(computations, row["group"])
     program = "from collections import Counter\nfrom datetime import date, timedelta\n"
     program += f"{inspect.getsource(solve)}\nprint({solve.__name__}(**{row['given']!r}))"
     (printed,) = yield call("python", "code", program)
@@ -161,7 +161,7 @@ def test_documents_are_of_their_size(rows):
         assert all(40 <= len(text.split()) <= 120 for text in row["documents"])
         assert len(set(row["documents"])) == len(row["documents"])
         assert row["answer"] == NOT_FOUND or any(row["answer"] in t for t in row["documents"])
-    assert {row["difficulty"] for row in rows["agent_search"]} == {1, 2}
+    assert {row["group"] for row in rows["agent_search"]} == {"1 fact", "2 facts", NOT_FOUND}
 
 
 def test_distractors_share_the_words_of_the_question(rows):
@@ -229,8 +229,9 @@ def test_computations_of_known_value(kind, given, answer):
 
 def test_the_sets_are_named_like_files():
     assert all(files.named(name) for name in ORACLES)
-    assert len(files.rows("agent_python")) == agents.ROWS
-    with pytest.raises(UserError, match="'agent_go' holds no problems: use human_eval, agent_sear"):
+    assert len(files.rows("agent_python")) == files.DRAWN
+    assert files.rows("rag", 3) == agents.make("rag", 3)
+    with pytest.raises(UserError, match="'agent_go' holds no problems: use one of counterfactual"):
         files.rows("agent_go")
     with pytest.raises(UserError, match="name='agent_go' is unknown: use one of agent_search"):
-        agents.make("agent_go")
+        agents.make("agent_go", 1)

@@ -17,7 +17,7 @@ def write(path, *rows):
 def test_a_question_is_a_user_turn_and_other_fields_stay(tmp_path):
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     name = write(tmp_path / "x.jsonl", GOOD, "", {"messages": talk, "reward": ["mode", "answered"]})
-    first, second = files.rows(name)
+    first, second = files.rows(name, 9, None)
     assert first["messages"] == [{"role": "user", "content": "1+1?"}] and first["answer"] == "2"
     assert second["messages"] == talk
     assert files.named(name) and files.named("human_eval") and not files.named("chain_sum")
@@ -41,21 +41,21 @@ def test_a_question_is_a_user_turn_and_other_fields_stay(tmp_path):
 )
 def test_a_malformed_row_is_named(tmp_path, row, says):
     with pytest.raises(UserError, match=says):
-        files.rows(write(tmp_path / "x.jsonl", GOOD, row))
+        files.rows(write(tmp_path / "x.jsonl", GOOD, row), 9, None)
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match=r"missing.jsonl cannot be read"):
-        files.rows(str(tmp_path / "missing.jsonl"))
+        files.rows(str(tmp_path / "missing.jsonl"), 9, None)
     (tmp_path / "x.jsonl").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"x.jsonl cannot be read"):
-        files.rows(str(tmp_path / "x.jsonl"))
+        files.rows(str(tmp_path / "x.jsonl"), 9, None)
     with pytest.raises(UserError, match="holds no rows"):
-        files.rows(write(tmp_path / "x.jsonl", ""))
+        files.rows(write(tmp_path / "x.jsonl", ""), 9, None)
 
 
 def test_human_eval_is_judged_by_its_own_checks():
-    rows = files.rows("human_eval")
+    rows = files.rows("human_eval", 200, None)
     assert len(rows) == len({r["id"] for r in rows}) == 164
     (row,) = [r for r in rows if r["id"] == "HumanEval/53"]
     assert "def add(x: int, y: int):" in row["messages"][0]["content"]

@@ -272,6 +272,8 @@ def test_a_schema_of_one_s_own_names_the_argument():
         ([tool("search", "query")], {}),  # without documents
         ([{"name": "calculator", "parameters": {"a": "string", "b": "string"}}], {}),
         (["calculator", tool("weather", "town")], {}),
+        (["calculator"], {"reward": "tool_calls"}),
+        (["calculator"], {"reward": {"tool_call": 1.0, "mode": 1.0}}),
     ],
 )
 def test_tools_that_cannot_be_run_have_no_environment(tools, fields):

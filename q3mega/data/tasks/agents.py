@@ -7,15 +7,13 @@ computed in the head. Every reference is computed when its row is made.
 
 import random
 from collections.abc import Callable
-from typing import Any
 
+from q3mega.data.tasks.base import Row
 from q3mega.data.tasks.computations import COMPUTATIONS
 from q3mega.data.tasks.databases import draw_database
 from q3mega.data.tasks.invented import NOT_FOUND, RELATIONS, World, paths, question
 from q3mega.errors import UserError
 
-Row = dict[str, Any]
-ROWS = 400  # of a set
 UNANSWERABLE = 4  # one in
 TWO_HOPS = 0.6  # of the questions
 BOX = (
@@ -82,6 +80,7 @@ def _told(rng: random.Random, number: int, size: tuple[int, int], notes: tuple[i
         "documents": world.documents(rng, rng.randint(*notes), hidden),
         "reward": "grounded",
         "difficulty": len(path),
+        "group": f"{len(path)} fact{'s' * (len(path) > 1)}" if answerable else NOT_FOUND,
         "subject": name,
         "path": list(path),
     }
@@ -134,7 +133,7 @@ def agent_python(rng: random.Random, number: int) -> Row:
         "reward": "answer",
         "answer": str(spec.solve(**given)),
         "tools": rng.choice((["python"], ["python", "calculator"])),
-        "kind": kind,
+        "group": kind,
         "given": given,
     }
 
@@ -151,7 +150,7 @@ MAKERS: dict[str, Callable[[random.Random, int], Row]] = {
 }
 
 
-def make(name: str, n: int = ROWS, seed: int = 0) -> list[Row]:
+def make(name: str, n: int, seed: int = 0) -> list[Row]:
     """n rows of a set, of different prompts; the same ones for the same arguments, and a larger n
     continues a smaller one's.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from q3mega.errors import UserError
 
+Row = dict[str, Any]  # of an evaluation set: messages, reward, and what that reward reads
 HELDOUT_ONE_IN = 10
 
 

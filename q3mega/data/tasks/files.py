@@ -1,4 +1,4 @@
-"""Problems of one's own, and known sets: rows that name the reward which judges them.
+"""Problems of one's own, HumanEval and generated sets: rows that name the reward which judges them.
 
 A line of JSON is a row: `question` or `messages`, `reward` (one name; several, whose product
 counts; or names with weights), and whatever that reward reads, such as `answer`, `tests` or
@@ -13,31 +13,57 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from q3mega.data.tasks import agents
-from q3mega.data.tasks.base import Problem, problem
+from q3mega.data.tasks import agents, counterfactual, length_control, ruler, think_flags, tool_use
+from q3mega.data.tasks.base import Problem, Row, problem
 from q3mega.data.tasks.tools import with_schemas
+from q3mega.data.tokenizer import Tokenizer
 from q3mega.errors import UserError
 
-Row = dict[str, Any]
-HUMAN_EVAL = "human_eval"
+HUMAN_EVAL, RULER = "human_eval", "ruler:"
+DRAWN = 1000  # rows of a generated set, where nobody says how many
+SETS: dict[str, Callable[[int, int], list[Row]]] = {
+    "counterfactual": counterfactual.rows,
+    "length_control": length_control.rows,
+    "think_flags": think_flags.rows,
+    "tool_use": tool_use.rows,
+    **{name: partial(agents.make, name) for name in agents.MAKERS},
+}
+NAMES = (*SETS, f"{RULER}LENGTH", HUMAN_EVAL, "FILE.jsonl")
 _ROLES = {"system", "user", "assistant", "tool"}
 
 
 def named(name: str) -> bool:
-    """Whether `rows` knows it: one of SETS, or a .jsonl file."""
-    return name in SETS or name.endswith(".jsonl")
+    """Whether `rows` knows it: one of SETS, ruler:LENGTH, human_eval, or a .jsonl file."""
+    return name in SETS or name == HUMAN_EVAL or name.startswith(RULER) or name.endswith(".jsonl")
 
 
-def rows(name: str) -> list[Row]:
-    """The rows of a file or of one of SETS.
+def rows(
+    name: str, n: int | None = None, tokenizer: Tokenizer | None = None, seed: int = 0
+) -> list[Row]:
+    """n rows of a generated set, the same for the same seed; the first n of a file or HumanEval.
 
-    Raises UserError for a name that is neither, for a file that is not there, and for a malformed
-    line with its number.
+    n None: all of a file, DRAWN of a set.
+    tokenizer: that of the model, for ruler:LENGTH. Raises UserError for an unknown name, n below 1,
+    a LENGTH that is no number of tokens, a file that is not there, and a malformed line with its
+    number.
     """
+    if n is not None and n < 1:
+        raise UserError(f"n={n} problems: ask for 1 or more")
     if not named(name):
-        raise UserError(f"{name!r} holds no problems: use {', '.join(SETS)} or a .jsonl file")
+        raise UserError(f"{name!r} holds no problems: use one of {', '.join(NAMES)}")
     if name in SETS:
-        return SETS[name]()
+        return SETS[name](n or DRAWN, seed)
+    if name.startswith(RULER):
+        length = name.removeprefix(RULER)
+        if not (length.isascii() and length.isdecimal() and len(length) < 10):
+            raise UserError(f"{name}: LENGTH is a number of tokens, such as {RULER}32768")
+        if tokenizer is None:
+            raise UserError(
+                f"{name} is made for one model's tokenizer: it is a set for q3mega eval"
+            )
+        return ruler.rows(n or DRAWN, seed, int(length), tokenizer)
+    if name == HUMAN_EVAL:
+        return _human_eval()[:n]
     found = _file(Path(name))
     for number, row in found:
         names = row.get("reward")
@@ -46,7 +72,7 @@ def rows(name: str) -> list[Row]:
                 f"{name}:{number}: reward={names!r:.80} must name a reward, several in a list, or "
                 "several with weights"
             )
-    return [row for _, row in found]
+    return [row for _, row in found][:n]
 
 
 def problems(name: str) -> list[Problem]:
@@ -156,9 +182,3 @@ def _of_human_eval(row: Row) -> Row:
         "reward": "code",
         "tests": {k: row[k] for k in ("entry_point", "prompt")} | {"check": row["test"]},
     }
-
-
-SETS: dict[str, Callable[[], list[Row]]] = {
-    HUMAN_EVAL: _human_eval,
-    **{name: partial(agents.make, name) for name in agents.MAKERS},
-}

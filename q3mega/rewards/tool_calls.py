@@ -1,0 +1,134 @@
+"""Tool calls of one turn against JSON schemas and the wanted calls: several tools, parallel calls.
+
+A call is data: nothing of it is run.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
+
+from q3mega.data.chat import parse
+from q3mega.errors import UserError
+from q3mega.rewards import Verdict, reward
+from q3mega.rewards.found import texts
+from q3mega.rewards.mode import reply
+from q3mega.rewards.text_units import fold, visible
+
+VALID, NAMED = 0.5, 0.25  # arguments that fit the schema alone; not even those
+MAX_CALLS = 16
+
+
+@reward("tool_calls")
+def tool_calls(completion: str, row: Mapping[str, Any]) -> Verdict:
+    """The mean grade of the calls, each against a wanted one of its name, in any order.
+
+    A grade is 1 for accepted arguments, 0.5 for others that fit the tool's schema, 0.25 for the
+    name alone; the mean is over the wanted calls or those made, whichever are more. A malformed
+    call earns 0. Where none is wanted, 1 for a reply without calls that holds one of row["says"].
+    row["tools"]: {"type": "function", "function": {name, parameters}} or the function alone.
+    row["calls"]: {"name": ..., "arguments": {name: [accepted, ...]}, "optional": likewise}.
+    Raises UserError for a schema or a wanted call that is wrong.
+    """
+    schemas = _schemas(row["tools"])
+    wanted = _wanted(row["calls"], schemas)
+    message = parse(completion)
+    if reply(completion) is None or "tool_call>" in message.content:
+        return Verdict(0.0, "malformed tags")
+    made = message.tool_calls
+    if not wanted:
+        return _without(message.content, made, texts(row, "says"))
+    if not 0 < len(made) <= MAX_CALLS:
+        return Verdict(0.0, f"{len(made)} calls")
+    grades = sorted(
+        ((_grade(m, w, schemas), i, j) for i, m in enumerate(made) for j, w in enumerate(wanted)),
+        reverse=True,
+    )
+    total, used, met = 0.0, set[int](), set[int]()
+    for grade, i, j in grades:  # the best pairs first
+        if i not in used and j not in met:
+            total, used, met = total + grade, used | {i}, met | {j}
+    share = total / max(len(wanted), len(made))
+    return Verdict(share, f"{len(made)} calls for {len(wanted)}, worth {total:.2f}")
+
+
+def _without(text: str, made: Sequence[Any], says: Sequence[str]) -> Verdict:
+    if made:
+        return Verdict(0.0, "a call where none was due")
+    said = any(fold(word) in fold(visible(text)) for word in says)
+    return Verdict(float(said), "no call" if said else "no call, and no answer")
+
+
+def _grade(made: Mapping[str, Any], wanted: Mapping[str, Any], schemas: Mapping[str, str]) -> float:
+    if made["name"] != wanted["name"]:
+        return 0.0
+    try:
+        if not _validator(schemas[made["name"]]).is_valid(made["arguments"]):
+            return NAMED
+        accepted = {**wanted.get("optional", {}), **wanted["arguments"]}
+        right = set(wanted["arguments"]) <= set(made["arguments"]) <= set(accepted) and all(
+            any(_same(value, one) for one in accepted[name])
+            for name, value in made["arguments"].items()
+        )
+    except RecursionError:  # JSON that is nested deeper than any schema here
+        return NAMED
+    return 1.0 if right else VALID
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    """Equal but for the case and blanks of text, and 5.0 for 5; true is not 1."""
+    if isinstance(value, str) and isinstance(wanted, str):
+        return fold(value) == fold(wanted)
+    if isinstance(value, dict) and isinstance(wanted, dict):
+        return value.keys() == wanted.keys() and all(_same(value[k], wanted[k]) for k in value)
+    if isinstance(value, list) and isinstance(wanted, list):
+        return len(value) == len(wanted) and all(map(_same, value, wanted))
+    return isinstance(value, bool) == isinstance(wanted, bool) and bool(value == wanted)
+
+
+def _schemas(tools: Any) -> dict[str, str]:
+    """Name -> JSON of the arguments' schema."""
+    if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
+        raise UserError(f"tools={tools!r:.80} must be a list of objects")
+    functions = [tool.get("function", tool) for tool in tools]
+    return {f["name"]: json.dumps(f.get("parameters", {"type": "object"})) for f in functions}
+
+
+def _wanted(calls: Any, schemas: Mapping[str, str]) -> Sequence[Mapping[str, Any]]:
+    if not isinstance(calls, list | tuple) or not all(map(_is_wanted, calls)):
+        raise UserError(
+            f"calls={calls!r:.80} must be a list of name and arguments, with a list of accepted "
+            "values for each"
+        )
+    for call in calls:
+        if call["name"] not in schemas:
+            raise UserError(f"calls: {call['name']!r} is no tool of the row: {', '.join(schemas)}")
+        first = {name: values[0] for name, values in call["arguments"].items()}
+        if not _validator(schemas[call["name"]]).is_valid(first):
+            raise UserError(f"calls: {first!r:.80} does not fit the schema of {call['name']}")
+    return calls
+
+
+def _is_wanted(call: Any) -> bool:
+    if not isinstance(call, Mapping) or "arguments" not in call:
+        return False
+    accepted = [call["arguments"], call.get("optional", {})]
+    return isinstance(call.get("name"), str) and all(
+        isinstance(a, Mapping) and all(isinstance(v, list) and v for v in a.values())
+        for a in accepted
+    )
+
+
+@lru_cache(256)
+def _validator(schema: str) -> Draft202012Validator:
+    """Raises UserError for a schema that is none, or that refers elsewhere: it would be fetched."""
+    if any(f'"${name}": ' in schema for name in ("ref", "dynamicRef", "recursiveRef")):
+        raise UserError(f"tools: the schema {schema:.80} refers to another: write it out")
+    try:
+        Draft202012Validator.check_schema(found := json.loads(schema))
+    except SchemaError as error:
+        raise UserError(f"tools: {schema:.80} is no JSON schema: {error.message}") from error
+    return Draft202012Validator(found)

@@ -1,0 +1,96 @@
+"""`q3mega eval` on an untrained checkpoint: every kind of task, read back from what it prints."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from q3mega import device  # noqa: F401
+
+# isort: split
+from tiny import LAYOUT, SHAPES
+
+from q3mega.cli import main
+from q3mega.data import text
+from q3mega.data.chat import EMPTY_THINKING
+from q3mega.data.tasks import files
+from q3mega.data.tokenizer import Tokenizer, train_tokenizer
+from q3mega.engine import Engine
+from q3mega.evaluate import graded
+from q3mega.rollout import Completion, SamplingParams
+
+LINE = re.compile(r"(\S.*?) +([01]\.\d{3})  \[([01]\.\d{3}), ([01]\.\d{3})\] +(\d+)")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hf")
+    train_tokenizer(text.documents("year_2889"), 512, folder)
+    tokenizer = Tokenizer(folder)
+    engine = Engine(replace(SHAPES["tied"], vocab=512), LAYOUT(), seed=0)
+    engine.save_hf(folder, {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eod})
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["think", "no_think"])
+def test_eval_prints_each_set_and_its_groups(checkpoint, mode, capsys):
+    tasks = [*files.SETS, "ruler:2048"]
+    words = ["--max-tokens", "8", "--problems", "10", "--mode", mode, "--batch", "20"]
+    assert main(["eval", str(checkpoint), "--tasks", *tasks, "--tries", "2", *words]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["value", "95", "%", "interval", "problems"]
+    found = {m[1]: (*map(float, m.groups()[1:4]), int(m[5])) for m in map(LINE.fullmatch, lines)}
+    assert len(found) == len(lines)
+    for task in tasks:
+        value, low, high, n = found[f"{task} score"]
+        assert 0 <= low <= value <= high <= 1 and n == 10
+        groups = [found[name][3] for name in found if name.startswith(f"{task}/")]
+        assert len(groups) > 1 and sum(groups) == 10
+        assert found[f"{task} pass@2"][3] == 10
+    # One that is untrained calls no tool, and does not think of the boxed answer either.
+    assert found["tool_use/nested"][0] == found["think_flags score"][0] == 0
+
+
+class Obedient:
+    """Knows the answers and opens a reply in the wanted mode, unless the prompt has done so."""
+
+    def __init__(self, tokenizer: Tokenizer, rows: list[files.Row]) -> None:
+        self.tokenizer, self.rows = tokenizer, rows
+
+    def generate(self, prompts, params):
+        return [[self.reply(*pair)] for pair in zip(prompts, self.rows, strict=True)]
+
+    def reply(self, prompt: list[int], row: files.Row) -> Completion:
+        asked = self.tokenizer.decode(prompt)
+        flags = re.findall(r"/(think|no_think)\b(?!>)", asked.replace("</think>", ""))
+        block = EMPTY_THINKING if flags and flags[-1] == "no_think" else "<think>\nx\n</think>\n\n"
+        begun = asked.endswith(EMPTY_THINKING)
+        said = f"{'' if begun else block}\\boxed{{{row['answer']}}}"
+        tokens = [*self.tokenizer.encode(said), self.tokenizer.eos]
+        return Completion(tokens, [0.0] * len(tokens), [1] * len(tokens), "stop")
+
+
+@pytest.mark.parametrize("mode", ["think", "no_think"])
+def test_who_obeys_the_flags_is_let_choose_the_mode(checkpoint, mode):
+    tokenizer = Tokenizer(checkpoint)
+    rows = files.rows("think_flags", 60, tokenizer)
+    scores = graded(Obedient(tokenizer, rows), tokenizer, rows, SamplingParams(32), mode)
+    assert scores == [[1.0]] * 60
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["tool_use", "nonsense"], "--tasks nonsense is unknown: use some of .*ruler:LENGTH"),
+        (["tool_use", "ruler:9x"], "LENGTH is a number of tokens"),
+        (["tool_use", "ruler:60"], "ruler:60 is too short for the task single"),
+        (["tool_use", "none.jsonl"], "none.jsonl cannot be read"),
+        (["tool_use", "--problems", "0"], "n=0 problems"),
+        (["tool_use", "--batch", "0"], "--batch=0 must be 1 or more"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_sampled(checkpoint, words, says, capsys):
+    assert main(["eval", str(checkpoint), "--tasks", *words]) == 2
+    out, err = capsys.readouterr()
+    assert re.search(says, err) and "tool_use score" not in out
