@@ -118,6 +118,7 @@ def agent_sql(rng: random.Random, number: int) -> Row:
         "tools": ["sql"],
         "script": found.script,
         "gold": found.gold,
+        "group": "a name" if "order by" in found.gold else "a number",
     }
 
 
