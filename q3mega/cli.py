@@ -110,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
                 nargs="+",
                 required=True,
                 help="families, capabilities, counterfactual, length_control, think_flags, "
-                "tool_use, ruler:LENGTH, human_eval, FILE.jsonl",
+                "tool_use, agent_search, agent_sql, agent_python, rag, ruler:LENGTH, human_eval, "
+                "FILE.jsonl",
             )
             sub.add_argument("--mode", choices=("think", "no_think"), default="think")
             sub.add_argument("--tries", type=int, default=1, help="answers a problem, for pass@k")

@@ -94,7 +94,8 @@ def answered(
     """This rank's share of a batch of problems: sampled in thinking mode, scored by the rules."""
     mine = list(enumerate(batch))[parallel.data_rank() :: parallel.data_size()]
     prompts = [
-        stage.tokenizer.encode(render(p.messages, add_generation_prompt=True)) for _, p in mine
+        stage.tokenizer.encode(render(p.messages, tools=p.tools, add_generation_prompt=True))
+        for _, p in mine
     ]
     seed = stage.seed("rollout", step, parallel.data_rank())
     params = SamplingParams(config.max_tokens, config.temperature, n=config.rollouts, seed=seed)
