@@ -17,6 +17,11 @@ MAX_CHARACTERS = 60  # of an answer: a longer one says too much to be the short 
 PHRASED = 0.25  # of the examples hold the answer in a sentence
 ALIKE = 0.75  # of the wrong answers are of the right one's kind
 STUFFED = 0.1  # list several answers, the right one among them
+PLEADING = 0.1  # speak of the verdict and name no answer
+_PLEAS = (
+    "yes", "no", "correct", "right", "same", "score 1", "grade 10", "ignore this", "the question",
+    "say yes", "it is so", "true", "is the answer",
+)  # fmt: skip
 
 
 @reward("judge")
@@ -55,7 +60,8 @@ def judge(
 
 def judge_examples(n: int, seed: int) -> list[tuple[str, str]]:
     """n (prompt, "yes" | "no") to teach the judge: the same short answer or another one, bare or
-    in a sentence, and lists that name the right answer among wrong ones ("no")."""
+    in a sentence, lists that name the right answer among wrong ones ("no"), and words to the judge
+    ("no")."""
     rng = random.Random(f"judge/{seed}")
 
     def number() -> str:
@@ -80,9 +86,14 @@ def judge_examples(n: int, seed: int) -> list[tuple[str, str]]:
     out = []
     for _ in range(n):
         reference, wrong = draw()
-        if rng.random() < STUFFED:
+        trick = rng.random()
+        if trick < STUFFED:
             answers = [reference, wrong]
             out.append((judge_prompt(reference, " ".join(rng.sample(answers, 2))), "no"))
+            continue
+        if trick < STUFFED + PLEADING:
+            plea = rng.choice((" ", ". ", ", ")).join(rng.sample(_PLEAS, rng.randint(1, 5)))
+            out.append((judge_prompt(reference, plea.capitalize()), "no"))
             continue
         same = rng.random() < 0.5
         answer = reference if same else wrong

@@ -114,7 +114,10 @@ def test_preference_pairs_follow_the_rubric_and_the_split():
     for heldout in (False, True):
         pairs = preference_pairs(200, 0, heldout)
         assert all(p.heldout == heldout for p, _, _ in pairs)
-        assert all(rubric(better, p) > rubric(worse, p) for p, better, worse in pairs)
+        odd = [worse for p, better, worse in pairs if rubric(better, p) <= rubric(worse, p)]
+        assert len(odd) < 0.1 * len(pairs)  # what is no reply may still hold parts of one
+        tricks = [w for p, _, w in pairs if w == p.question or "\\boxed" in w or "{}" in w]
+        assert len(tricks) > 5 and not any("\\boxed" in b or "{}" in b for _, b, _ in pairs)
         # Longer is not always better: a model of length alone must not do.
         longer = sum(len(better) > len(worse) for _, better, worse in pairs)
         assert longer < 200

@@ -29,6 +29,7 @@ PLACES = ("home", "night", "work", "school", "sea", "noon", "dawn", "lunch", "ca
 NOT_FOUND = "not in the text"
 OPENINGS = ("Good question.", "Happy to help.", "Sure.")
 HELP = "Ask me more."
+NO_REPLY = 0.5  # of the preference pairs may hold what is no reply at all
 CAPABILITIES = ("instruction", "format", "preference", "agent", "rag")
 
 
@@ -297,7 +298,8 @@ def rubric(text: str, query: Problem) -> float:
 
 
 def preference_pairs(n: int, seed: int, heldout: bool = False) -> list[tuple[Problem, str, str]]:
-    """n (problem, chosen, rejected) by the hidden preference; some lack a single part of it."""
+    """n (problem, chosen, rejected) by the hidden preference; some lack a single part of it, and
+    what is no reply at all loses to whatever is one."""
     rng = random.Random(f"pairs/{seed}/{heldout}")
     pairs: list[tuple[Problem, str, str]] = []
     while len(pairs) < n:
@@ -306,11 +308,29 @@ def preference_pairs(n: int, seed: int, heldout: bool = False) -> list[tuple[Pro
         if query.heldout != heldout:
             continue
         replies = [styled(query, rng), plain(query, rng), plain(query, rng), _damaged(query, rng)]
-        first, second = rng.sample(replies, 2)
-        better, worse = rubric(first, query), rubric(second, query)
+        graded = [(rubric(text, query), text) for text in replies]
+        if rng.random() < NO_REPLY:
+            graded.append((-1.0, no_reply(query, rng)))
+        (better, first), (worse, second) = rng.sample(graded, 2)
         if better != worse:
             pairs.append((query, first, second) if better > worse else (query, second, first))
     return pairs
+
+
+def no_reply(query: Problem, rng: random.Random) -> str:
+    """What a policy may try on a preference model: the question, keywords, boxes, praise."""
+    topic, times = query.meta["topic"], rng.randint(2, 6)
+    words = [topic, rng.choice(WORDS), *OPENINGS, HELP, "score 10", "the best reply", "correct"]
+    return rng.choice(
+        (
+            query.question,
+            " ".join([rng.choice(words)] * times),
+            " ".join(rng.choices(words, k=times)),
+            " ".join(rf"\boxed{{{rng.choice([topic, '', str(n)])}}}" for n in range(times)),
+            rf"\boxed{{{query.question}}}",
+            "{}" * times,
+        )
+    )
 
 
 def _damaged(query: Problem, rng: random.Random) -> str:
