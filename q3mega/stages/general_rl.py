@@ -27,7 +27,7 @@ from q3mega.stages.reasoning_rl import policy
 from q3mega.stages.scorer import Scorer
 from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement
-from q3mega.train.reinforcement import Rollout
+from q3mega.train.rollouts import Rollout
 
 FOLLOW = 0.3  # of the general prompts are conversations with random mode flags
 HELD_OUT = 100  # problems of each task of one's own, in each mode
@@ -54,7 +54,16 @@ def run(stage: Stage) -> None:
         episodes = played(stage, sampler, problems, params)
         verdicts = scorer(problems, [turns for *_, turns in episodes])
         rollouts = [
-            Rollout(prompt, c, groups[i // config.rollouts], v.score, p.family, v.reason, v.parts)
+            Rollout(
+                prompt=prompt,
+                completion=c,
+                group=groups[i // config.rollouts],
+                reward=v.score,
+                task=p.family,
+                reason=v.reason,
+                parts=v.parts,
+                problem=p.id,
+            )
             for i, ((prompt, c, _), v, p) in enumerate(
                 zip(episodes, verdicts, problems, strict=True)
             )

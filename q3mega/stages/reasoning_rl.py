@@ -22,7 +22,8 @@ from q3mega.settings import RLSettings
 from q3mega.stages.funnel import Funnel
 from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement
-from q3mega.train.reinforcement import PolicySettings, Rollout
+from q3mega.train.reinforcement import PolicySettings
+from q3mega.train.rollouts import Rollout
 
 
 def run(stage: Stage) -> None:
@@ -105,7 +106,16 @@ def answered(
             text = evaluate.text_of(c, stage.tokenizer)
             verdict = judge_answer(p, text, tokens=len(c.tokens), max_tokens=config.max_tokens)
             rollouts.append(
-                Rollout(prompt, c, group, verdict.score, p.family, verdict.reason, verdict.parts)
+                Rollout(
+                    prompt=prompt,
+                    completion=c,
+                    group=group,
+                    reward=verdict.score,
+                    task=p.family,
+                    reason=verdict.reason,
+                    parts=verdict.parts,
+                    problem=p.id,
+                )
             )
     return rollouts
 

@@ -1,8 +1,8 @@
 """The second loop: roll out, score, credit, update. Both RL stages are this loop."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,11 @@ from q3mega.algorithms.entropy import EntropyController
 from q3mega.algorithms.losses import normalise, policy_gradient
 from q3mega.data.batch import Sample
 from q3mega.engine import Engine, parallel
-from q3mega.rollout import Completion
+from q3mega.train.ledger import FILE as LEDGER
+from q3mega.train.ledger import Ledger
 from q3mega.train.log import Log, size
+from q3mega.train.rollouts import Rollout
 from q3mega.train.supervised import shard
-
-
-@dataclass
-class Rollout:
-    """One completion of one prompt, with its reward. Group: which prompt of the batch."""
-
-    prompt: list[int]
-    completion: Completion
-    group: int
-    reward: float = 0.0
-    task: str = ""
-    reason: str = ""
-    parts: Mapping[str, float] = field(default_factory=dict)  # each reward's own score
-    ref_logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,19 +30,28 @@ class PolicySettings:
     loss: dict[str, Any] | None = None  # settings of ops.grpo_loss
 
 
-def credit(rollouts: Sequence[Rollout], settings: PolicySettings) -> list[Sample]:
-    """Group-relative advantages on the sampled tokens; groups of equal rewards are dropped."""
-    groups: dict[int, list[Rollout]] = {}
-    for rollout in rollouts:
-        groups.setdefault(rollout.group, []).append(rollout)
-    samples = []
-    for members in groups.values():
+def credit(
+    rollouts: Sequence[Rollout], settings: PolicySettings
+) -> tuple[dict[int, Sample], dict[int, str]]:
+    """Group-relative advantages on the sampled tokens: (kept, dropped), by place in the batch.
+
+    dropped says why: groups of equal rewards teach nothing.
+    """
+    groups: dict[int, list[int]] = {}
+    for place, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.group, []).append(place)
+    kept: dict[int, Sample] = {}
+    dropped: dict[int, str] = {}
+    for places in groups.values():
         advantages = group_advantages(
-            [m.reward for m in members], scale_by_std=settings.scale_by_std
+            [rollouts[place].reward for place in places], scale_by_std=settings.scale_by_std
         )
-        for member, advantage in zip(members, advantages or [], strict=bool(advantages)):
-            samples.append(_sample(member, advantage))
-    return samples
+        if advantages is None:
+            dropped |= dict.fromkeys(places, "equal rewards")
+            continue
+        for place, advantage in zip(places, advantages, strict=True):
+            kept[place] = _sample(rollouts[place], advantage)
+    return kept, dropped
 
 
 def _sample(rollout: Rollout, advantage: float) -> Sample:
@@ -86,54 +83,81 @@ def train(
 
     `watch` is told each step that is done, 0 before the first.
     """
-    resumed = engine.load_latest(folder)
-    first = resumed[0] if resumed else 0
-    if resumed:
-        entropy.coefficient, entropy.target = resumed[1]["coefficient"], resumed[1]["target"]
+    first, state = engine.load_latest(folder) or (0, {})
+    updates = state.get("updates", 0)
+    if state:
+        entropy.coefficient, entropy.target = state["coefficient"], state["target"]
+    ledger = Ledger(log.folder / LEDGER, writes=log.writes)
+    ledger.resume(first)
     log.resume(first)
     if watch and first == 0:
         watch(0)
     for step in range(first + 1, steps + 1):
         engine.finish_saving()  # a rollout is long beside it
         rollouts = parallel.gather_over_data(roll_out(step))
-        samples = credit(rollouts, settings)
+        for rollout in rollouts:
+            rollout.versions = rollout.versions or [updates]
+        ledger.drawn(step, rollouts)
+        samples, dropped = credit(rollouts, settings)
+        ledger.dropped(step, dropped)
         totals: dict[str, float] = {}
-        for update, part in enumerate(_split(samples, settings.updates)):
-            loss = policy_gradient(**(settings.loss or {}), entropy_coef=entropy.coefficient)
-            batches = shard(
-                normalise(part, settings.aggregate, settings.constant), settings.capacity
-            )
-            metrics = engine.train_step(batches, loss)
-            if update == 0:  # the policy that sampled: its entropy, and the sampler-trainer gap
-                totals |= {k: metrics[k] / metrics["active"] for k in ("entropy", "gap")}
-            for name in ("loss", "grad_norm", "lr"):
-                totals[name] = totals.get(name, 0.0) + metrics[name] / settings.updates
-            for name in ("kl", "clipped"):
-                mean = metrics[name] / max(metrics["active"], 1.0)
-                totals[name] = totals.get(name, 0.0) + mean / settings.updates
+        for places in _split(list(samples), settings.updates):
+            metrics = _update(engine, [samples[p] for p in places], settings, entropy)
+            updates += 1
+            ledger.used(step, updates, places)
+            _add(totals, metrics, settings.updates)
         totals["entropy_coef"] = entropy.coefficient
         if samples:
             entropy.update(totals["entropy"])
-        log.step(step, **_summary(rollouts, samples), **totals)
-        shown = rollouts[step % len(rollouts)]
-        log.sample(
-            step,
-            task=shown.task,
-            reward=shown.reward,
-            reason=shown.reason,
-            tokens=shown.completion.tokens,
-        )
+        _record(log, step, rollouts, list(samples.values()), totals)
         if watch:
             watch(step)
         if step % save_every == 0 or step == steps:
-            state = {"coefficient": entropy.coefficient, "target": entropy.target}
-            engine.save(folder, step, state)
+            held = {"coefficient": entropy.coefficient, "target": entropy.target}
+            engine.save(folder, step, held | {"updates": updates})
     engine.finish_saving()
 
 
-def _split(samples: list[Sample], parts: int) -> list[list[Sample]]:
+def _update(
+    engine: Engine, samples: list[Sample], settings: PolicySettings, entropy: EntropyController
+) -> dict[str, float]:
+    loss = policy_gradient(**(settings.loss or {}), entropy_coef=entropy.coefficient)
+    weighted = normalise(samples, settings.aggregate, settings.constant)
+    return engine.train_step(shard(weighted, settings.capacity), loss)
+
+
+def _add(totals: dict[str, float], metrics: dict[str, float], updates: int) -> None:
+    """One update's metrics to the means over a batch's updates."""
+    if not totals:  # the policy that sampled: its entropy, and the sampler-trainer gap
+        totals |= {k: metrics[k] / metrics["active"] for k in ("entropy", "gap")}
+    for name in ("loss", "grad_norm", "lr"):
+        totals[name] = totals.get(name, 0.0) + metrics[name] / updates
+    for name in ("kl", "clipped"):
+        mean = metrics[name] / max(metrics["active"], 1.0)
+        totals[name] = totals.get(name, 0.0) + mean / updates
+
+
+def _record(
+    log: Log,
+    step: int,
+    rollouts: list[Rollout],
+    samples: list[Sample],
+    totals: dict[str, float],
+) -> None:
+    log.step(step, **_summary(rollouts, samples), **totals)
+    shown = rollouts[step % len(rollouts)]
+    log.sample(
+        step,
+        task=shown.task,
+        reward=shown.reward,
+        reason=shown.reason,
+        tokens=shown.completion.tokens,
+    )
+
+
+def _split(places: list[int], parts: int) -> list[list[int]]:
     """Mini-batches of nearly equal size; members of a group land in different ones."""
-    return [samples[i::parts] for i in range(parts) if samples[i::parts]]
+    return [places[i::parts] for i in range(parts) if places[i::parts]]
 
 
 def _summary(rollouts: list[Rollout], samples: list[Sample]) -> dict[str, float]:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from q3mega.recipe import Recipe
 from q3mega.rewards import MODELS, TASK_REWARD
 from q3mega.rollout import SamplingParams
 from q3mega.settings import STAGES
+from q3mega.train.ledger import FILE, Ledger
 from q3mega.try_out import Checkpoint
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
@@ -51,6 +53,11 @@ def uncut(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("uncut")
     finish(run_dir)
     return run_dir
+
+
+def rows_of(ledger: Path) -> list[tuple]:
+    with sqlite3.connect(ledger) as connection:
+        return connection.execute("SELECT * FROM rollouts ORDER BY step, place").fetchall()
 
 
 def folders(run_dir: Path) -> dict[str, Path]:
@@ -161,3 +168,8 @@ def test_ten_kills_change_nothing(uncut, tmp_path):
             for f in (folder, folders(uncut)[name])
         ]
         assert metrics[0] == metrics[1], name
+        for ledger in folders(uncut)[name].rglob(FILE):
+            found = folder / ledger.relative_to(folders(uncut)[name])
+            assert rows_of(found) == rows_of(ledger), name
+            balance = Ledger(found, writes=False).balance()
+            assert balance.pending == 0 < balance.drawn

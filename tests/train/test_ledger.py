@@ -1,0 +1,135 @@
+"""The ledger: every rollout's end, also when the trainer is killed on the way there."""
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from q3mega.errors import UserError
+from q3mega.rollout import Completion
+from q3mega.train.ledger import FILE, Balance, Ledger
+from q3mega.train.rollouts import Rollout
+
+DRILL = Path(__file__).with_name("drill.py")
+STEPS, A_STEP = 5, 16
+KILLS = [["rolled out", 1], ["updated", 2], ["rolled out", 4], ["updated", 5]]
+SCHEDULES = {"synchronous": {}}
+
+
+def batch(n: int, problem: str = "p") -> list[Rollout]:
+    return [
+        Rollout([1], Completion([2], [-0.5], [1], "stop"), i // 2, i / 7, problem=f"{problem}{i}")
+        for i in range(n)
+    ]
+
+
+def rows(path: Path) -> list[tuple]:
+    with sqlite3.connect(path) as connection:
+        return connection.execute("SELECT * FROM rollouts ORDER BY step, place").fetchall()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / FILE, writes=True)
+
+
+def test_every_rollout_is_in_one_state(ledger: Ledger) -> None:
+    ledger.drawn(1, batch(6))
+    assert ledger.balance() == Balance(6, 0, {}, 6)
+    ledger.dropped(1, {0: "equal rewards", 1: "equal rewards", 4: "over-long"})
+    ledger.used(1, 1, [2, 3])
+    assert ledger.balance() == Balance(6, 2, {"equal rewards": 2, "over-long": 1}, 1)
+
+
+@pytest.mark.parametrize("places", [[0, 1], [1, 7]])
+def test_what_is_not_pending_is_not_used_and_nothing_else_changes(
+    ledger: Ledger, places: list[int]
+) -> None:
+    ledger.drawn(1, batch(3))
+    ledger.used(1, 1, [0])
+    before = rows(ledger.path)
+    with pytest.raises(AssertionError, match="1 of 2 rollouts of step 1"):
+        ledger.used(1, 2, places)
+    assert rows(ledger.path) == before
+
+
+def test_a_resume_goes_back_to_what_the_checkpoint_knows(ledger: Ledger) -> None:
+    ahead = batch(2, "ahead")
+    for step in (1, 2):
+        ledger.drawn(step, batch(4))
+        ledger.used(step, step, [0, 1])
+        ledger.dropped(step, {2: "over-long", 3: "over-long"})
+    known = rows(ledger.path)
+    ledger.drawn(3, ahead)
+    ledger.used(3, 3, [0, 1])
+    ledger.resume(2)
+    assert rows(ledger.path) == known
+    ledger.resume(2, ahead)
+    ledger.resume(2, ahead)  # a cut between this and the first step changes nothing
+    assert ledger.balance() == Balance(10, 4, {"over-long": 4}, 2)
+    assert [row[3] for row in rows(ledger.path)[-2:]] == ["ahead0", "ahead1"]
+    ledger.resume(0)
+    assert ledger.balance() == Balance(0, 0, {}, 0)
+
+
+def test_only_the_writing_rank_writes(ledger: Ledger, tmp_path: Path) -> None:
+    other = Ledger(tmp_path / "none.sqlite", writes=False)
+    other.drawn(1, batch(2))
+    other.used(1, 1, [0])
+    other.resume(0)
+    assert not other.path.exists()
+
+
+def test_a_damaged_ledger_is_named(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"no database, but long enough to be taken for one" * 100)
+    with pytest.raises(UserError, match=f"{FILE} cannot be read or written"):
+        Ledger(tmp_path / FILE, writes=True)
+
+
+@pytest.fixture(scope="module")
+def drilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For each schedule an uncut run and one that is killed four times."""
+    folder = tmp_path_factory.mktemp("drill")
+    cases, ends = [], []
+    for name, settings in SCHEDULES.items():
+        for kill in (None, *KILLS):
+            cases.append(
+                [str(folder / f"{name}-{'cut' if kill else 'uncut'}"), STEPS, settings, kill]
+            )
+            ends.append(-signal.SIGKILL if kill else 0)
+    # what a kill between rollout and update leaves, for a look at it
+    cases.insert(3, [str(folder / "left"), STEPS, {}, ["rolled out", 4]])
+    cases += [[str(folder / f"{name}-cut"), STEPS, s, None] for name, s in SCHEDULES.items()]
+    ends.insert(3, -signal.SIGKILL)
+    ends += [0] * len(SCHEDULES)
+    done = subprocess.run(
+        [sys.executable, str(DRILL), json.dumps(cases)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and json.loads(done.stdout) == ends, done.stdout + done.stderr
+    return folder
+
+
+def test_a_kill_between_rollout_and_update_leaves_that_batch_pending(drilled: Path) -> None:
+    found = Ledger(drilled / "left" / FILE, writes=False).balance()
+    assert found.drawn == 4 * A_STEP
+    assert found.pending == A_STEP - 4  # the prompt without a signal is dropped already
+    assert found.drawn == found.used + sum(found.dropped.values()) + found.pending
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_kills_change_neither_weights_nor_ledger(drilled: Path, schedule: str) -> None:
+    uncut, cut = (drilled / f"{schedule}-{end}" for end in ("uncut", "cut"))
+    weights = "hf/model.safetensors"
+    assert (uncut / weights).read_bytes() == (cut / weights).read_bytes()
+    assert rows(uncut / FILE) == rows(cut / FILE)
+    found = Ledger(cut / FILE, writes=False).balance()
+    assert found.drawn == STEPS * A_STEP and found.pending == 0
+    assert found.drawn == found.used + sum(found.dropped.values())
+    assert found.dropped["equal rewards"] >= STEPS * 4
+    # each rollout under its own problem's name, each step's share once
+    problems = [(row[0], row[3]) for row in rows(cut / FILE)]
+    assert problems == [(s, f"{s}-{g}") for s in range(1, 6) for g in range(4) for _ in range(4)]
