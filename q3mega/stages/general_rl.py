@@ -20,10 +20,9 @@ from q3mega.engine import parallel
 from q3mega.evaluate import Mode, flagged
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.episodes import run_episodes
-from q3mega.rollout.logprobs import token_logprobs
 from q3mega.rollout.tools import Environment
 from q3mega.stages.mode_fusion import both_modes
-from q3mega.stages.reasoning_rl import policy
+from q3mega.stages.reasoning_rl import policy, refer
 from q3mega.stages.scorer import Scorer
 from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement
@@ -69,11 +68,7 @@ def run(stage: Stage) -> None:
             )
         ]
         if reference:
-            sequences = [(r.prompt, r.completion.tokens) for r in rollouts]
-            for rollout, logprobs in zip(
-                rollouts, token_logprobs(reference, sequences), strict=True
-            ):
-                rollout.ref_logprobs = logprobs
+            refer(reference, rollouts, config.temperature)
         return rollouts
 
     reinforcement.train(

@@ -4,30 +4,38 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from q3mega.algorithms.credit import group_advantages
+import numpy as np
+
+from q3mega.algorithms.correction import Correction
+from q3mega.algorithms.credit import group_advantages, overlong_penalty
 from q3mega.algorithms.entropy import EntropyController
 from q3mega.algorithms.losses import normalise, policy_gradient
 from q3mega.data.batch import Sample
 from q3mega.engine import Engine, parallel
+from q3mega.rollout.logprobs import token_logprobs
 from q3mega.train.ledger import FILE as LEDGER
 from q3mega.train.ledger import Ledger
 from q3mega.train.log import Log, size
-from q3mega.train.rollouts import Rollout
+from q3mega.train.rollouts import Rollout, pack, unpack
 from q3mega.train.supervised import shard
 
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """How rollouts become updates; the published presets are in QWEN3_FACTS section 7."""
+    """How rollouts become updates."""
 
     updates: int  # optimizer steps a rollout batch: off-policy after the first
     capacity: int  # tokens a micro-batch
+    max_tokens: int  # of a completion, and the divisor of aggregate "constant" (Dr. GRPO)
     aggregate: str = "token"
-    constant: int = 1  # tokens, the divisor of aggregate "constant" (Dr. GRPO)
     scale_by_std: bool = True
     loss: dict[str, Any] | None = None  # settings of ops.grpo_loss
+    one_step_off: bool = False  # a batch is sampled before the updates of the one before it
+    overlong: Literal["none", "penalty", "mask"] = "none"
+    correction: Correction | None = None
+    temperature: float = 1.0  # of the sampler, whose distribution is the policy
 
 
 def credit(
@@ -35,7 +43,8 @@ def credit(
 ) -> tuple[dict[int, Sample], dict[int, str]]:
     """Group-relative advantages on the sampled tokens: (kept, dropped), by place in the batch.
 
-    dropped says why: groups of equal rewards teach nothing.
+    dropped says why: groups of equal rewards teach nothing; with overlong "mask" a truncated
+    completion only counts in its group's mean.
     """
     groups: dict[int, list[int]] = {}
     for place, rollout in enumerate(rollouts):
@@ -44,14 +53,26 @@ def credit(
     dropped: dict[int, str] = {}
     for places in groups.values():
         advantages = group_advantages(
-            [rollouts[place].reward for place in places], scale_by_std=settings.scale_by_std
+            [_reward(rollouts[place], settings) for place in places],
+            scale_by_std=settings.scale_by_std,
         )
         if advantages is None:
             dropped |= dict.fromkeys(places, "equal rewards")
             continue
         for place, advantage in zip(places, advantages, strict=True):
-            kept[place] = _sample(rollouts[place], advantage)
+            cut = rollouts[place].completion.finish_reason == "length"
+            if cut and settings.overlong == "mask":
+                dropped[place] = "over-long"
+            else:
+                kept[place] = _sample(rollouts[place], advantage)
     return kept, dropped
+
+
+def _reward(rollout: Rollout, settings: PolicySettings) -> float:
+    if settings.overlong != "penalty":
+        return rollout.reward
+    length, limit = sum(rollout.completion.mask), settings.max_tokens
+    return rollout.reward + overlong_penalty(length, limit, limit // 5)
 
 
 def _sample(rollout: Rollout, advantage: float) -> Sample:
@@ -87,26 +108,34 @@ def train(
     updates = state.get("updates", 0)
     if state:
         entropy.coefficient, entropy.target = state["coefficient"], state["target"]
+    ahead = unpack(state["ahead"], state["tensors"]) if "ahead" in state else []
     ledger = Ledger(log.folder / LEDGER, writes=log.writes)
-    ledger.resume(first)
+    ledger.resume(first, ahead)
     log.resume(first)
     if watch and first == 0:
         watch(0)
-    for step in range(first + 1, steps + 1):
+
+    def sampled(step: int) -> list[Rollout]:
         engine.finish_saving()  # a rollout is long beside it
         rollouts = parallel.gather_over_data(roll_out(step))
         for rollout in rollouts:
             rollout.versions = rollout.versions or [updates]
         ledger.drawn(step, rollouts)
+        return rollouts
+
+    for step in range(first + 1, steps + 1):
+        rollouts = ahead or sampled(step)
+        ahead = sampled(step + 1) if settings.one_step_off and step < steps else []
         samples, dropped = credit(rollouts, settings)
+        corrected = _correct(engine, rollouts, samples, dropped, settings)
         ledger.dropped(step, dropped)
         totals: dict[str, float] = {}
         for places in _split(list(samples), settings.updates):
             metrics = _update(engine, [samples[p] for p in places], settings, entropy)
             updates += 1
-            ledger.used(step, updates, places)
+            ledger.used(step, updates, [p for p in places if p not in dropped])
             _add(totals, metrics, settings.updates)
-        totals["entropy_coef"] = entropy.coefficient
+        totals |= corrected | {"entropy_coef": entropy.coefficient}
         if samples:
             entropy.update(totals["entropy"])
         _record(log, step, rollouts, list(samples.values()), totals)
@@ -114,15 +143,56 @@ def train(
             watch(step)
         if step % save_every == 0 or step == steps:
             held = {"coefficient": entropy.coefficient, "target": entropy.target}
-            engine.save(folder, step, held | {"updates": updates})
+            rows, tensors = pack(ahead)
+            held |= {"updates": updates} | ({"ahead": rows} if ahead else {})
+            engine.save(folder, step, held, tensors if ahead else None)
     engine.finish_saving()
+
+
+def _correct(
+    engine: Engine,
+    rollouts: list[Rollout],
+    samples: dict[int, Sample],
+    dropped: dict[int, str],
+    settings: PolicySettings,
+) -> dict[str, float]:
+    """Ratios become relative to the trainer as it is now, advantages weighted for the sampler.
+
+    A completion without a trusted token is dropped, but stays a sample: it counts in the mean.
+    Returns the mean |difference of log-probabilities| and the mean trust a token.
+    """
+    if settings.correction is None or not samples:
+        return {}
+    mine = list(samples)[parallel.data_rank() :: parallel.data_size()]
+    pairs = [(rollouts[p].prompt, rollouts[p].completion.tokens) for p in mine]
+    found = token_logprobs(engine, pairs, settings.temperature)
+    own = dict(parallel.gather_over_data(list(zip(mine, found, strict=True))))
+    gaps, trusts = [], []
+    for place, sample in samples.items():
+        completion, columns = rollouts[place].completion, sample.columns
+        before, chosen = len(rollouts[place].prompt), np.array(completion.mask, dtype=bool)
+        trainer, sampler = np.array(own[place]), np.array(completion.logprobs)
+        advantages = np.array(columns["advantages"][before:])
+        trust = settings.correction.trust(trainer[chosen], sampler[chosen], advantages[0])
+        advantages[chosen] *= trust
+        columns["advantages"][before:] = advantages.tolist()
+        columns["old_logprobs"][before:] = own[place]
+        if not trust.any():
+            dropped[place] = "off-policy"
+        gaps += np.abs(trainer - sampler)[chosen].tolist()
+        trusts += trust.tolist()
+    return {"gap": statistics.fmean(gaps), "trust": statistics.fmean(trusts)}
 
 
 def _update(
     engine: Engine, samples: list[Sample], settings: PolicySettings, entropy: EntropyController
 ) -> dict[str, float]:
-    loss = policy_gradient(**(settings.loss or {}), entropy_coef=entropy.coefficient)
-    weighted = normalise(samples, settings.aggregate, settings.constant)
+    loss = policy_gradient(
+        **(settings.loss or {}),
+        entropy_coef=entropy.coefficient,
+        temperature=settings.temperature,
+    )
+    weighted = normalise(samples, settings.aggregate, settings.max_tokens)
     return engine.train_step(shard(weighted, settings.capacity), loss)
 
 

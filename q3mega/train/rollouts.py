@@ -44,9 +44,10 @@ _PLAIN = ("group", "reward", "task", "reason", "problem", "versions")
 
 def pack(rollouts: Sequence[Rollout]) -> tuple[Rows, dict[str, Tensor]]:
     """(JSON rows, tensors) that `unpack` makes the same rollouts of; a row has its lengths."""
-    rows, columns = [], {name: [] for name in _COLUMNS}  # type: tuple[Rows, dict[str, list[Any]]]
+    rows: Rows = []
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     for r in rollouts:
-        parts = {
+        parts: dict[str, list[Any]] = {
             "prompt": r.prompt, "tokens": r.completion.tokens, "mask": r.completion.mask,
             "logprobs": r.completion.logprobs, "ref_logprobs": r.ref_logprobs or [],
         }  # fmt: skip

@@ -1,8 +1,7 @@
 """RL on a tiny model under a real axe: `python drill.py CASES`, run by test_ledger.py.
 
 CASES is JSON: lists of [folder, steps, settings, kill], one after the other, each in a process of
-its own. kill: null, or [when, step], where the process kills itself with SIGKILL; when is "rolled
-out" (rollouts in the ledger, no update yet) or "updated" (after the step's first update).
+its own. kill: null, or ["before" or "after", n]: with SIGKILL, around the process's nth update.
 Prints how each case ended, as JSON.
 """
 
@@ -10,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,22 +35,21 @@ TOKENIZER = SimpleNamespace(
 PROMPTS, ROLLOUTS = 4, 4
 
 
-def run(folder: str, steps: int, settings: dict, kill: tuple[str, int] | None) -> None:
+def run(folder: str, steps: int, settings: dict, kill: list | None) -> None:
     engine = Engine(SHAPES["tied"], LAYOUT(), seed=3, optimizer=OptimizerSpec(lr=0.01, steps=20))
     sampler = InProcessSampler(engine, TOKENIZER)
-    when, at = kill or ("never", 0)
-    trained, step_now = engine.train_step, [0]
+    trained, calls = engine.train_step, count(1)
 
     def train_step(*given):
-        if (when, at) == ("rolled out", step_now[0]):
+        call = next(calls)
+        if kill == ["before", call]:
             os.kill(os.getpid(), signal.SIGKILL)
         metrics = trained(*given)
-        if (when, at) == ("updated", step_now[0]):
+        if kill == ["after", call]:
             os.kill(os.getpid(), signal.SIGKILL)
         return metrics
 
     def roll_out(step: int) -> list[Rollout]:
-        step_now[0] = step
         prompts = [[step, i, i + 1] for i in range(PROMPTS)]
         sampled = sampler.generate(prompts, SamplingParams(6, n=ROLLOUTS, seed=step))
         return [
@@ -67,7 +66,7 @@ def run(folder: str, steps: int, settings: dict, kill: tuple[str, int] | None) -
     reinforcement.train(
         engine,
         roll_out,
-        reinforcement.PolicySettings(updates=2, capacity=256, **settings),
+        reinforcement.PolicySettings(updates=2, capacity=256, max_tokens=6, **settings),
         EntropyController(0.7, 0.001, 0.02),
         steps=steps,
         folder=root / "checkpoints",
