@@ -136,6 +136,22 @@ def test_eval_takes_problems_of_ones_own(uncut, tmp_path, capsys):
     assert "row 1: the reward code needs 'tests'" in capsys.readouterr().err
 
 
+def test_reasoning_rl_takes_a_preset_a_schedule_and_a_correction(uncut, tmp_path):
+    start = folders(uncut)["cold_start"] / "hf"
+    words = {"init": start, "preset": "grpo", "schedule": "one_step_off", "correction": "tis"}
+    tokenizer = f"tokenizer.path={start}", "tokenizer.vocab_size=null"
+    given = [*tokenizer, *(f"reasoning_rl.{name}={word}" for name, word in words.items())]
+    command = ["run", str(RECIPE), "--run-dir", str(tmp_path), "--only", "reasoning_rl", *given]
+    assert main(command) == 0
+    [folder] = tmp_path.glob("*-reasoning_rl")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if row["kept"]]
+    assert trained and all(row["gap"] < 0.1 and row["kl"] >= 0 for row in trained)
+    balance = Ledger(folder / FILE, writes=False).balance()
+    assert (balance.drawn, balance.pending) == (3 * 8 * 4, 0) and balance.used > 0
+    assert "Ledger of the rollouts" in (tmp_path / "report.html").read_text()
+
+
 def test_ten_kills_change_nothing(uncut, tmp_path):
     rng = random.Random(0)
     kills = 0

@@ -12,6 +12,7 @@ import pytest
 from q3mega.errors import UserError
 from q3mega.rollout import Completion
 from q3mega.train.ledger import FILE, Balance, Ledger
+from q3mega.train.log import read
 from q3mega.train.rollouts import Rollout
 
 DRILL = Path(__file__).with_name("drill.py")
@@ -91,6 +92,31 @@ def test_a_damaged_ledger_is_named(tmp_path: Path) -> None:
         Ledger(tmp_path / FILE, writes=True)
 
 
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+from q3mega.errors import UserError
+from q3mega.train.ledger import Ledger
+ledger = Ledger(Path(sys.argv[1]), writes=True)
+batch = [SimpleNamespace(group=0, problem="p", task="", versions=[0], reward=0.0)] * 500
+ledger.drawn(1, batch)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (ledger.path.stat().st_size,) * 2)
+try:
+    ledger.drawn(2, batch)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_takes_back_the_whole_change_and_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path / FILE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "free some disk space" in done.stdout and done.returncode == 0, done.stderr
+    assert Ledger(tmp_path / FILE, writes=False).balance() == Balance(500, 0, {}, 500)
+
+
 @pytest.fixture(scope="module")
 def drilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each schedule an uncut run, one killed twice and resumed, and what a kill has left."""
@@ -129,6 +155,9 @@ def test_the_weights_that_sampled_are_those_that_the_schedule_says(
     for step, _, _, _, _, versions, *_, used_by, _ in rows(drilled / f"{schedule}-cut" / FILE):
         assert json.loads(versions) == [2 * max(0, step - 1 - late)]
         assert used_by is None or used_by in (2 * step - 1, 2 * step)
+    gaps = [row["gap"] for row in read(drilled / f"{schedule}-cut" / "metrics.jsonl")]
+    assert gaps[0] < 1e-5  # the behaviour's log-probabilities stay those of the older weights
+    assert all((gap > 1e-3) == late for gap in gaps[1:])
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
