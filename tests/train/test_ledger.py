@@ -135,6 +135,7 @@ def drilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "ahead"), [("synchronous", 0), ("one_step_off", 1)])
 def test_a_kill_between_rollout_and_update_leaves_batches_pending(
     drilled: Path, schedule: str, ahead: int
@@ -146,6 +147,7 @@ def test_a_kill_between_rollout_and_update_leaves_batches_pending(
     assert found.drawn == found.used + sum(found.dropped.values()) + found.pending
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_weights_that_sampled_are_those_that_the_schedule_says(
     drilled: Path, schedule: str
@@ -160,6 +162,7 @@ def test_the_weights_that_sampled_are_those_that_the_schedule_says(
     assert all((gap > 1e-3) == late for gap in gaps[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_kills_change_neither_weights_nor_ledger(drilled: Path, schedule: str) -> None:
     uncut, cut = (drilled / f"{schedule}-{end}" for end in ("uncut", "cut"))
