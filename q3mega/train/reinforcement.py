@@ -108,7 +108,7 @@ def train(
     updates = state.get("updates", 0)
     if state:
         entropy.coefficient, entropy.target = state["coefficient"], state["target"]
-    ahead = unpack(state["ahead"], state["tensors"]) if "ahead" in state else []
+    ahead = unpack(state["ahead"], state["tensors"]) if "tensors" in state else []
     ledger = Ledger(log.folder / LEDGER, writes=log.writes)
     ledger.resume(first, ahead)
     log.resume(first)
@@ -142,10 +142,7 @@ def train(
         if watch:
             watch(step)
         if step % save_every == 0 or step == steps:
-            held = {"coefficient": entropy.coefficient, "target": entropy.target}
-            rows, tensors = pack(ahead)
-            held |= {"updates": updates} | ({"ahead": rows} if ahead else {})
-            engine.save(folder, step, held, tensors if ahead else None)
+            _save(engine, folder, step, entropy, updates, ahead)
     engine.finish_saving()
 
 
@@ -182,6 +179,20 @@ def _correct(
         gaps += np.abs(trainer - sampler)[chosen].tolist()
         trusts += trust.tolist()
     return {"gap": statistics.fmean(gaps), "trust": statistics.fmean(trusts)}
+
+
+def _save(
+    engine: Engine,
+    folder: Path,
+    step: int,
+    entropy: EntropyController,
+    updates: int,
+    ahead: list[Rollout],
+) -> None:
+    state: dict[str, Any] = {"coefficient": entropy.coefficient, "target": entropy.target}
+    state["updates"] = updates
+    state["ahead"], tensors = pack(ahead)
+    engine.save(folder, step, state, tensors if ahead else None)
 
 
 def _update(
