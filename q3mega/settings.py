@@ -116,8 +116,8 @@ class ColdStart(SFT):
     domains: tuple[str, ...] = ("mathematics", "code", "logical reasoning", "science")
 
 
-# What each paper prints (QWEN3_FACTS section 7); what is not here keeps its default or is not used
-# by the variant. Corrections are no paper's part of its algorithm, so no row has one.
+# What each paper prints; what is not here keeps its default or is not used by the variant. The
+# correction is none in all of them: it is for the sampler at hand, not part of an algorithm.
 PRESETS: dict[str, dict[str, Any]] = {
     # DeepSeekMath 2402.03300; the clip is PPO's
     "grpo": {"variant": "grpo", "clip_low": 0.2, "clip_high": 0.2, "aggregate": "sequence",
