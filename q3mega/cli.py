@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
 import signal
@@ -100,7 +101,6 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         sub.set_defaults(mode="think")
         sub.add_argument("checkpoint", help="a Hugging Face folder, such as a stage's hf/")
-        sub.add_argument("--budget", type=int, help="thinking budget, tokens")
         sub.add_argument("--max-tokens", type=int, default=256)
         sub.add_argument("--temperature", type=float, help="default: the report's, by mode")
         sub.add_argument("--seed", type=int, default=0)
@@ -110,17 +110,23 @@ def _parser() -> argparse.ArgumentParser:
                 nargs="+",
                 required=True,
                 help="families, capabilities, counterfactual, length_control, think_flags, "
-                "tool_use, ruler:LENGTH, human_eval, FILE.jsonl",
+                "tool_use, agent_search, agent_sql, agent_python, rag, ruler:LENGTH, human_eval, "
+                "FILE.jsonl",
             )
             sub.add_argument("--mode", choices=("think", "no_think"), default="think")
             sub.add_argument("--tries", type=int, default=1, help="answers a problem, for pass@k")
             sub.add_argument("--problems", type=int, default=100, help="of each task")
             sub.add_argument("--batch", type=int, default=512, help="answers decoded at once")
+            sub.add_argument(
+                "--budget", type=int, nargs="+", help="thinking budgets, tokens: one run of each"
+            )
+            sub.add_argument("--out", type=Path, help="a JSON file of the same numbers")
         else:
             sub.add_argument(
                 "--no-think", dest="mode", action="store_const", const="no_think",
                 help="pre-fill an empty think block",
             )  # fmt: skip
+            sub.add_argument("--budget", type=int, help="thinking budget, tokens")
         if name == "generate":
             sub.add_argument("--prompt", required=True)
 
@@ -218,32 +224,34 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _params(arguments: argparse.Namespace, n: int = 1) -> "SamplingParams":
+def _params(arguments: argparse.Namespace, budget: int | None, n: int = 1) -> "SamplingParams":
     from q3mega.rollout.base import EVALUATION, SamplingParams
 
     a = arguments
     how: dict[str, Any] = EVALUATION[a.mode]
     if a.temperature is not None:
         how = how | {"temperature": a.temperature}
-    return SamplingParams(a.max_tokens, **how, thinking_budget=a.budget, n=n, seed=a.seed)
+    return SamplingParams(a.max_tokens, **how, thinking_budget=budget, n=n, seed=a.seed)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     from q3mega.try_out import Checkpoint
 
     messages = [{"role": "user", "content": arguments.prompt}]
+    params = _params(arguments, arguments.budget)
     model = Checkpoint(arguments.checkpoint)
-    print(model.answer(messages, _params(arguments), think=arguments.mode == "think"))
+    print(model.answer(messages, params, think=arguments.mode == "think"))
     return 0
 
 
 def _chat(arguments: argparse.Namespace) -> int:
     from q3mega.try_out import Checkpoint
 
+    params = _params(arguments, arguments.budget)
     model, messages = Checkpoint(arguments.checkpoint), list[dict[str, str]]()
     while line := input("you> ").strip():
         messages.append({"role": "user", "content": line})
-        text = model.answer(messages, _params(arguments), think=arguments.mode == "think")
+        text = model.answer(messages, params, think=arguments.mode == "think")
         print(text)
         messages.append({"role": "assistant", "content": text})
     return 0
@@ -254,14 +262,24 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     if arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch} must be 1 or more")
-    params = _params(arguments, arguments.tries)
+    out: Path | None = arguments.out
+    if out and not out.parent.is_dir():
+        raise UserError(f"--out {out}: {out.parent} is no folder")
+    budgets = arguments.budget or [None]
+    each = {budget: _params(arguments, budget, arguments.tries) for budget in budgets}
     model = Checkpoint(arguments.checkpoint, batch=arguments.batch)
+    results = {}
     print(f"{'':<32} value  95 % interval   problems")
-    for name, found in model.score(arguments.tasks, arguments.mode, params, arguments.problems):
-        print(
-            f"{name:<32} {found['value']:.3f}  "
-            f"[{found['low']:.3f}, {found['high']:.3f}]  {found['n']:>8}"
-        )
+    for budget, params in each.items():
+        suffix = "" if budget is None else f" at {budget}"
+        for name, found in model.score(arguments.tasks, arguments.mode, params, arguments.problems):
+            results[name + suffix] = found
+            print(
+                f"{name + suffix:<32} {found['value']:.3f}  "
+                f"[{found['low']:.3f}, {found['high']:.3f}]  {found['n']:>8}"
+            )
+    if out:
+        out.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

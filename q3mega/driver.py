@@ -32,6 +32,7 @@ from q3mega.data.tasks.pool import Pool
 from q3mega.errors import UserError
 from q3mega.recipe import Recipe
 from q3mega.rewards import MODELS, Verdict, judge_answer, models_of
+from q3mega.rollout.tools import environment
 from q3mega.sections import nearest
 from q3mega.settings import GeneralRL, ModeFusion
 
@@ -98,6 +99,11 @@ def _check_files(recipe: Recipe) -> None:
                 f"problems: reward={models[0]} of {problem.question[:60]!r} asks a model, and "
                 "reasoning RL takes rules alone: give it to general_rl.problems"
             )
+        if environment(problem):
+            raise UserError(
+                f"problems: {problem.question[:60]!r} has tools to run, and reasoning RL samples "
+                "one turn: give it to general_rl.problems"
+            )
         judge_answer(problem, "")
     for stage in recipe.stages.values():
         if isinstance(stage, ModeFusion):
@@ -113,6 +119,7 @@ def _check_tasks(stage: GeneralRL) -> None:
     needs = {"judge": "judge_model", "preference": "preference.file"}
     for problem in itertools.chain.from_iterable(map(files.problems, stage.problems)):
         judge_answer(problem, "", scored=dict.fromkeys(MODELS, Verdict(0.0, "not asked")))
+        environment(problem)  # which its tools must be able to work on
         for name in models_of(problem):
             if not models[name]:
                 raise UserError(

@@ -20,7 +20,8 @@ from q3mega.algorithms.losses import supervised
 from q3mega.data import corpus
 from q3mega.data.batch import Batch, Sample, pack
 from q3mega.data.chat import parse, render
-from q3mega.data.tasks import Problem, general, generate
+from q3mega.data.tasks import Problem, files, general, generate
+from q3mega.data.tasks.tools import with_schemas
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, Head, parallel
 from q3mega.errors import UserError
@@ -28,8 +29,9 @@ from q3mega.rewards import judge_answer, reward_of, score
 from q3mega.rewards.answer import boxes
 from q3mega.rewards.mode import mode_of
 from q3mega.rollout import Completion, Sampler, SamplingParams
+from q3mega.rollout.base import text_of
 from q3mega.rollout.episodes import run_episodes
-from q3mega.rollout.tools import Environment
+from q3mega.rollout.tools import environment
 
 Mode = Literal["think", "no_think"]
 _T = TypeVar("_T")
@@ -128,27 +130,36 @@ def graded(
 ) -> list[list[float]]:
     """The scores of params.n answers to each row (`data.tasks.files`), by the rewards it names.
 
-    Without thinking the empty block is pre-filled, except where the reward `mode` judges how the
-    model opens its reply. Raises UserError before anything is sampled for a row that its rewards
-    cannot judge.
+    Where a row's tools can be run an answer is an episode with them, scored on its last turn alone:
+    the rewards do not ask whether a tool was called. Without thinking the empty block is
+    pre-filled, except where the reward `mode` judges how the model opens its reply. Raises
+    UserError before anything is sampled for a row that its rewards cannot judge, or its tools not
+    work on.
     """
+    rows = [with_schemas(row) for row in rows]
+    problems = [files.as_problem(row, "rows") for row in rows]
     for i, row in enumerate(rows):
         _judged("", row, 0, params.max_tokens, i)
     prompts = [
         tokenizer.encode(
             render(
-                r["messages"],
+                p.messages,
                 add_generation_prompt=True,
                 enable_thinking=False if mode == "no_think" and not _by_mode(r) else None,
-                tools=r.get("tools", ()),
+                tools=p.tools,
             )
         )
-        for r in rows
+        for p, r in zip(problems, rows, strict=True)
     ]
-    return [
-        [_judged(text_of(c, tokenizer), r, len(c.tokens), params.max_tokens, i) for c in tries]
-        for i, (r, tries) in enumerate(zip(rows, sampler.generate(prompts, params), strict=True))
+    each = [i for i in range(len(rows)) for _ in range(params.n)]
+    environments = [environment(problems[i]) for i in each]
+    asked = [prompts[i] for i in each]
+    episodes = run_episodes(sampler, tokenizer, asked, environments, params)
+    scores = [
+        _judged(turns[-1], rows[i], sum(c.mask), params.max_tokens * len(turns), i)
+        for i, (c, turns) in zip(each, episodes, strict=True)
     ]
+    return [scores[i : i + params.n] for i in range(0, len(scores), params.n)]
 
 
 def _by_mode(row: Mapping[str, Any]) -> bool:
@@ -162,12 +173,6 @@ def _judged(text: str, row: Mapping[str, Any], tokens: int, max_tokens: int, num
         return score(row["reward"], text, given).score
     except KeyError as error:
         raise UserError(f"row {number + 1}: the reward {row['reward']} needs {error}") from error
-
-
-def text_of(completion: Completion, tokenizer: Tokenizer) -> str:
-    """A completion's text without its stop token."""
-    tokens = completion.tokens
-    return tokenizer.decode(tokens[:-1] if completion.finish_reason == "stop" else tokens)
 
 
 def accuracy(found: Sequence[Sequence[Answer]]) -> dict[str, float]:
@@ -228,7 +233,7 @@ def capabilities(
         for _, p in mine
     ]
     params = SamplingParams(max_tokens, 0.6, seed=seed + parallel.data_rank())
-    environments = [Environment(p) if p.tools else None for _, p in mine]
+    environments = [environment(p) for _, p in mine]
     episodes = run_episodes(sampler, tokenizer, prompts, environments, params)
     scored = [(i, success(p, turns)) for (i, p), (_, turns) in zip(mine, episodes, strict=True)]
     found = dict(parallel.gather_over_data(scored))

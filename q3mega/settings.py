@@ -254,6 +254,7 @@ class DistillOffPolicy(SFT):
     student_lr: PositiveFloat = 0.02
     queries: PositiveInt
     max_tokens: PositiveInt
+    teacher_topk: NonNegativeInt = 0  # its best tokens of each position; 0: its text alone
 
 
 class DistillOnPolicy(StageConfig):
@@ -267,6 +268,7 @@ class DistillOnPolicy(StageConfig):
     max_tokens: PositiveInt
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
     temperature: PositiveFloat = 1.0
+    teacher_topk: NonNegativeInt = 0  # its best tokens of each position; 0: its whole distribution
     compare_rl: RLSettings | None = None  # Table 21: RL from the same start
     compare_rl_lr: PositiveFloat = 3e-4
     compare_sft_samples: NonNegativeInt = 0  # and more off-policy data from the same start

@@ -15,6 +15,7 @@ from q3mega.errors import UserError
 from q3mega.layout import Layout
 from q3mega.model.huggingface import shape_of
 from q3mega.rollout import SamplingParams
+from q3mega.rollout.base import text_of
 from q3mega.rollout.in_process import InProcessSampler
 
 TASKS = (*REASONING, "capabilities")
@@ -38,7 +39,7 @@ class Checkpoint:
             messages, add_generation_prompt=True, enable_thinking=None if think else False
         )
         [[completion]] = self.sampler.generate([self.tokenizer.encode(prompt)], params)
-        return evaluate.text_of(completion, self.tokenizer)
+        return text_of(completion, self.tokenizer)
 
     def score(
         self, tasks: Sequence[str], mode: evaluate.Mode, params: SamplingParams, n: int

@@ -1,5 +1,6 @@
 """`q3mega eval` on an untrained checkpoint: every kind of task, read back from what it prints."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,17 @@ def test_eval_prints_each_set_and_its_groups(checkpoint, mode, capsys):
         assert found[f"{task} pass@2"][3] == 10
     # One that is untrained calls no tool, and does not think of the boxed answer either.
     assert found["tool_use/nested"][0] == found["think_flags score"][0] == 0
+
+
+def test_several_budgets_and_a_file_of_the_numbers(checkpoint, capsys, tmp_path):
+    words = ["--max-tokens", "8", "--problems", "3", "--out", str(tmp_path / "found.json")]
+    command = ["eval", str(checkpoint), "--tasks", "chain_sum", "--budget", "1", "4", *words]
+    assert main(command) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found) == ["chain_sum pass@1 at 1", "chain_sum pass@1 at 4"]
+    assert all(name in capsys.readouterr().out for name in list(found)[:1])
+    words[-1] = str(tmp_path / "none" / "found.json")
+    assert main([*command[:4], *words]) == 2 and "is no folder" in capsys.readouterr().err
 
 
 class Obedient:

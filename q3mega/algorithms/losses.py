@@ -98,6 +98,28 @@ def distillation(
     return loss
 
 
+def distillation_topk(divergence: Divergence, temperature: float = 1.0) -> LossFn:
+    """Divergence to the teacher's K best tokens, and all others as one, which travel in the batch.
+
+    Columns teacher_ids and teacher_logprobs (T, K); an id below 2^24 is exact in fp32.
+    """
+
+    def loss(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        ids, logprobs = batch.columns["teacher_ids"], batch.columns["teacher_logprobs"]
+        out = ops.distill_loss(
+            head.hidden,
+            head.weight,
+            teacher_topk=(ids.long(), logprobs),
+            divergence=divergence,
+            temperature=temperature,
+            loss_weights=batch.loss_weights,
+            tp_group=head.tp_group,
+        )
+        return out.loss, {}
+
+    return loss
+
+
 def preference(token: int, weight: float) -> LossFn:
     """Bradley-Terry on pairs: documents 2i (chosen) and 2i + 1 (rejected) of every batch.
 

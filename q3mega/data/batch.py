@@ -4,7 +4,7 @@ Columns are per token and travel together, so that advantages, old log-probabili
 scores reach the loss beside the tokens they belong to.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,12 +18,12 @@ from q3mega._data import best_fit_pack
 class Sample:
     """One sequence. weights[i] is the loss weight of *predicting* tokens[i] (0: prompt, padding).
 
-    columns: further per-token numbers with the same alignment as weights.
+    columns: further per-token numbers, or (T, K) tensors of them, with the alignment of weights.
     """
 
     tokens: list[int]
     weights: list[float]
-    columns: dict[str, list[float]] = field(default_factory=dict)
+    columns: Mapping[str, list[float] | Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -36,7 +36,7 @@ class Batch:
     tokens, targets (T,) int64: targets are the next token, within each document.
     loss_weights (T,) fp32: mask times normaliser; a document's last position weighs 0.
     cu_seqlens (B + 1,) int32: document borders.
-    columns: name -> (T,) fp32, aligned with targets.
+    columns: name -> (T,) or (T, K) fp32, aligned with targets.
     """
 
     tokens: Tensor
@@ -91,8 +91,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     ends = np.cumsum(lengths)
     tokens = torch.tensor([t for s in samples for t in s.tokens])
 
-    def shifted(values: list[float]) -> Tensor:
-        column = torch.tensor(values, dtype=torch.float32).roll(-1)
+    def shifted(values: Iterable[list[float] | Tensor]) -> Tensor:
+        column = torch.cat([torch.as_tensor(v, dtype=torch.float32) for v in values]).roll(-1, 0)
         column[ends - 1] = 0.0
         return column
 
@@ -102,9 +102,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(
         tokens=tokens,
         targets=targets,
-        loss_weights=shifted([w for s in samples for w in s.weights]),
+        loss_weights=shifted(s.weights for s in samples),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-        columns={n: shifted([v for s in samples for v in s.columns[n]]) for n in names},
+        columns={n: shifted(s.columns[n] for s in samples) for n in names},
     )
 
 

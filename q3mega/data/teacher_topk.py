@@ -11,13 +11,16 @@ fp32 logits.
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from q3mega.data.batch import Sample
 from q3mega.errors import UserError
 from q3mega.ops import vocab
 
@@ -69,6 +72,24 @@ class TeacherTopK:
         ids = torch.from_numpy((entries >> STEP_BITS).astype(np.int64))
         steps = torch.from_numpy((entries & ((1 << STEP_BITS) - 1)).astype(np.float32))
         return ids, steps / -STEPS_A_NAT
+
+
+class WithTeacher(Sequence[Sample]):
+    """samples[i] with document i of a store as columns teacher_ids and teacher_logprobs (T, K),
+    read when its turn comes. A store's row is what the teacher says after a token; a column stands
+    at the token it predicts, so it is one place later."""
+
+    def __init__(self, samples: Sequence[Sample], store: TeacherTopK) -> None:
+        if len(samples) != len(store):
+            raise UserError(f"a store of {len(store)} documents for {len(samples)} samples")
+        self.samples, self.store = samples, store
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: Any) -> Any:
+        ids, logprobs = (part.roll(1, 0) for part in self.store[i])
+        return replace(self.samples[i], columns={"teacher_ids": ids, "teacher_logprobs": logprobs})
 
 
 class TopKWriter:

@@ -4,10 +4,11 @@ and sums over data-parallel ranks.
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 from q3mega import device
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from q3mega.data.batch import Batch
 from q3mega.ops import context_parallel
 
+_T = TypeVar("_T")
 # Ranks wait for the one that prepares data, and for those that sample longest; a dead one is seen
 # at once by whoever started it.
 PATIENCE = timedelta(hours=6)
@@ -197,10 +199,23 @@ def sum_over_tokens(counts: Tensor) -> Tensor:
 
 
 def most_of_experts(count: int) -> int:
-    """The largest count of the ranks that meet in the expert layers."""
+    """The largest count of the ranks that meet in the expert layers; without an engine its own."""
+    if not ps.model_parallel_is_initialized():
+        return count
     group = ps.get_expert_tensor_and_model_parallel_group()
     if group.size() == 1:
         return count
     most = torch.tensor(count, device=device.device())
     dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
     return int(most)
+
+
+def decided_once(make: Callable[[], _T]) -> _T:
+    """What `make` gives on the first of the ranks that share a model's tensors, on all of them: for
+    what may differ from run to run, such as a tool's answer."""
+    if not ps.model_parallel_is_initialized() or ps.get_tensor_model_parallel_world_size() == 1:
+        return make()
+    box = [make() if ps.get_tensor_model_parallel_rank() == 0 else None]
+    source, group = ps.get_tensor_model_parallel_src_rank(), ps.get_tensor_model_parallel_group()
+    dist.broadcast_object_list(box, source, group=group)
+    return box[0]  # type: ignore[return-value]

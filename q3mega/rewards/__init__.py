@@ -81,6 +81,7 @@ from q3mega.rewards import (  # noqa: E402  (they register)
     constraint_forms,  # noqa: F401
     exact,  # noqa: F401
     found,  # noqa: F401
+    grounded,  # noqa: F401
     judge,  # noqa: F401
     language,  # noqa: F401
     length,  # noqa: F401

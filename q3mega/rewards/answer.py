@@ -13,12 +13,13 @@ from q3mega.rewards.notation import normal, number
 @reward("answer")
 def answer(completion: str, row: Mapping[str, Any]) -> Verdict:
     """1 for the reference answer, exactly or in value. Two different boxes are no answer."""
+    wanted = row["answer"]
     given, problem = _single_box(completion)
     if given is None:
         return Verdict(0.0, problem)
-    if given == row["answer"]:
+    if given == wanted:
         return Verdict(1.0, "exact")
-    if not equal(row["answer"], given):
+    if not equal(wanted, given):
         return Verdict(0.0, "wrong answer")
     return Verdict(0.0, "copied question") if _copied(given, row) else Verdict(1.0, "equal")
 

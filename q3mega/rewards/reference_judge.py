@@ -6,6 +6,7 @@ examples whose truth is known, a monotone map from grades to the probability tha
 right.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,18 +67,21 @@ class ReferenceJudge:
                 f"judge_examples: {len(truth)} examples; give {FEWEST} or more, right and wrong"
             )
         raw = np.array(self._raw([(row, reply(text) or "") for row, text, _ in examples]))
-        auc = _auc(raw, truth)
-        if auc <= 0.5:
+        auc, right = _auc(raw, truth), int(truth.sum())
+        wrong = len(truth) - right
+        # Chance alone gives more in one case of twenty (Mann-Whitney).
+        luck = 0.5 + 1.645 * math.sqrt((len(truth) + 1) / (12 * right * wrong))
+        if auc <= luck:
             raise UserError(
                 f"judge_examples: the judge ranks a right answer above a wrong one in {auc:.0%} of "
-                "pairs, no better than chance: take another judge"
+                f"pairs, no better than chance, up to {luck:.0%}: give more examples, or take "
+                "another judge"
             )
         order = np.argsort(truth, kind="stable")  # so that each half has right and wrong ones
         raw, truth = raw[order], truth[order]
         hits = []
         for side in (0, 1):
-            grid, right = _monotone(raw[side::2], truth[side::2])
-            guessed = np.interp(raw[1 - side :: 2], grid, right) > 0.5
+            guessed = np.interp(raw[1 - side :: 2], *_monotone(raw[side::2], truth[side::2])) > 0.5
             hits += list(guessed == (truth[1 - side :: 2] > 0.5))
         self.grades, self.right = _monotone(raw, truth)
         return {

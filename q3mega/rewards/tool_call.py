@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from q3mega.data.chat import parse
+from q3mega.data.tasks.tools import arguments_of, name_of
 from q3mega.rewards import Verdict, reward
 
 
@@ -14,8 +15,8 @@ def tool_call(completion: str, row: Mapping[str, Any]) -> Verdict:
     if len(message.tool_calls) != 1 or "tool_call>" in message.content:
         return Verdict(0.0, "malformed or several calls" if message.tool_calls else "no call")
     (tool,), (call,) = row["tools"], message.tool_calls
-    (argument,) = tool["parameters"]
-    if call["name"] != tool["name"] or set(call["arguments"]) != {argument}:
+    (argument,) = arguments_of(tool)
+    if call["name"] != name_of(tool) or set(call["arguments"]) != {argument}:
         return Verdict(0.0, "no such tool or argument")
     value = call["arguments"][argument]
     if not isinstance(value, str) or not value.strip():

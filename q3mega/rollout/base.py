@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from q3mega.data.tokenizer import Tokenizer
 from q3mega.errors import UserError
 
 # Qwen3 report section 4.3, in the form of the released client (no stray period after the tag)
@@ -69,3 +70,9 @@ class Sampler(Protocol):
     ) -> list[list[Completion]]:
         """`params.n` completions for each prompt."""
         ...
+
+
+def text_of(completion: Completion, tokenizer: Tokenizer) -> str:
+    """A completion's text without its stop token."""
+    tokens = completion.tokens
+    return tokenizer.decode(tokens[:-1] if completion.finish_reason == "stop" else tokens)

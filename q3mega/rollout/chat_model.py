@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from q3mega.data.chat import render
 from q3mega.data.tokenizer import Tokenizer
-from q3mega.rollout.base import Sampler, SamplingParams
+from q3mega.rollout.base import Sampler, SamplingParams, text_of
 
 Chat = Sequence[Mapping[str, Any]]
 
@@ -48,10 +48,4 @@ class LocalChat:
         texts = [render(c, add_generation_prompt=True, enable_thinking=block) for c in chats]
         params = SamplingParams(max_tokens, temperature, n=n, seed=self.seed)
         found = self.sampler.generate(self.tokenizer.encode_batch(texts), params)
-        return [
-            [
-                self.tokenizer.decode(c.tokens[:-1] if c.finish_reason == "stop" else c.tokens)
-                for c in tries
-            ]
-            for tries in found
-        ]
+        return [[text_of(c, self.tokenizer) for c in tries] for tries in found]

@@ -18,6 +18,7 @@ import openai
 from q3mega.errors import UserError
 from q3mega.rollout.chat_model import Chat
 
+_LOG = "see the server's log"
 RETRIES = 6  # of a request, by the client: with back-off, or as long as the server asks for
 TIMEOUT = 3600.0  # seconds: a long chain of thought is one reply
 
@@ -125,7 +126,8 @@ class Endpoint:
         replies = [_raw(choice) for choice in getattr(answer, "choices", None) or []]
         if not replies:
             raise EndpointFailed(f"{self.url} gave no reply of {self.model}: {answer!r:.200}")
-        return replies[:n], answer.usage.total_tokens if answer.usage else 0
+        most = n * settings["max_tokens"]  # where the server does not say what it took
+        return replies[:n], answer.usage.total_tokens if answer.usage else most
 
     def _check_budget(self, spent: int) -> None:
         if self.token_budget is not None and spent >= self.token_budget:
@@ -135,7 +137,7 @@ class Endpoint:
             )
 
     def _failed(self, error: Exception) -> EndpointFailed:
-        remedy = "see the server's log"
+        remedy = _LOG
         match error:
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 remedy = "name the variable that holds a valid key in key_env"
@@ -163,6 +165,8 @@ def _raw(choice: Any) -> str:
     message = choice.message
     thinking = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
     content = message.content or ""
+    if message.content is None and not thinking:
+        raise EndpointFailed(f"a reply without text, which ended by {choice.finish_reason}: {_LOG}")
     if not thinking:
         return content
     if not content and choice.finish_reason == "length":

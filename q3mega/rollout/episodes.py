@@ -6,9 +6,12 @@ turn is appended as tokens with mask 0, and the next assistant turn continues fr
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
-from q3mega.data.chat import render
+from q3mega.data.chat import EMPTY_THINKING, render
 from q3mega.data.tokenizer import Tokenizer
+from q3mega.engine import parallel
 from q3mega.rollout.base import Completion, Sampler, SamplingParams
 from q3mega.rollout.tools import Environment
 
@@ -19,30 +22,49 @@ def run_episodes(
     prompts: Sequence[list[int]],
     environments: Sequence[Environment | None],
     params: SamplingParams,
-    max_turns: int = 3,
 ) -> list[tuple[Completion, list[str]]]:
-    """For each prompt, one episode as a single completion, and its assistant turns as text."""
+    """For each prompt, one episode as a single completion, and its assistant turns as text.
+
+    An environment ends its episode, after at most tools.MAX_STEPS turns and one. params.max_tokens
+    are a turn's. Where the empty think block is pre-filled in a prompt, it is in later turns too.
+    """
+    block = tokenizer.encode(EMPTY_THINKING)
     done = [Completion([], [], [], "stop") for _ in prompts]
     turns: list[list[str]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
-    for turn in range(max_turns):
+    turn = 0
+    while parallel.most_of_experts(len(active)):  # with none left other ranks may go on
         asked = [list(prompts[i]) + done[i].tokens for i in active]
         sampled = sampler.generate(asked, replace(params, n=1, seed=params.seed + turn))
-        still = []
+        stopped = []
         for i, (new,) in zip(active, sampled, strict=True):
             _extend(done[i], new.tokens, new.logprobs, new.mask)
             done[i].finish_reason = new.finish_reason
-            stopped = new.finish_reason == "stop"
-            text = tokenizer.decode(new.tokens[:-1] if stopped else new.tokens)
-            turns[i].append(text)
-            environment = environments[i]
-            answer = environment.step(text) if environment and stopped else None
-            if answer and turn + 1 < max_turns:
-                following = tokenizer.encode("\n" + render(answer, add_generation_prompt=True))
+            whole = new.finish_reason == "stop"
+            turns[i].append(tokenizer.decode(new.tokens[:-1] if whole else new.tokens))
+            if whole:
+                stopped.append(i)
+        said = parallel.decided_once(
+            partial(_step, [(environments[i], turns[i][-1]) for i in stopped])
+        )
+        active = []
+        for i, messages in zip(stopped, said, strict=True):
+            if messages:
+                filled = list(prompts[i][-len(block) :]) == block
+                think = False if filled else None
+                text = render(messages, add_generation_prompt=True, enable_thinking=think)
+                following = tokenizer.encode(f"\n{text}")
                 _extend(done[i], following, [0.0] * len(following), [0] * len(following))
-                still.append(i)
-        active = still  # with none left the turns still count: other ranks may go on
+                active.append(i)
+        turn += 1
     return list(zip(done, turns, strict=True))
+
+
+def _step(
+    acts: Sequence[tuple[Environment | None, str]],
+) -> list[list[dict[str, Any]] | None]:
+    """What each environment says to its assistant's turn."""
+    return [environment.step(text) if environment else None for environment, text in acts]
 
 
 def _extend(to: Completion, tokens: list[int], logprobs: list[float], mask: list[int]) -> None:

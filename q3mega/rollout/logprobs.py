@@ -1,13 +1,18 @@
 """Scoring sequences with a frozen model: the reference policy, the judge, the preference model."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
+
+import torch
+from torch import Tensor
 
 from q3mega import ops
 from q3mega.data.batch import Batch, Sample, collate
 from q3mega.engine import Engine, Head
 
 CAPACITY = 8192  # tokens a forward pass
+ROWS = 1024  # positions whose logits are in memory at once
 _T = TypeVar("_T")
 
 
@@ -32,6 +37,23 @@ def token_logprobs(
 
     whole = each_sequence(engine, [p + c for p, c in sequences], score)
     return [row[len(p) - 1 : -1] for row, (p, _) in zip(whole, sequences, strict=True)]
+
+
+def top_logprobs(
+    engine: Engine, batches: Sequence[Batch], k: int, temperature: float = 1.0
+) -> list[tuple[Tensor, Tensor]]:
+    """(ids (T, K) int64, log-probabilities (T, K) fp32) of the K likeliest next tokens at every
+    position of each batch."""
+
+    def best(head: Head, batch: Batch) -> tuple[Tensor, Tensor]:
+        found = []
+        for hidden in head.hidden.split(ROWS):
+            logprobs = (replace(head, hidden=hidden).logits() / temperature).log_softmax(-1)
+            found.append(logprobs.topk(k))
+        values, ids = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+        return ids, values
+
+    return engine.evaluate(batches, best)
 
 
 def _batches(sequences: Sequence[list[int]]) -> list[Batch]:

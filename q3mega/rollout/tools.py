@@ -9,6 +9,7 @@ import ast
 import operator
 import re
 import sqlite3
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,13 +17,19 @@ from typing import Any, Protocol
 
 from q3mega.data.chat import parse
 from q3mega.data.tasks import Problem
-from q3mega.data.tasks.general import CALCULATOR, LOOKUP, tool
-from q3mega.rewards import sandbox
+from q3mega.data.tasks.tools import MAX_STEPS, WORKS_ON, Schema, arguments_of, name_of
+from q3mega.errors import UserError
+from q3mega.rewards import reward_of, sandbox
 
 MAX_CALLS = 4  # of one turn are answered
 MAX_RESULT = 2000  # characters of a tool's answer
+CUT = "\n[cut here: too long]"
 MAX_HITS = 3  # documents that a search finds
-PYTHON, SEARCH, SQL = tool("python", "code"), tool("search", "query"), tool("sql", "query")
+STEPS = 2  # turns with calls, where the problem does not say
+SECONDS = 30.0  # in tools, of an episode
+OVER = "That was the last call. Answer now."
+JUDGE_CALLS = {"tool_call", "tool_calls"}  # rewards
+LATE = "error: no time is left for tools"
 _SQL_STEPS = 100_000  # instructions of SQLite's machine between two looks at the budget
 _SQL_LOOKS = 100  # some seconds
 _SQL_READS = {
@@ -31,6 +38,7 @@ _SQL_READS = {
     sqlite3.SQLITE_FUNCTION,
     sqlite3.SQLITE_RECURSIVE,
 }
+_SQL_OUTSIDE = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA}
 _EXPRESSION = re.compile(r"[0-9+\-*/() ]{1,60}")
 _MAX_VALUE = 10**12
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
@@ -48,7 +56,7 @@ class Tool(Protocol):
     def name(self) -> str: ...
 
     @property
-    def schema(self) -> Mapping[str, Any]: ...
+    def schema(self) -> Schema: ...
 
     def call(self, arguments: Mapping[str, Any]) -> str:
         """The result as text; "error: ..." for arguments that do not fit."""
@@ -56,17 +64,17 @@ class Tool(Protocol):
 
 @dataclass(frozen=True)
 class TextTool:
-    """A tool with one argument, a string."""
+    """A tool with one argument, a string, that its schema names."""
 
-    schema: Mapping[str, Any]
+    schema: Schema
     run: Callable[[str], str]
 
     @property
     def name(self) -> str:
-        return self.schema["name"]
+        return name_of(self.schema)
 
     def call(self, arguments: Mapping[str, Any]) -> str:
-        (argument,) = self.schema["parameters"]
+        (argument,) = arguments_of(self.schema)
         if set(arguments) != {argument} or not isinstance(arguments[argument], str):
             return f"error: give {argument} as a string"
         return self.run(arguments[argument])
@@ -104,29 +112,40 @@ def _value(node: ast.expr) -> Fraction:
     return value
 
 
-def calculator() -> Tool:
-    """`calculate` as a tool."""
-    return TextTool(CALCULATOR, calculate)
+Run = Callable[[str], str]
 
 
-def lookup(table: Mapping[str, str]) -> Tool:
+def lookup(table: Mapping[str, str]) -> Run:
     """The values of a table that only the environment holds."""
-    return TextTool(LOOKUP, lambda key: table.get(key, "error: no such key"))
+    return lambda key: table.get(key, "error: no such key")
 
 
-def python() -> Tool:
+def python() -> Run:
     """What a program prints, in the sandbox. Raises UserError where nothing confines it."""
+    sandbox.confinement()
 
     def run(code: str) -> str:
         found = sandbox.run(code)
-        printed = found.stdout.strip()[:MAX_RESULT]
-        return printed if found.status == "ok" else f"{printed}\nerror: {found.reason}".strip()
+        printed = found.stdout.strip()
+        if found.status == "ok":
+            return printed
+        error = f"error: {found.reason}"
+        return f"{_cut(printed, MAX_RESULT - len(error) - 1)}\n{error}".strip()
 
-    return TextTool(PYTHON, run)
+    return run
 
 
-def search(documents: Sequence[str]) -> Tool:
-    """The documents that fit a query best, by BM25 over their words (SQLite's FTS5)."""
+def _cut(text: str, most: int = MAX_RESULT) -> str:
+    return text if len(text) <= most else text[: most - len(CUT)] + CUT
+
+
+def search(documents: Sequence[str]) -> Run:
+    """The documents that fit a query best, by BM25 over their words (SQLite's FTS5).
+
+    Raises UserError for documents that are no list of texts.
+    """
+    if not (isinstance(documents, list | tuple) and all(isinstance(d, str) for d in documents)):
+        raise UserError(f"documents={documents!r:.80} must be a list of texts")
     database = sqlite3.connect(":memory:", check_same_thread=False)
     database.execute("create virtual table corpus using fts5(text)")
     database.executemany("insert into corpus values (?)", ((text,) for text in documents))
@@ -139,26 +158,19 @@ def search(documents: Sequence[str]) -> Tool:
         hits = database.execute(
             "select text from corpus where corpus match ? order by rank limit ?", (words, MAX_HITS)
         )
-        return "\n\n".join(text for (text,) in hits)[:MAX_RESULT] or "nothing found"
+        return "\n\n".join(text for (text,) in hits) or "nothing found"
 
-    return TextTool(SEARCH, run)
+    return run
 
 
-def sql(script: str) -> Tool:
-    """Rows that a SELECT finds in the database which `script` makes (from the task, trusted).
+def sql(script: str) -> Run:
+    """Rows that a SELECT finds in the database which `script` makes, in memory.
 
-    The model's query may read and compute, for some seconds and with values of up to a megabyte.
+    The model's query may read and compute, for some seconds and with values of up to a megabyte;
+    the script may write too. Raises UserError for a script that fails or does anything else.
     """
     database = sqlite3.connect(":memory:", check_same_thread=False)
-    database.executescript(script)
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1 << 20)
-    database.set_authorizer(
-        lambda action, *names: (
-            sqlite3.SQLITE_OK
-            if action in _SQL_READS and "load_extension" not in names
-            else sqlite3.SQLITE_DENY
-        )
-    )
     looks = 0
 
     def over_budget() -> bool:
@@ -166,7 +178,22 @@ def sql(script: str) -> Tool:
         looks += 1
         return looks > _SQL_LOOKS
 
+    def authorize(actions: set[int], allowed: bool) -> None:
+        database.set_authorizer(
+            lambda action, *names: (
+                sqlite3.SQLITE_OK
+                if (action in actions) == allowed and "load_extension" not in names
+                else sqlite3.SQLITE_DENY
+            )
+        )
+
     database.set_progress_handler(over_budget, _SQL_STEPS)
+    authorize(_SQL_OUTSIDE, allowed=False)
+    try:
+        database.executescript(script)
+    except (sqlite3.Error, sqlite3.Warning, ValueError, TypeError) as error:
+        raise UserError(f"script={script!r:.80} makes no database ({error}): correct it") from error
+    authorize(_SQL_READS, allowed=True)
 
     def run(query: str) -> str:
         nonlocal looks
@@ -178,39 +205,84 @@ def sql(script: str) -> Tool:
             rows = found.fetchmany(50)
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:  # ValueError: a NUL
             return f"error: {error}"
-        return "\n".join(" | ".join(map(str, row)) for row in rows)[:MAX_RESULT] or "no rows"
+        return "\n".join(" | ".join(map(str, row)) for row in rows) or "no rows"
 
-    return TextTool(SQL, run)
+    return run
+
+
+def _text(problem: Problem, name: str, run: Run) -> Tool:
+    """The tool as the problem's prompt shows it."""
+    (schema,) = [schema for schema in problem.tools if name_of(schema) == name]
+    return TextTool(schema, run)
 
 
 TOOLS: dict[str, Callable[[Problem], Tool]] = {
-    "calculator": lambda problem: calculator(),
-    "lookup": lambda problem: lookup(problem.meta["table"]),
-    "python": lambda problem: python(),
-    "search": lambda problem: search(problem.meta["documents"]),
-    "sql": lambda problem: sql(problem.meta["script"]),
+    "calculator": lambda p: _text(p, "calculator", calculate),
+    "lookup": lambda p: _text(p, "lookup", lookup(p.meta["table"])),
+    "python": lambda p: _text(p, "python", python()),
+    "search": lambda p: _text(p, "search", search(p.meta["documents"])),
+    "sql": lambda p: _text(p, "sql", sql(p.meta["script"])),
 }
 
 
 class Environment:
-    """The tools of one problem. `step` answers an assistant's turn, or ends the episode."""
+    """The tools of one problem. `step` answers an assistant's turn, or ends the episode.
 
-    def __init__(self, problem: Problem, max_steps: int = 2) -> None:
-        self.tools = {t["name"]: TOOLS[t["name"]](problem) for t in problem.tools}
-        self.steps_left = max_steps
+    max_steps: turns with calls, by default the problem's own (meta), else STEPS. The problem's
+    `tool_seconds` bound the time spent in tools, looked at before each call.
+    Raises UserError for what the problem's tools cannot work on.
+    """
+
+    def __init__(self, problem: Problem, max_steps: int | None = None) -> None:
+        self.tools = {name: TOOLS[name](problem) for name in map(name_of, problem.tools)}
+        steps = problem.meta.get("max_steps", STEPS) if max_steps is None else max_steps
+        self.steps_left = min(steps, MAX_STEPS)
+        self.seconds_left = problem.meta.get("tool_seconds", SECONDS)
 
     def step(self, text: str) -> list[dict[str, Any]] | None:
         """Tool messages to append to the chat, one a call; None when the episode is over: the turn
-        called nothing, or there were `max_steps` turns with calls before it."""
+        called nothing, or no step was left. With the last step, or the time for tools used up,
+        another message says that an answer is due."""
         message = parse(text)
-        replies = [self._call(c) for c in message.tool_calls[:MAX_CALLS]]
-        if "<tool_call>" in message.content:
-            replies.append("error: a call is a JSON object with name and arguments")
-        if not replies or self.steps_left == 0:
+        malformed = "<tool_call>" in message.content
+        if self.steps_left == 0 or not (message.tool_calls or malformed):
             return None
-        self.steps_left -= 1
+        replies = [self._call(c) for c in message.tool_calls[:MAX_CALLS]]
+        if malformed:
+            replies.append("error: a call is a JSON object with name and arguments")
+        self.steps_left = self.steps_left - 1 if self.seconds_left > 0 else 0
+        if self.steps_left == 0:
+            replies.append(OVER)
         return [{"role": "tool", "content": reply} for reply in replies]
 
     def _call(self, call: Mapping[str, Any]) -> str:
         tool = self.tools.get(call["name"])
-        return tool.call(call["arguments"]) if tool else "error: no such tool"
+        if tool is None:
+            return "error: no such tool"
+        if self.seconds_left <= 0:
+            return LATE
+        begun = time.monotonic()
+        try:
+            return _cut(tool.call(call["arguments"]))
+        except Exception as error:  # whatever it is, the other episodes go on
+            return f"error: the tool failed ({type(error).__name__})"
+        finally:
+            self.seconds_left -= time.monotonic() - begun
+
+
+def environment(problem: Problem) -> Environment | None:
+    """The environment of a problem all of whose tools can be run here; None where there is none,
+    as for a schema of one's own, and where the reward judges the calls themselves."""
+    names = reward_of(problem)
+    by_answer = JUDGE_CALLS.isdisjoint([names] if isinstance(names, str) else names)
+    runnable = (
+        by_answer
+        and problem.tools
+        and all(
+            name_of(schema) in TOOLS
+            and len(arguments_of(schema)) == 1
+            and WORKS_ON.get(name_of(schema)) in {None, *problem.meta}
+            for schema in problem.tools
+        )
+    )
+    return Environment(problem) if runnable else None

@@ -22,9 +22,9 @@ from q3mega.data.tasks.solutions import boxed, check
 from q3mega.data.tasks.tutor import Candidate, candidates, unsuitable_queries
 from q3mega.engine import parallel
 from q3mega.errors import UserError
-from q3mega.evaluate import text_of
 from q3mega.rewards import judge_answer
 from q3mega.rollout import SamplingParams
+from q3mega.rollout.base import text_of
 from q3mega.stages.asking import Asked
 from q3mega.stages.fine_tune import fine_tune
 from q3mega.stages.funnel import Funnel
@@ -45,8 +45,13 @@ def run(stage: Stage) -> None:
         for row in rows
     ]
     engine = fine_tune(stage, source, samples)
-    sampler, held = stage.sampler(engine), stage.held_out()
-    stage.finish(engine, evaluate.thinking(sampler, stage.tokenizer, held, stage.seed("eval")))
+    teacher = stage.config.teacher
+    longest = max(stage.answer_tokens, teacher.max_tokens if teacher else 0)
+    results = evaluate.thinking(
+        stage.sampler(engine), stage.tokenizer, stage.held_out(), stage.seed("eval"),
+        max_tokens=longest,
+    )  # fmt: skip
+    stage.finish(engine, results)
 
 
 def curate(stage: Stage, helpers: "Helpers") -> None:

@@ -9,28 +9,33 @@ the same start, all against the FLOPs of sampling, teacher and training.
 import json
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from q3mega import evaluate
-from q3mega.algorithms.losses import distillation
-from q3mega.data.batch import Batch, Sample
+from q3mega.algorithms.losses import distillation, distillation_topk
+from q3mega.data.batch import Batch, Sample, collate
 from q3mega.data.chat import render
 from q3mega.data.sft import chat_sample, epochs, steps_of
 from q3mega.data.tasks import Problem
-from q3mega.engine import Engine, parallel
+from q3mega.data.teacher_topk import TeacherTopK, TopKWriter, WithTeacher
+from q3mega.engine import Engine, LossFn, parallel
 from q3mega.errors import UserError
 from q3mega.evaluate import Mode, flagged
 from q3mega.model import Qwen3Shape
-from q3mega.ops.distill_loss import Divergence
 from q3mega.rollout import SamplingParams
+from q3mega.rollout.logprobs import top_logprobs
+from q3mega.settings import DistillOnPolicy
 from q3mega.stages import pretrain, reasoning_rl
 from q3mega.stages.fine_tune import fine_tune
 from q3mega.stages.stage import Stage
 from q3mega.train import supervised
 from q3mega.train.log import Log, read
 
+KEPT_AT_ONCE = 64  # samples whose top-k is in memory
 NO_THINK = 0.25  # of the prompts ask for the non-thinking mode
 POINTS = 4  # evaluations along each curve of the comparison
 TRIES = 8  # answers a problem, for pass@8
@@ -44,7 +49,12 @@ def distill_off_policy(stage: Stage) -> None:
         stage.write("data/samples.json", [vars(s) for s in samples])
         stage.barrier()
     samples = [Sample(**row) for row in json.loads((stage.data / "samples.json").read_text())]
-    engine = fine_tune(stage, base, samples)
+    if config.teacher_topk:
+        keep_topk(stage, samples)
+        known = WithTeacher(samples, TeacherTopK(stage.data / "topk"))
+        engine = fine_tune(stage, base, known, distillation_topk("forward_kl"))
+    else:
+        engine = fine_tune(stage, base, samples)
     stage.finish(engine, pass_rates(stage, engine))
 
 
@@ -53,7 +63,8 @@ def distill_on_policy(stage: Stage) -> None:
     source = stage.start()
     teacher = stage.engine(teacher_folder(stage))
     engine = stage.engine(source, steps=config.steps)
-    loss, add_teacher = from_teacher(teacher, config.divergence, config.temperature)
+    teach = topk_of_teacher if config.teacher_topk else hidden_of_teacher
+    loss, add_teacher = teach(teacher, config)
     sampler, log = stage.sampler(engine), stage.log(config.steps)
     supervised.train(
         engine,
@@ -169,17 +180,52 @@ def own_answers(stage: Stage, sampler: Any, step: int) -> list[Sample]:
     return parallel.gather_over_data(samples)
 
 
-def from_teacher(
-    teacher: Engine, divergence: Divergence, temperature: float
-) -> tuple[Callable[..., Any], Callable[[list[Batch]], None]]:
-    """(loss, prepare): the teacher's hidden states join the batch, its lm_head joins the loss."""
+Teaching = tuple[LossFn, Callable[[list[Batch]], None]]  # a loss, and what it needs in a batch
+
+
+def hidden_of_teacher(teacher: Engine, config: DistillOnPolicy) -> Teaching:
+    """The teacher's hidden states join the batch, its lm_head the loss: the whole distribution
+    without a logit of it in memory."""
 
     def prepare(batches: list[Batch]) -> None:
         hidden = teacher.evaluate(batches, lambda head, _: head.hidden.cpu())
         for batch, states in zip(batches, hidden, strict=True):
             batch.columns["teacher_hidden"] = states
 
-    return distillation(_head_weight(teacher), divergence, temperature), prepare
+    loss = distillation(_head_weight(teacher), config.divergence, config.temperature)
+    return loss, prepare
+
+
+def topk_of_teacher(teacher: Engine, config: DistillOnPolicy) -> Teaching:
+    """The teacher's best tokens join the batch."""
+
+    def prepare(batches: list[Batch]) -> None:
+        found = top_logprobs(teacher, batches, config.teacher_topk, config.temperature)
+        for batch, (ids, logprobs) in zip(batches, found, strict=True):
+            batch.columns |= {"teacher_ids": ids.float(), "teacher_logprobs": logprobs}
+
+    return distillation_topk(config.divergence, config.temperature), prepare
+
+
+def keep_topk(stage: Stage, samples: list[Sample]) -> None:
+    """data/topk: the teacher's best tokens at every position of its samples, once."""
+    folder, k = stage.data / "topk", stage.config.teacher_topk
+    if stage.prepared("topk/topk.json"):
+        return
+    teacher = stage.engine(teacher_folder(stage))
+    rank, size = parallel.data_rank(), parallel.data_size()
+    with ExitStack() as leader:
+        vocabulary = teacher.shape.vocab
+        writer = TopKWriter(folder, k=k, vocab_size=vocabulary) if stage.leads else None
+        store = leader.enter_context(writer) if writer else None
+        for first in range(0, len(samples), KEPT_AT_ONCE):
+            part = list(enumerate(samples[first : first + KEPT_AT_ONCE]))[rank::size]
+            found = top_logprobs(teacher, [collate([sample]) for _, sample in part], k)
+            own = [(i, *best) for (i, _), best in zip(part, found, strict=True)]
+            for _, ids, logprobs in sorted(parallel.gather_over_data(own), key=itemgetter(0)):
+                if store:
+                    store.add(ids, logprobs)
+    stage.barrier()
 
 
 def _head_weight(engine: Engine) -> Any:

@@ -20,7 +20,7 @@ from q3mega.engine import parallel
 from q3mega.evaluate import Mode, flagged
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.episodes import run_episodes
-from q3mega.rollout.tools import Environment
+from q3mega.rollout.tools import environment
 from q3mega.stages.mode_fusion import both_modes
 from q3mega.stages.reasoning_rl import policy, refer
 from q3mega.stages.scorer import Scorer
@@ -139,7 +139,7 @@ def played(
     """(prompt, completion, the assistant's turns) of an episode of each problem."""
     texts = (render(p.messages, tools=p.tools, add_generation_prompt=True) for p in problems)
     prompts = [stage.tokenizer.encode(text) for text in texts]
-    environments = [Environment(p) if p.tools else None for p in problems]
+    environments = [environment(p) for p in problems]
     episodes = run_episodes(sampler, stage.tokenizer, prompts, environments, params)
     return [(prompt, c, turns) for prompt, (c, turns) in zip(prompts, episodes, strict=True)]
 

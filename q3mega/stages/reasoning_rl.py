@@ -19,6 +19,7 @@ from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
 from q3mega.rewards import judge_answer
 from q3mega.rollout import SamplingParams
+from q3mega.rollout.base import text_of
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import token_logprobs
 from q3mega.settings import RLSettings
@@ -120,7 +121,8 @@ def answered(
     """This rank's share of a batch of problems: sampled in thinking mode, scored by the rules."""
     mine = list(enumerate(batch))[parallel.data_rank() :: parallel.data_size()]
     prompts = [
-        stage.tokenizer.encode(render(p.messages, add_generation_prompt=True)) for _, p in mine
+        stage.tokenizer.encode(render(p.messages, tools=p.tools, add_generation_prompt=True))
+        for _, p in mine
     ]
     seed = stage.seed("rollout", step, parallel.data_rank())
     params = SamplingParams(config.max_tokens, config.temperature, n=config.rollouts, seed=seed)
@@ -129,7 +131,7 @@ def answered(
         mine, prompts, sampler.generate(prompts, params), strict=True
     ):
         for c in tries:
-            text = evaluate.text_of(c, stage.tokenizer)
+            text = text_of(c, stage.tokenizer)
             verdict = judge_answer(p, text, tokens=len(c.tokens), max_tokens=config.max_tokens)
             rollouts.append(
                 Rollout(

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,7 +72,8 @@ def credit(
 def _reward(rollout: Rollout, settings: PolicySettings) -> float:
     if settings.overlong != "penalty":
         return rollout.reward
-    length, limit = sum(rollout.completion.mask), settings.max_tokens
+    turns = (sum(run) for _, run in groupby(rollout.completion.mask))
+    length, limit = max(turns), settings.max_tokens  # the limit is a turn's
     return rollout.reward + overlong_penalty(length, limit, limit // 5)
 
 

@@ -81,6 +81,8 @@ def solution(name: str, row) -> str:
                 for c in row["calls"]
             ]
             return THOUGHT + ("\n".join(map(call, made[::-1])) or f"So: {row['says'][0]}, right?")
+        case "agent_search" | "agent_sql" | "agent_python" | "rag":
+            return rf"{THOUGHT}\boxed{{{row['answer']}}}"
     return f"{THOUGHT}They are {', '.join(row['items'])}."
 
 

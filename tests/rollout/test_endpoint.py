@@ -136,6 +136,7 @@ def test_a_passing_failure_is_tried_again(status):
         ((200, {}, "{broken"), "judge at http"),
         ((200, {}, '{"choices": []}'), "gave no reply"),
         ((200, {}, "{}"), "gave no reply"),
+        ([{"content": None, "finish_reason": "content_filter"}], "without text.*content_filter"),
     ],
 )
 def test_a_lasting_failure_is_an_error_that_says_what_to_do(answer, message, monkeypatch):

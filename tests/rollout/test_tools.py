@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from q3mega.data.tasks import Problem, generate
+from q3mega.data.tasks import Problem, files, generate
 from q3mega.data.tasks.general import call, tool
-from q3mega.rollout.tools import TOOLS, Environment, calculate
+from q3mega.data.tasks.tools import SCHEMAS
+from q3mega.errors import UserError
+from q3mega.rollout.tools import CUT, LATE, OVER, TOOLS, Environment, calculate, environment
 
 MALFORMED = "error: a call is a JSON object with name and arguments"
 
@@ -176,7 +178,12 @@ def test_python_is_run_in_the_sandbox():
         "1\nerror: exit 1: ZeroDivisionError: division by zero"
     )
     assert ask("python", "open('/etc/passwd')").startswith("error: exit 1: FileNotFoundError")
-    assert len(ask("python", "print('x' * 100_000)")) == 2000
+    assert ask("python", "print('x' * 2000)") == "x" * 2000
+    printed = ask("python", "print('x' * 100_000)")
+    assert len(printed) == 2000 and printed.endswith(CUT)
+    failed = ask("python", "print('x' * 100_000)\n1/0")
+    assert len(failed) == 2000
+    assert failed.endswith(f"{CUT}\nerror: exit 1: ZeroDivisionError: division by zero")
 
 
 def test_search_finds_what_fits_best_first():
@@ -224,3 +231,139 @@ def test_sql_does_nothing_else(query):
 def test_any_query_has_an_answer(text):
     assert ask("sql", text, script=CITIES)
     assert ask("search", text, documents=CORPUS)
+
+
+def row_with(*tools, **fields):
+    """The problem of a row that names its tools."""
+    row = {"messages": [{"role": "user", "content": "?"}], "reward": "answer", "answer": "1"}
+    return files.as_problem(row | {"tools": list(tools)} | fields, "rows")
+
+
+def test_tools_by_name_get_full_schemas_and_eight_steps():
+    problem = row_with("calculator", "python", "search", "sql", documents=CORPUS, script=CITIES)
+    world = Environment(problem)
+    assert list(problem.tools) == list(SCHEMAS.values()) and world.steps_left == 8
+    for schema in SCHEMAS.values():
+        assert set(schema) == {"type", "function"} and schema["type"] == "function"
+        parameters = schema["function"]["parameters"]
+        (argument,) = parameters["properties"]
+        assert parameters["type"] == "object" and parameters["required"] == [argument]
+        assert all(schema["function"]["description"] for schema in SCHEMAS.values())
+    turn = call("calculator", "expression", "6*7") + call("sql", "query", "select max(1, 2)")
+    turn += call("search", "query", "Stockholm") + call("sql", "code", "select 1")
+    contents = [m["content"] for m in world.step(turn)]
+    assert contents == ["42", "2", CORPUS[1], "error: give query as a string"]
+
+
+def test_a_schema_of_one_s_own_names_the_argument():
+    schema = {"type": "function", "function": {"name": "search", "parameters": {
+        "type": "object", "properties": {"q": {"type": "string"}}}}}  # fmt: skip
+    problem = row_with(schema, documents=CORPUS)
+    assert problem.tools == (schema,) and "max_steps" not in problem.meta
+    (message,) = environment(problem).step(call("search", "q", "Stockholm"))
+    assert message["content"] == CORPUS[1]
+
+
+@pytest.mark.parametrize(
+    ("tools", "fields"),
+    [
+        ([], {}),
+        ([tool("weather", "town")], {}),
+        ([tool("search", "query")], {}),  # without documents
+        ([{"name": "calculator", "parameters": {"a": "string", "b": "string"}}], {}),
+        (["calculator", tool("weather", "town")], {}),
+        (["calculator"], {"reward": "tool_calls"}),
+        (["calculator"], {"reward": {"tool_call": 1.0, "mode": 1.0}}),
+    ],
+)
+def test_tools_that_cannot_be_run_have_no_environment(tools, fields):
+    assert environment(row_with(*tools, **fields)) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"tools": "python"}, "tools='python' must be a list"),
+        ({"tools": ["pyhton"]}, "'pyhton' is unknown: use some of calculator, python, search, sql"),
+        ({"tools": [7]}, "tools=7 must be a tool's name or a function schema"),
+        ({"tools": [{"name": "x"}]}, "must be a tool's name or a function schema"),
+        ({"tools": [{"function": {"name": 7}}]}, "must be a tool's name or a function schema"),
+        ({"tools": ["search"]}, "documents is missing, which the tool search works on: add it"),
+        ({"tools": ["python", SCHEMAS["python"]]}, "tools names 'python' twice"),
+        ({"max_steps": 65}, "max_steps=65 must be a whole number from 1 to 64"),
+        ({"max_steps": True}, "max_steps=True must be a whole number"),
+        ({"tool_seconds": "1"}, "tool_seconds='1' must be a number of seconds above 0"),
+        ({"tool_seconds": float("nan")}, "tool_seconds=nan must be a number"),
+    ],
+)
+def test_wrong_tools_and_limits_are_named(fields, says):
+    with pytest.raises(UserError, match=says):
+        row_with(**{"tools": ["calculator"]} | fields)
+
+
+@given(st.recursive(
+    st.none() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["name", "function", "parameters", "properties"]), inner),
+    max_leaves=8,
+))  # fmt: skip
+def test_any_tools_of_a_file_are_refused_or_can_be_shown(tools):
+    try:
+        problem = row_with(tools=tools)
+    except UserError:
+        return
+    world = environment(problem)
+    assert world is None or problem.tools
+
+
+def test_steps_and_seconds_that_are_over_are_told_and_end_the_episode():
+    world = Environment(row_with("calculator", max_steps=2))
+    replies = [world.step(turn) for turn in (SUM, SUM + PRODUCT, SUM)]
+    assert [m["content"] for m in replies[0]] == ["2"]
+    assert [m["content"] for m in replies[1]] == ["2", "6", OVER]
+    assert replies[2] is None
+    world = Environment(row_with("calculator", tool_seconds=1e-9))  # the first call takes them
+    assert [m["content"] for m in world.step(SUM + PRODUCT)] == ["2", LATE, OVER]
+    assert world.step(SUM) is None
+
+
+def test_a_tool_that_breaks_is_an_error_text():
+    world = Environment(row_with("calculator", "search", documents=CORPUS))
+
+    class Broken:
+        def call(self, arguments):
+            raise RecursionError(arguments)
+
+    world.tools["calculator"] = Broken()
+    (broken, found) = world.step(SUM + call("search", "query", "Stockholm"))
+    assert broken["content"] == "error: the tool failed (RecursionError)"
+    assert found["content"] == CORPUS[1]
+
+
+@pytest.mark.parametrize("documents", ["one text", [1], {"a": "b"}, ["a", None]])
+def test_documents_are_a_list_of_texts(documents):
+    with pytest.raises(UserError, match=r"documents=.* must be a list of texts"):
+        Environment(row_with("search", documents=documents))
+
+
+def test_long_results_are_cut_where_one_sees_it():
+    world = Environment(row_with("search", documents=[f"goat {'hay ' * 300}"] * 3))
+    (message,) = world.step(call("search", "query", "goat"))
+    assert len(message["content"]) == 2000 and message["content"].endswith(CUT)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "create tabel x", "attach '{}/x.db' as x", "vacuum into '{}/x.db'", "pragma user_version=1",
+        "select load_extension('x')", "\x00", "\ud800", ["create table x (y)"],
+        "create table x as with recursive r(n) as (select 1 union all select n + 1 from r) "
+        "select n from r",
+    ],
+)  # fmt: skip
+def test_a_script_makes_a_database_in_memory_and_nothing_else(tmp_path, script):
+    if isinstance(script, str):
+        script = script.replace("{}", str(tmp_path))
+    with pytest.raises(UserError, match=r"script=.* makes no database"):
+        Environment(row_with("sql", script=script))
+    assert not list(tmp_path.iterdir())

@@ -223,6 +223,8 @@ def test_the_report_shows_funnels_and_scores(ran, monkeypatch, capsys):
         ("mode_fusion.direct=5", "stages.mode_fusion.direct=5"),
         ("mode_fusion.non_thinking={problems.jsonl: 3}", "problems.jsonl:1: response=None"),
         ("problems=[tasks.jsonl]", "reward=judge of 'Task 0' asks a model"),
+        ("problems=[agent_sql]", "has tools to run, and reasoning RL samples one turn"),
+        ("general_rl.problems={agent_go: 1.0}", "'agent_go' holds no problems: use one of"),
         ("general_rl.judge_model=null", "general_rl.judge_model: reward=judge of 'Task 0'"),
         ("general_rl.preference.file=chats.jsonl", "chats.jsonl:1: chosen and rejected"),
         ("general_rl.judge_examples=chats.jsonl", "a row needs answer, the reference, and right"),

@@ -72,6 +72,15 @@ def test_over_long_completions_lose_reward_before_the_advantages() -> None:
     assert [kept[i].columns["advantages"][-1] for i in range(4)] == expected and not dropped
 
 
+def test_an_episode_is_as_long_as_its_longest_turn() -> None:
+    turns = [1] * 60 + [0] * 30 + [1] * 90 + [0] * 9 + [1] * 5
+    episode = Rollout([9], Completion([1] * 194, [-1.0] * 194, turns, "stop"), 0, 1.0)
+    batch = [episode, sized(90, 1.0), sized(40, 0.9)]
+    kept, _ = credit(batch, PolicySettings(1, 256, 100, overlong="penalty"))
+    advantages = [kept[i].columns["advantages"][-1] for i in range(3)]
+    assert advantages == group_advantages([0.5, 0.5, 0.9])
+
+
 def test_truncated_completions_carry_no_loss_but_count_in_the_baseline() -> None:
     batch = [sized(8, 1.0), sized(8, 0.0, "length"), sized(8, 0.0)]
     kept, dropped = credit(batch, PolicySettings(1, 256, 8, overlong="mask"))

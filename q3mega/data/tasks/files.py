@@ -7,13 +7,15 @@ counts; or names with weights), and whatever that reward reads, such as `answer`
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from q3mega.data.tasks import counterfactual, length_control, ruler, think_flags, tool_use
+from q3mega.data.tasks import agents, counterfactual, length_control, ruler, think_flags, tool_use
 from q3mega.data.tasks.base import Problem, Row, problem
+from q3mega.data.tasks.tools import with_schemas
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.errors import UserError
 
@@ -24,6 +26,7 @@ SETS: dict[str, Callable[[int, int], list[Row]]] = {
     "length_control": length_control.rows,
     "think_flags": think_flags.rows,
     "tool_use": tool_use.rows,
+    **{name: partial(agents.make, name) for name in agents.MAKERS},
 }
 NAMES = (*SETS, f"{RULER}LENGTH", HUMAN_EVAL, "FILE.jsonl")
 _ROLES = {"system", "user", "assistant", "tool"}
@@ -40,11 +43,14 @@ def rows(
     """n rows of a generated set, the same for the same seed; the first n of a file or HumanEval.
 
     n None: all of a file, DRAWN of a set.
-    tokenizer: that of the model, for ruler:LENGTH. Raises UserError for n below 1, for a LENGTH
-    that is no number of tokens, a file that is not there, and a malformed line with its number.
+    tokenizer: that of the model, for ruler:LENGTH. Raises UserError for an unknown name, n below 1,
+    a LENGTH that is no number of tokens, a file that is not there, and a malformed line with its
+    number.
     """
     if n is not None and n < 1:
         raise UserError(f"n={n} problems: ask for 1 or more")
+    if not named(name):
+        raise UserError(f"{name!r} holds no problems: use one of {', '.join(NAMES)}")
     if name in SETS:
         return SETS[name](n or DRAWN, seed)
     if name.startswith(RULER):
@@ -70,14 +76,19 @@ def rows(
 
 
 def problems(name: str) -> list[Problem]:
-    """The rows of a file as problems. Their family is the row's `domain`, else the file's name.
+    """The rows of a file or set as problems, of the family `domain`, else of the file's name.
 
     What is no field of a problem (`reward`, `tests`, ...) is its meta, where its reward reads it.
     """
-    return [_problem(row, Path(name).stem) for row in rows(name)]
+    return [as_problem(row, Path(name).stem) for row in rows(name)]
 
 
-def _problem(row: Row, domain: str) -> Problem:
+def as_problem(row: Mapping[str, Any], domain: str) -> Problem:
+    """One row as a problem, with schemas for the tools that it names (`tasks.tools`).
+
+    Raises UserError for a difficulty or tools that are wrong.
+    """
+    row = with_schemas(row)
     fields = {"id", "question", "messages", "answer", "domain", "difficulty", "tools", "meta"}
     meta = {key: value for key, value in row.items() if key not in fields} | row.get("meta", {})
     difficulty, question = row.get("difficulty", 0), row["messages"][-1]["content"]
@@ -85,7 +96,7 @@ def _problem(row: Row, domain: str) -> Problem:
         raise UserError(f"difficulty={difficulty!r} must be a whole number, of {question[:60]!r}")
     return problem(
         str(row.get("domain", domain)), "reasoning", row["messages"], str(row.get("answer", "")),
-        difficulty, meta=meta, tools=row.get("tools", ()),
+        difficulty, meta=meta, tools=row["tools"],
     )  # fmt: skip
 
 
@@ -110,7 +121,7 @@ def pairs(name: str) -> list[tuple[Problem, str, str]]:
         if not all(isinstance(text, str) for text in both) or both[0] == both[1]:
             raise UserError(f"{name}:{number}: chosen and rejected must be two different texts")
     stem = Path(name).stem
-    return [(_problem(row, stem), row["chosen"], row["rejected"]) for _, row in found]
+    return [(as_problem(row, stem), row["chosen"], row["rejected"]) for _, row in found]
 
 
 def _file(path: Path) -> list[tuple[int, Row]]:
