@@ -94,6 +94,8 @@ def _planned(recipe: Recipe, name: str, card: Card) -> Planned:
         liked = not config.problems or config.preference.file is not None
         models = (config.kl_coef > 0) + judge + liked
         more["judges"] = models * memory(job)["weights"]
+    elif isinstance(config, RLSettings) and config.kl_coef:
+        more["reference"] = memory(job)["weights"]
     teacher = replace(job, shape=recipe.model.shape(vocab))
     if isinstance(config, DistillOffPolicy | DistillOnPolicy):
         more["teacher"] = memory(teacher)["weights"]

@@ -16,6 +16,7 @@ from rich.table import Table
 from q3mega import figures
 from q3mega.claims import CLAIMS
 from q3mega.errors import UserError
+from q3mega.train import ledger
 
 Evals = dict[str, dict[str, Any]]
 
@@ -134,7 +135,7 @@ def render(run_dir: Path, evals: Evals) -> str:
     for _, folder in _stages(run_dir):
         state = "" if (folder / "DONE").exists() else " (not finished)"
         body.append(f"<h2>{escape(folder.name)}{state}</h2>")
-        parts = (_training, _curation, _rewards, _audit, _samples)
+        parts = (_training, _curation, _rewards, _rollouts, _audit, _samples)
         body += [part(folder) for part in parts]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -285,6 +286,22 @@ def _rewards(folder: Path) -> str:
         rows.append([kinds[kind], name, *map(_text, means), *[""] * (3 - len(means))])
     head = ["", "name", "first tenth of the steps", "last tenth", "standard deviation"]
     return _titled("h3", "Rewards", _table(head, rows)) if rows else ""
+
+
+def _rollouts(folder: Path) -> str:
+    """What became of every rollout: the ledger of the stage, and of its comparison runs."""
+    tables = []
+    for path in sorted(folder.rglob(ledger.FILE)):
+        try:
+            found = ledger.Ledger(path, writes=False).balance()
+        except UserError as error:
+            tables.append(f"<p>{escape(str(error))}</p>")
+            continue
+        rows = {"drawn": found.drawn, "used": found.used, "pending": found.pending}
+        rows |= {f"dropped: {why}": n for why, n in found.dropped.items()}
+        head = ["/".join(path.relative_to(folder).parts[:-1]) or "rollouts", ""]
+        tables.append(_table(head, [[name, str(n)] for name, n in rows.items()]))
+    return _titled("h3", "Ledger of the rollouts", "\n".join(tables)) if tables else ""
 
 
 def _audit(folder: Path) -> str:

@@ -1,6 +1,6 @@
 """What each stage can be told: one class a stage, one line a setting, one row in `STAGES`."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -116,24 +116,72 @@ class ColdStart(SFT):
     domains: tuple[str, ...] = ("mathematics", "code", "logical reasoning", "science")
 
 
-class RLSettings(Section):
-    """Rollouts and policy updates; published presets: QWEN3_FACTS section 7."""
+# What each paper prints; what is not here keeps its default or is not used by the variant. The
+# correction is none in all of them: it is for the sampler at hand, not part of an algorithm.
+PRESETS: dict[str, dict[str, Any]] = {
+    # DeepSeekMath 2402.03300; the clip is PPO's
+    "grpo": {"variant": "grpo", "clip_low": 0.2, "clip_high": 0.2, "aggregate": "sequence",
+             "kl_coef": 0.04},
+    # 2503.14476
+    "dapo": {"variant": "dapo", "clip_low": 0.2, "clip_high": 0.28, "aggregate": "token",
+             "kl_coef": 0.0, "overlong": "penalty"},
+    # 2503.20783: no standard deviation, a constant divisor
+    "dr_grpo": {"variant": "dr_grpo", "clip_low": 0.2, "clip_high": 0.2, "aggregate": "constant",
+                "kl_coef": 0.0},
+    # 2507.18071
+    "gspo": {"variant": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "aggregate": "sequence",
+             "kl_coef": 0.0},
+    "gspo_token": {"variant": "gspo_token", "clip_low": 3e-4, "clip_high": 4e-4,
+                   "aggregate": "sequence", "kl_coef": 0.0},
+    # MiniMax-M1 2506.13585, which does not print its cap on the ratio: ScaleRL's and TRL's
+    "cispo": {"variant": "cispo", "clip_high": 5.0, "aggregate": "token", "kl_coef": 0.0},
+    # 2511.20347
+    "sapo": {"variant": "sapo", "aggregate": "sequence", "kl_coef": 0.0},
+}  # fmt: skip
 
+
+class RLSettings(Section):
+    """Rollouts and policy updates; `preset` fills in what is not given (docs/rl.md)."""
+
+    preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
     steps: PositiveInt  # rollout batches
     prompts: PositiveInt  # a rollout batch
     rollouts: Annotated[int, Field(ge=2)]  # a prompt
     updates: PositiveInt  # optimizer steps a rollout batch
     max_tokens: PositiveInt
     temperature: PositiveFloat = 1.0
+    # one_step_off: a batch is sampled from the weights before the updates of the one before it
+    schedule: Literal["synchronous", "one_step_off"] = "synchronous"
     variant: Literal["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo"] = (
         "dapo"
     )
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.28
+    aggregate: Literal["token", "sequence", "constant"] | None = None  # None: the variant's own
     kl_coef: NonNegativeFloat = 0.0
+    # penalty: to -1 over the last fifth of max_tokens; mask: truncated completions carry no loss
+    overlong: Literal["none", "penalty", "mask"] = "none"
+    # between sampler and trainer, from their log-probabilities at the start of a batch's updates
+    correction: Literal["none", "tis", "mis", "sequence_mask"] = "none"
+    tis_cap: PositiveFloat = 2.0  # highest importance weight of a token
+    mis_band: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)  # weights outside of it become 0
+    sequence_delta: PositiveFloat = 0.5  # nats a token; bad completions further off are masked
     entropy_hold: NonNegativeFloat = 0.7  # the controller's target, of the first batch's entropy
     entropy_step: NonNegativeFloat = 0.001
     entropy_limit: NonNegativeFloat = 0.02
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        row = PRESETS.get(str(given.get("preset"))) if isinstance(given, dict) else None
+        return given if row is None else row | given
+
+    @model_validator(mode="after")
+    def _band(self) -> Self:
+        low, high = self.mis_band
+        if low >= high:
+            raise UserError(f"mis_band={[low, high]} must rise: the published one is [0.5, 2.0]")
+        return self
 
 
 class Selection(Section):

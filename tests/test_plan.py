@@ -17,7 +17,7 @@ from published import A3B, A22B, EP16, MEMORY, PUBLISHED, errors, job
 from q3mega.cost import CARDS, GIB, by_stage, memory, sent, step
 from q3mega.layout import Layout
 from q3mega.model import QWEN3
-from q3mega.plan import best, table_of_stages
+from q3mega.plan import best, stages, table_of_stages
 from q3mega.recipe import Recipe
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -93,3 +93,12 @@ def test_what_a_rank_sends() -> None:
     assert sent(two)["context"] == pytest.approx(2 * keys_and_values)  # and their gradients
     full = sent(replace(two, recompute="full"))["context"]
     assert full == pytest.approx(3 * keys_and_values)
+
+
+@pytest.mark.parametrize("stage", ["reasoning_rl", "general_rl"])
+def test_a_reference_policy_takes_room(stage: str) -> None:
+    def needed(kl_coef: float) -> float:
+        recipe = Recipe.load(EXAMPLES / "qwen3_32b.yaml", [f"{stage}.kl_coef={kl_coef}"])
+        return next(p for p in stages(recipe, CARDS["h100"]) if p.stage == stage).needed[0]
+
+    assert needed(0.1) > needed(0.0)

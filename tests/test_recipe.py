@@ -13,7 +13,7 @@ from q3mega.errors import UserError
 from q3mega.layout import Layout, check_layout
 from q3mega.model.sizes import QWEN3
 from q3mega.recipe import ModelSpec, Recipe
-from q3mega.settings import STAGES
+from q3mega.settings import PRESETS, STAGES
 
 LAPTOP = yaml.safe_load(
     (Path(__file__).resolve().parent.parent / "examples" / "laptop.yaml").read_text()
@@ -300,3 +300,23 @@ def test_any_text_is_refused_in_one_line(
     path = tmp_path_factory.mktemp("text") / "in.yaml"
     path.write_text(text)
     refusal(path)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fills_in_what_is_not_given(tiny: Path, tmp_path: Path, preset: str) -> None:
+    given = f"reasoning_rl.preset={preset}"
+    stage = Recipe.load(tiny, [given]).stages["reasoning_rl"]
+    assert {name: getattr(stage, name) for name in PRESETS[preset]} == PRESETS[preset]
+    recipe = Recipe.load(tiny, [given, "reasoning_rl.kl_coef=0.5", "reasoning_rl.clip_high=0.31"])
+    stage = recipe.stages["reasoning_rl"]
+    assert (stage.variant, stage.kl_coef, stage.clip_high) == (preset, 0.5, 0.31)
+    recipe.dump(tmp_path / "resolved.yaml")
+    assert Recipe.load(tmp_path / "resolved.yaml") == recipe
+
+
+def test_policy_settings_are_refused_in_one_line(tiny: Path) -> None:
+    assert "'grpo', 'dapo'" in refusal(tiny, "reasoning_rl.preset=ppo")
+    assert "'tis', 'mis'" in refusal(tiny, "reasoning_rl.correction=is")
+    band = refusal(tiny, "reasoning_rl.mis_band=[2.0, 0.5]")
+    assert "mis_band=[2.0, 0.5] must rise: the published one is [0.5, 2.0]" in band
+    assert "reasoning_rl.tis_cap=0" in refusal(tiny, "reasoning_rl.tis_cap=0")

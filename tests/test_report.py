@@ -11,6 +11,9 @@ import pytest
 from q3mega.claims import CLAIMS
 from q3mega.errors import UserError
 from q3mega.report import publish, read_evals
+from q3mega.rollout import Completion
+from q3mega.train.ledger import FILE, Ledger
+from q3mega.train.rollouts import Rollout
 
 
 def metric(value: float, half: float = 0.03) -> dict[str, float]:
@@ -133,11 +136,15 @@ def test_the_page_shows_values_pictures_and_marks(
     (folder / "samples.jsonl").write_text(
         json.dumps({"prompt": "1+1?", "meta": {"terms": 2}}) + "\n"
     )
+    ledger = Ledger(folder / FILE, writes=True)
+    ledger.drawn(1, [Rollout([1], Completion([2], [-0.1], [1], "stop"), 0)] * 7719)
+    ledger.dropped(1, dict.fromkeys(range(6428), "equal <rewards>"))
     path = publish(run_dir)
     page = path.read_text()
     assert page.count("✔ met") == len(CLAIMS) - 1 and page.count("✘ falls short") == 1
     for value in ("0.422", "0.392 to 0.452", "near_duplicate", "8123", "1+1?", "{&quot;terms",
-                  "rag_name", "0.875", "stuffing"):  # fmt: skip
+                  "rag_name", "0.875", "stuffing", "7719", "1291", "6428",
+                  "dropped: equal &lt;rewards&gt;"):  # fmt: skip
         assert value in page
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     # Accuracies, long context, capabilities; the budget curve; the training of one stage.

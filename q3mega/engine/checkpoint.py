@@ -28,12 +28,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from q3mega.engine import parallel
 from q3mega.errors import UserError
 
 KEEP = 2
+TENSORS = "state.safetensors"  # of the stage's own state
 # writers here are threads: without this, a manager process is started for their queue
 filesystem_async._results_queue = queue.Queue()
 # of its two ways to write behind, the one that needs no further package is called deprecated
@@ -72,6 +74,7 @@ class _Writing:
     unfinished: Path
     final: Path
     state: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
     request: Any
     checksums: dict[str, int] = field(default_factory=dict)
     failure: str | None = None
@@ -87,6 +90,8 @@ class _Writing:
         try:
             name = f"rng_{dist.get_rank()}.pt"
             torch.save(self.rng, self.unfinished / name)
+            if self.tensors and dist.get_rank() == 0:
+                save_file(self.tensors, self.unfinished / TENSORS)
             if self.buckets:
                 rank, _, results = self.request.async_fn_args
                 self.request.async_fn(rank, self.buckets, results)
@@ -111,12 +116,19 @@ class Saver:
     def __init__(self) -> None:
         self.writing: _Writing | None = None
 
-    def save(self, engine: Any, folder: Path, step: int, state: dict[str, Any]) -> None:
+    def save(
+        self,
+        engine: Any,
+        folder: Path,
+        step: int,
+        state: dict[str, Any],
+        tensors: dict[str, torch.Tensor],
+    ) -> None:
         """Begin folder/step_<step>, with everything that the next step depends on."""
         self.finish()
         final, unfinished = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
         request = _write(_sharded_state(engine, loading=False), unfinished, behind=True)
-        self.writing = _Writing(unfinished, final, {"step": step, **state}, request)
+        self.writing = _Writing(unfinished, final, {"step": step, **state}, tensors, request)
 
     def poll(self) -> None:
         """Publish if every rank has written its part."""
@@ -228,7 +240,8 @@ def load_latest(engine: Any, folder: Path) -> tuple[int, dict[str, Any]] | None:
     if not found:
         return None
     state = _load(found[-1], partial(_load_step, engine))
-    return state.pop("step"), state
+    tensors = found[-1] / TENSORS
+    return state.pop("step"), state | ({"tensors": load_file(tensors)} if tensors.exists() else {})
 
 
 def _load(path: Path, read: Callable[[Path], None]) -> dict[str, Any]:

@@ -277,14 +277,21 @@ class Engine:
 
     # -- state -----------------------------------------------------------------------------------
 
-    def save(self, folder: Path, step: int, state: dict[str, Any]) -> None:
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        state: dict[str, Any],
+        tensors: dict[str, Tensor] | None = None,
+    ) -> None:
         """Checkpoint everything that the next step depends on, behind the steps that follow.
 
+        state: plain data for JSON. tensors: the same on every rank; they load as state["tensors"].
         It counts once all of it is on the disk: a later step, or `finish_saving`, publishes it.
         Before the first update there is nothing to save: a resume starts over to the same state.
         """
         if self.updated:
-            self.saver.save(self, folder, step, state)
+            self.saver.save(self, folder, step, state, tensors or {})
 
     def finish_saving(self) -> None:
         """Wait until the last checkpoint is published."""

@@ -24,14 +24,15 @@ def each_sequence(
 
 
 def token_logprobs(
-    engine: Engine, sequences: Sequence[tuple[list[int], list[int]]]
+    engine: Engine, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0
 ) -> list[list[float]]:
     """Log-probability of each completion token, for (prompt, completion) pairs of ids."""
 
     def score(head: Head, batch: Batch) -> list[list[float]]:
         logprob, _ = ops.linear_logprob(
-            head.hidden, head.weight, batch.targets, tp_group=head.tp_group
-        )
+            head.hidden, head.weight, batch.targets,
+            temperature=temperature, tp_group=head.tp_group,
+        )  # fmt: skip
         return [part.tolist() for part in logprob.split(batch.cu_seqlens.diff().tolist())]
 
     whole = each_sequence(engine, [p + c for p, c in sequences], score)

@@ -300,7 +300,7 @@ def compare_rl(stage: Stage, source: Path) -> dict[str, Any]:
         if mode == "think"
     ]
     watch = watcher(stage, engine, stage.log(config.steps, "rl"), config.steps)
-    reasoning_rl.learn(stage, engine, pool, config, part="rl", watch=watch)
+    reasoning_rl.learn(stage, engine, source, pool, config, part="rl", watch=watch)
     return pass_rates(stage, engine)
 
 

@@ -20,14 +20,13 @@ from q3mega.engine import parallel
 from q3mega.evaluate import Mode, flagged
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.episodes import run_episodes
-from q3mega.rollout.logprobs import token_logprobs
 from q3mega.rollout.tools import environment
 from q3mega.stages.mode_fusion import both_modes
-from q3mega.stages.reasoning_rl import policy
+from q3mega.stages.reasoning_rl import policy, refer
 from q3mega.stages.scorer import Scorer
 from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement
-from q3mega.train.reinforcement import Rollout
+from q3mega.train.rollouts import Rollout
 
 FOLLOW = 0.3  # of the general prompts are conversations with random mode flags
 HELD_OUT = 100  # problems of each task of one's own, in each mode
@@ -54,17 +53,22 @@ def run(stage: Stage) -> None:
         episodes = played(stage, sampler, problems, params)
         verdicts = scorer(problems, [turns for *_, turns in episodes])
         rollouts = [
-            Rollout(prompt, c, groups[i // config.rollouts], v.score, p.family, v.reason, v.parts)
+            Rollout(
+                prompt=prompt,
+                completion=c,
+                group=groups[i // config.rollouts],
+                reward=v.score,
+                task=p.family,
+                reason=v.reason,
+                parts=v.parts,
+                problem=p.id,
+            )
             for i, ((prompt, c, _), v, p) in enumerate(
                 zip(episodes, verdicts, problems, strict=True)
             )
         ]
         if reference:
-            sequences = [(r.prompt, r.completion.tokens) for r in rollouts]
-            for rollout, logprobs in zip(
-                rollouts, token_logprobs(reference, sequences), strict=True
-            ):
-                rollout.ref_logprobs = logprobs
+            refer(reference, rollouts, config.temperature)
         return rollouts
 
     reinforcement.train(

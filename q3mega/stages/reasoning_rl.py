@@ -8,8 +8,10 @@ off-policy updates a rollout batch, groups without a signal dropped, entropy hel
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 from q3mega import evaluate
+from q3mega.algorithms.correction import Correction
 from q3mega.algorithms.entropy import EntropyController
 from q3mega.data.chat import render
 from q3mega.data.tasks import Problem
@@ -19,20 +21,23 @@ from q3mega.rewards import judge_answer
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
 from q3mega.rollout.in_process import InProcessSampler
+from q3mega.rollout.logprobs import token_logprobs
 from q3mega.settings import RLSettings
 from q3mega.stages.funnel import Funnel
 from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement
-from q3mega.train.reinforcement import PolicySettings, Rollout
+from q3mega.train.reinforcement import PolicySettings
+from q3mega.train.rollouts import Rollout
 
 
 def run(stage: Stage) -> None:
     config = stage.config
-    engine = stage.engine(stage.start(), steps=config.steps * config.updates)
+    source = stage.start()
+    engine = stage.engine(source, steps=config.steps * config.updates)
     if not stage.prepared("problems.json"):
         select(stage, stage.sampler(engine))
     problems = [Problem(**row) for row in json.loads((stage.data / "problems.json").read_text())]
-    learn(stage, engine, problems, config)
+    learn(stage, engine, source, problems, config)
     results = evaluate.thinking(
         stage.sampler(engine), stage.tokenizer, stage.held_out(), stage.seed("eval"),
         max_tokens=stage.answer_tokens,
@@ -43,18 +48,26 @@ def run(stage: Stage) -> None:
 def learn(
     stage: Stage,
     engine: Engine,
+    source: Path,
     problems: list[Problem],
     config: RLSettings,
     part: str = "",
     watch: Callable[[int], None] | None = None,
 ) -> None:
-    """The loop, on prompts that walk through `problems` in order; `part` names a comparison run."""
+    """The loop, on prompts that walk through `problems` in order; `part` names a comparison run.
+
+    source: the weights that the engine started from, the reference of the KL.
+    """
     sampler = stage.sampler(engine)
+    reference = stage.engine(source) if config.kl_coef else None
 
     def roll_out(step: int) -> list[Rollout]:
         first = (step - 1) * config.prompts
         batch = [problems[(first + i) % len(problems)] for i in range(config.prompts)]
-        return answered(stage, sampler, batch, config, step)
+        rollouts = answered(stage, sampler, batch, config, step)
+        if reference:
+            refer(reference, rollouts, config.temperature)
+        return rollouts
 
     reinforcement.train(
         engine,
@@ -76,16 +89,30 @@ def policy(stage: Stage, config: RLSettings) -> PolicySettings:
         "clip_high": config.clip_high,
         "kl_coef": config.kl_coef,
     }
-    aggregate = "sequence" if config.variant in ("grpo", "gspo", "gspo_token", "sapo") else "token"
-    aggregate = "constant" if config.variant == "dr_grpo" else aggregate
+    own = {"dr_grpo": "constant", "dapo": "token", "bnpo": "token", "cispo": "token"}
+    correction = None
+    if config.correction != "none":
+        caps = config.tis_cap, config.mis_band, config.sequence_delta
+        correction = Correction(config.correction, *caps)
     return PolicySettings(
         updates=config.updates,
         capacity=stage.config.micro_batch_tokens,
-        aggregate=aggregate,
-        constant=config.max_tokens,
+        max_tokens=config.max_tokens,
+        aggregate=config.aggregate or own.get(config.variant, "sequence"),
         scale_by_std=config.variant != "dr_grpo",
         loss=loss,
+        one_step_off=config.schedule == "one_step_off",
+        overlong=config.overlong,
+        correction=correction,
+        temperature=config.temperature,
     )
+
+
+def refer(reference: Engine, rollouts: list[Rollout], temperature: float) -> None:
+    """Give rollouts the reference policy's log-probabilities, at the sampling temperature."""
+    pairs = [(r.prompt, r.completion.tokens) for r in rollouts]
+    for rollout, found in zip(rollouts, token_logprobs(reference, pairs, temperature), strict=True):
+        rollout.ref_logprobs = found
 
 
 def answered(
@@ -107,7 +134,16 @@ def answered(
             text = text_of(c, stage.tokenizer)
             verdict = judge_answer(p, text, tokens=len(c.tokens), max_tokens=config.max_tokens)
             rollouts.append(
-                Rollout(prompt, c, group, verdict.score, p.family, verdict.reason, verdict.parts)
+                Rollout(
+                    prompt=prompt,
+                    completion=c,
+                    group=group,
+                    reward=verdict.score,
+                    task=p.family,
+                    reason=verdict.reason,
+                    parts=verdict.parts,
+                    problem=p.id,
+                )
             )
     return rollouts
 

@@ -1,60 +1,80 @@
 """The second loop: roll out, score, credit, update. Both RL stages are this loop."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from q3mega.algorithms.credit import group_advantages
+import numpy as np
+
+from q3mega.algorithms.correction import Correction
+from q3mega.algorithms.credit import group_advantages, overlong_penalty
 from q3mega.algorithms.entropy import EntropyController
 from q3mega.algorithms.losses import normalise, policy_gradient
 from q3mega.data.batch import Sample
 from q3mega.engine import Engine, parallel
-from q3mega.rollout import Completion
+from q3mega.rollout.logprobs import token_logprobs
+from q3mega.train.ledger import FILE as LEDGER
+from q3mega.train.ledger import Ledger
 from q3mega.train.log import Log, size
+from q3mega.train.rollouts import Rollout, pack, unpack
 from q3mega.train.supervised import shard
-
-
-@dataclass
-class Rollout:
-    """One completion of one prompt, with its reward. Group: which prompt of the batch."""
-
-    prompt: list[int]
-    completion: Completion
-    group: int
-    reward: float = 0.0
-    task: str = ""
-    reason: str = ""
-    parts: Mapping[str, float] = field(default_factory=dict)  # each reward's own score
-    ref_logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """How rollouts become updates; the published presets are in QWEN3_FACTS section 7."""
+    """How rollouts become updates."""
 
     updates: int  # optimizer steps a rollout batch: off-policy after the first
     capacity: int  # tokens a micro-batch
+    max_tokens: int  # of a completion, and the divisor of aggregate "constant" (Dr. GRPO)
     aggregate: str = "token"
-    constant: int = 1  # tokens, the divisor of aggregate "constant" (Dr. GRPO)
     scale_by_std: bool = True
     loss: dict[str, Any] | None = None  # settings of ops.grpo_loss
+    one_step_off: bool = False  # a batch is sampled before the updates of the one before it
+    overlong: Literal["none", "penalty", "mask"] = "none"
+    correction: Correction | None = None
+    temperature: float = 1.0  # of the sampler, whose distribution is the policy
 
 
-def credit(rollouts: Sequence[Rollout], settings: PolicySettings) -> list[Sample]:
-    """Group-relative advantages on the sampled tokens; groups of equal rewards are dropped."""
-    groups: dict[int, list[Rollout]] = {}
-    for rollout in rollouts:
-        groups.setdefault(rollout.group, []).append(rollout)
-    samples = []
-    for members in groups.values():
+def credit(
+    rollouts: Sequence[Rollout], settings: PolicySettings
+) -> tuple[dict[int, Sample], dict[int, str]]:
+    """Group-relative advantages on the sampled tokens: (kept, dropped), by place in the batch.
+
+    dropped says why: groups of equal rewards teach nothing; with overlong "mask" a truncated
+    completion only counts in its group's mean.
+    """
+    groups: dict[int, list[int]] = {}
+    for place, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.group, []).append(place)
+    kept: dict[int, Sample] = {}
+    dropped: dict[int, str] = {}
+    for places in groups.values():
         advantages = group_advantages(
-            [m.reward for m in members], scale_by_std=settings.scale_by_std
+            [_reward(rollouts[place], settings) for place in places],
+            scale_by_std=settings.scale_by_std,
         )
-        for member, advantage in zip(members, advantages or [], strict=bool(advantages)):
-            samples.append(_sample(member, advantage))
-    return samples
+        if advantages is None:
+            dropped |= dict.fromkeys(places, "equal rewards")
+            continue
+        for place, advantage in zip(places, advantages, strict=True):
+            cut = rollouts[place].completion.finish_reason == "length"
+            if cut and settings.overlong == "mask":
+                dropped[place] = "over-long"
+            else:
+                kept[place] = _sample(rollouts[place], advantage)
+    return kept, dropped
+
+
+def _reward(rollout: Rollout, settings: PolicySettings) -> float:
+    if settings.overlong != "penalty":
+        return rollout.reward
+    turns = (sum(run) for _, run in groupby(rollout.completion.mask))
+    length, limit = max(turns), settings.max_tokens  # the limit is a turn's
+    return rollout.reward + overlong_penalty(length, limit, limit // 5)
 
 
 def _sample(rollout: Rollout, advantage: float) -> Sample:
@@ -86,54 +106,141 @@ def train(
 
     `watch` is told each step that is done, 0 before the first.
     """
-    resumed = engine.load_latest(folder)
-    first = resumed[0] if resumed else 0
-    if resumed:
-        entropy.coefficient, entropy.target = resumed[1]["coefficient"], resumed[1]["target"]
+    first, state = engine.load_latest(folder) or (0, {})
+    updates = state.get("updates", 0)
+    if state:
+        entropy.coefficient, entropy.target = state["coefficient"], state["target"]
+    ahead = unpack(state["ahead"], state["tensors"]) if "tensors" in state else []
+    ledger = Ledger(log.folder / LEDGER, writes=log.writes)
+    ledger.resume(first, ahead)
     log.resume(first)
     if watch and first == 0:
         watch(0)
-    for step in range(first + 1, steps + 1):
+
+    def sampled(step: int) -> list[Rollout]:
         engine.finish_saving()  # a rollout is long beside it
         rollouts = parallel.gather_over_data(roll_out(step))
-        samples = credit(rollouts, settings)
+        for rollout in rollouts:
+            rollout.versions = rollout.versions or [updates]
+        ledger.drawn(step, rollouts)
+        return rollouts
+
+    for step in range(first + 1, steps + 1):
+        rollouts = ahead or sampled(step)
+        ahead = sampled(step + 1) if settings.one_step_off and step < steps else []
+        samples, dropped = credit(rollouts, settings)
+        corrected = _correct(engine, rollouts, samples, dropped, settings)
+        ledger.dropped(step, dropped)
         totals: dict[str, float] = {}
-        for update, part in enumerate(_split(samples, settings.updates)):
-            loss = policy_gradient(**(settings.loss or {}), entropy_coef=entropy.coefficient)
-            batches = shard(
-                normalise(part, settings.aggregate, settings.constant), settings.capacity
-            )
-            metrics = engine.train_step(batches, loss)
-            if update == 0:  # the policy that sampled: its entropy, and the sampler-trainer gap
-                totals |= {k: metrics[k] / metrics["active"] for k in ("entropy", "gap")}
-            for name in ("loss", "grad_norm", "lr"):
-                totals[name] = totals.get(name, 0.0) + metrics[name] / settings.updates
-            for name in ("kl", "clipped"):
-                mean = metrics[name] / max(metrics["active"], 1.0)
-                totals[name] = totals.get(name, 0.0) + mean / settings.updates
-        totals["entropy_coef"] = entropy.coefficient
+        for places in _split(list(samples), settings.updates):
+            metrics = _update(engine, [samples[p] for p in places], settings, entropy)
+            updates += 1
+            ledger.used(step, updates, [p for p in places if p not in dropped])
+            _add(totals, metrics, settings.updates)
+        totals |= corrected | {"entropy_coef": entropy.coefficient}
         if samples:
             entropy.update(totals["entropy"])
-        log.step(step, **_summary(rollouts, samples), **totals)
-        shown = rollouts[step % len(rollouts)]
-        log.sample(
-            step,
-            task=shown.task,
-            reward=shown.reward,
-            reason=shown.reason,
-            tokens=shown.completion.tokens,
-        )
+        _record(log, step, rollouts, list(samples.values()), totals)
         if watch:
             watch(step)
         if step % save_every == 0 or step == steps:
-            state = {"coefficient": entropy.coefficient, "target": entropy.target}
-            engine.save(folder, step, state)
+            _save(engine, folder, step, entropy, updates, ahead)
     engine.finish_saving()
 
 
-def _split(samples: list[Sample], parts: int) -> list[list[Sample]]:
+def _correct(
+    engine: Engine,
+    rollouts: list[Rollout],
+    samples: dict[int, Sample],
+    dropped: dict[int, str],
+    settings: PolicySettings,
+) -> dict[str, float]:
+    """Ratios become relative to the trainer as it is now, advantages weighted for the sampler.
+
+    A completion without a trusted token is dropped, but stays a sample: it counts in the mean.
+    Returns the mean |difference of log-probabilities| and the mean trust a token.
+    """
+    if settings.correction is None or not samples:
+        return {}
+    mine = list(samples)[parallel.data_rank() :: parallel.data_size()]
+    pairs = [(rollouts[p].prompt, rollouts[p].completion.tokens) for p in mine]
+    found = token_logprobs(engine, pairs, settings.temperature)
+    own = dict(parallel.gather_over_data(list(zip(mine, found, strict=True))))
+    gaps, trusts = [], []
+    for place, sample in samples.items():
+        completion, columns = rollouts[place].completion, sample.columns
+        before, chosen = len(rollouts[place].prompt), np.array(completion.mask, dtype=bool)
+        trainer, sampler = np.array(own[place]), np.array(completion.logprobs)
+        advantages = np.array(columns["advantages"][before:])
+        trust = settings.correction.trust(trainer[chosen], sampler[chosen], advantages[0])
+        advantages[chosen] *= trust
+        columns["advantages"][before:] = advantages.tolist()
+        columns["old_logprobs"][before:] = own[place]
+        if not trust.any():
+            dropped[place] = "off-policy"
+        gaps += np.abs(trainer - sampler)[chosen].tolist()
+        trusts += trust.tolist()
+    return {"gap": statistics.fmean(gaps), "trust": statistics.fmean(trusts)}
+
+
+def _save(
+    engine: Engine,
+    folder: Path,
+    step: int,
+    entropy: EntropyController,
+    updates: int,
+    ahead: list[Rollout],
+) -> None:
+    state: dict[str, Any] = {"coefficient": entropy.coefficient, "target": entropy.target}
+    state["updates"] = updates
+    state["ahead"], tensors = pack(ahead)
+    engine.save(folder, step, state, tensors if ahead else None)
+
+
+def _update(
+    engine: Engine, samples: list[Sample], settings: PolicySettings, entropy: EntropyController
+) -> dict[str, float]:
+    loss = policy_gradient(
+        **(settings.loss or {}),
+        entropy_coef=entropy.coefficient,
+        temperature=settings.temperature,
+    )
+    weighted = normalise(samples, settings.aggregate, settings.max_tokens)
+    return engine.train_step(shard(weighted, settings.capacity), loss)
+
+
+def _add(totals: dict[str, float], metrics: dict[str, float], updates: int) -> None:
+    """One update's metrics to the means over a batch's updates."""
+    if not totals:  # the policy that sampled: its entropy, and the sampler-trainer gap
+        totals |= {k: metrics[k] / metrics["active"] for k in ("entropy", "gap")}
+    for name in ("loss", "grad_norm", "lr"):
+        totals[name] = totals.get(name, 0.0) + metrics[name] / updates
+    for name in ("kl", "clipped"):
+        mean = metrics[name] / max(metrics["active"], 1.0)
+        totals[name] = totals.get(name, 0.0) + mean / updates
+
+
+def _record(
+    log: Log,
+    step: int,
+    rollouts: list[Rollout],
+    samples: list[Sample],
+    totals: dict[str, float],
+) -> None:
+    log.step(step, **_summary(rollouts, samples), **totals)
+    shown = rollouts[step % len(rollouts)]
+    log.sample(
+        step,
+        task=shown.task,
+        reward=shown.reward,
+        reason=shown.reason,
+        tokens=shown.completion.tokens,
+    )
+
+
+def _split(places: list[int], parts: int) -> list[list[int]]:
     """Mini-batches of nearly equal size; members of a group land in different ones."""
-    return [samples[i::parts] for i in range(parts) if samples[i::parts]]
+    return [places[i::parts] for i in range(parts) if places[i::parts]]
 
 
 def _summary(rollouts: list[Rollout], samples: list[Sample]) -> dict[str, float]:

@@ -156,12 +156,14 @@ def test_a_cut_save_does_not_shadow_the_last_good_one(tmp_path):
     assert engine.load_latest(tmp_path) == (1, {})
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+@pytest.mark.parametrize("files", ["*.distcp", "state.safetensors"])
+def test_a_damaged_checkpoint_is_named(tmp_path, files):
     engine = Engine(SHAPES["tied"], LAYOUT(), seed=1, optimizer=SPEC)
     engine.train_step(pack(normalise(documents(0)), 200), supervised)
-    engine.save(tmp_path, 1, {})
+    engine.save(tmp_path, 1, {}, {"rewards": torch.arange(8.0)})
     engine.finish_saving()
-    [shard, *_] = tmp_path.glob("step_000001/*.distcp")
+    assert torch.equal(engine.load_latest(tmp_path)[1]["tensors"]["rewards"], torch.arange(8.0))
+    [shard, *_] = tmp_path.glob(f"step_000001/{files}")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from q3mega.recipe import Recipe
 from q3mega.rewards import MODELS, TASK_REWARD
 from q3mega.rollout import SamplingParams
 from q3mega.settings import STAGES
+from q3mega.train.ledger import FILE, Ledger
 from q3mega.try_out import Checkpoint
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
@@ -51,6 +53,11 @@ def uncut(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("uncut")
     finish(run_dir)
     return run_dir
+
+
+def rows_of(ledger: Path) -> list[tuple]:
+    with sqlite3.connect(ledger) as connection:
+        return connection.execute("SELECT * FROM rollouts ORDER BY step, place").fetchall()
 
 
 def folders(run_dir: Path) -> dict[str, Path]:
@@ -129,6 +136,22 @@ def test_eval_takes_problems_of_ones_own(uncut, tmp_path, capsys):
     assert "row 1: the reward code needs 'tests'" in capsys.readouterr().err
 
 
+def test_reasoning_rl_takes_a_preset_a_schedule_and_a_correction(uncut, tmp_path):
+    start = folders(uncut)["cold_start"] / "hf"
+    words = {"init": start, "preset": "grpo", "schedule": "one_step_off", "correction": "tis"}
+    tokenizer = f"tokenizer.path={start}", "tokenizer.vocab_size=null"
+    given = [*tokenizer, *(f"reasoning_rl.{name}={word}" for name, word in words.items())]
+    command = ["run", str(RECIPE), "--run-dir", str(tmp_path), "--only", "reasoning_rl", *given]
+    assert main(command) == 0
+    [folder] = tmp_path.glob("*-reasoning_rl")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if row["kept"]]
+    assert trained and all(row["gap"] < 0.1 and row["kl"] >= 0 for row in trained)
+    balance = Ledger(folder / FILE, writes=False).balance()
+    assert (balance.drawn, balance.pending) == (3 * 8 * 4, 0) and balance.used > 0
+    assert "Ledger of the rollouts" in (tmp_path / "report.html").read_text()
+
+
 def test_ten_kills_change_nothing(uncut, tmp_path):
     rng = random.Random(0)
     kills = 0
@@ -161,3 +184,8 @@ def test_ten_kills_change_nothing(uncut, tmp_path):
             for f in (folder, folders(uncut)[name])
         ]
         assert metrics[0] == metrics[1], name
+        for ledger in folders(uncut)[name].rglob(FILE):
+            found = folder / ledger.relative_to(folders(uncut)[name])
+            assert rows_of(found) == rows_of(ledger), name
+            balance = Ledger(found, writes=False).balance()
+            assert balance.pending == 0 < balance.drawn

@@ -1,0 +1,155 @@
+"""How rollouts become updates: credit, corrections, temperature; batches saved and read back."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from q3mega import device  # noqa: F401
+
+# isort: split
+from safetensors.torch import load, save
+from tiny import LAYOUT, SHAPES
+
+from q3mega.algorithms.correction import Correction
+from q3mega.algorithms.credit import group_advantages
+from q3mega.algorithms.entropy import EntropyController
+from q3mega.engine import Engine, OptimizerSpec
+from q3mega.rollout import Completion, SamplingParams
+from q3mega.rollout.in_process import InProcessSampler
+from q3mega.train.ledger import FILE, Ledger
+from q3mega.train.log import Log, read
+from q3mega.train.reinforcement import PolicySettings, credit, train
+from q3mega.train.rollouts import Rollout, pack, unpack
+
+TOKENIZER = SimpleNamespace(
+    eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
+)
+ids = st.integers(0, 2**31 - 1)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def rollouts(draw: st.DrawFn) -> Rollout:
+    tokens = draw(st.lists(ids, min_size=1, max_size=4))
+    n = len(tokens)
+    column = st.lists(finite, min_size=n, max_size=n)
+    mask = draw(st.lists(st.integers(0, 1), min_size=n, max_size=n))
+    end = draw(st.sampled_from(["stop", "length"]))
+    return Rollout(
+        prompt=draw(st.lists(ids, max_size=3)),
+        completion=Completion(tokens, draw(column), mask, end),
+        group=draw(st.integers(0, 9)),
+        reward=draw(finite),
+        task=draw(st.text()),
+        reason=draw(st.text()),
+        parts=draw(st.dictionaries(st.text(), finite, max_size=2)),
+        ref_logprobs=draw(st.none() | column),
+        problem=draw(st.text()),
+        versions=draw(st.lists(st.integers(0), max_size=2)),
+    )
+
+
+@given(st.lists(rollouts(), min_size=1, max_size=4))
+def test_a_batch_comes_back_from_json_and_safetensors_as_it_was(batch: list[Rollout]) -> None:
+    rows, tensors = pack(batch)
+    assert unpack(json.loads(json.dumps(rows)), load(save(tensors))) == batch
+
+
+def sized(length: int, reward: float, end: str = "stop") -> Rollout:
+    completion = Completion([1] * length, [-1.0] * length, [1] * length, end)
+    return Rollout([9], completion, 0, reward)
+
+
+def test_over_long_completions_lose_reward_before_the_advantages() -> None:
+    batch = [sized(80, 1.0), sized(90, 1.0), sized(100, 1.0, "length"), sized(40, 0.0)]
+    kept, dropped = credit(batch, PolicySettings(1, 256, 100, overlong="penalty"))
+    expected = group_advantages([1.0, 0.5, 0.0, 0.0])
+    assert [kept[i].columns["advantages"][-1] for i in range(4)] == expected and not dropped
+
+
+def test_an_episode_is_as_long_as_its_longest_turn() -> None:
+    turns = [1] * 60 + [0] * 30 + [1] * 90 + [0] * 9 + [1] * 5
+    episode = Rollout([9], Completion([1] * 194, [-1.0] * 194, turns, "stop"), 0, 1.0)
+    batch = [episode, sized(90, 1.0), sized(40, 0.9)]
+    kept, _ = credit(batch, PolicySettings(1, 256, 100, overlong="penalty"))
+    advantages = [kept[i].columns["advantages"][-1] for i in range(3)]
+    assert advantages == group_advantages([0.5, 0.5, 0.9])
+
+
+def test_truncated_completions_carry_no_loss_but_count_in_the_baseline() -> None:
+    batch = [sized(8, 1.0), sized(8, 0.0, "length"), sized(8, 0.0)]
+    kept, dropped = credit(batch, PolicySettings(1, 256, 8, overlong="mask"))
+    expected = group_advantages([1.0, 0.0, 0.0])
+    assert {i: s.columns["advantages"][-1] for i, s in kept.items()} == {
+        0: expected[0], 2: expected[2],
+    }  # fmt: skip
+    assert dropped == {1: "over-long"}
+
+
+def first_step(
+    folder: Path, shift: float, correction: Correction | None, temperature: float = 1.0
+) -> dict[str, float]:
+    """The record of one update whose sampler is wrong by `shift` nats on every token."""
+    spec = OptimizerSpec(lr=1e-3, steps=4, clip_grad=0.0)
+    engine = Engine(SHAPES["tied"], LAYOUT(), seed=3, optimizer=spec)
+    for parameter in engine.chunks[0].parameters():
+        parameter.data *= 2  # away from uniform, where every temperature is the same
+    sampler = InProcessSampler(engine, TOKENIZER)
+
+    def roll_out(step: int) -> list[Rollout]:
+        params = SamplingParams(8, temperature, n=4, seed=step)
+        [tries] = sampler.generate([[1, 2, 3]], params)
+        for c in tries:
+            c.logprobs = [x + shift for x in c.logprobs]
+        return [Rollout([1, 2, 3], c, 0, i / 3) for i, c in enumerate(tries)]
+
+    folder.mkdir()
+    train(
+        engine,
+        roll_out,
+        PolicySettings(1, 256, 8, correction=correction, temperature=temperature),
+        EntropyController(0.0, 0.0, 0.0),
+        steps=1,
+        folder=folder / "checkpoints",
+        log=Log(folder, 1),
+        save_every=9,
+    )
+    return read(folder / "metrics.jsonl")[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shift", "trust"),
+    [("tis", -0.3, math.exp(0.3)), ("tis", -1.2, 2.0), ("mis", -0.3, math.exp(0.3)),
+     ("mis", 0.4, math.exp(-0.4)), ("mis", -1.2, 0.0), ("sequence_mask", 0.3, 1.0)],
+)  # fmt: skip
+def test_the_gradient_is_the_on_policy_one_times_the_trust(
+    tmp_path: Path, kind: str, shift: float, trust: float
+) -> None:
+    exact = first_step(tmp_path / "exact", 0.0, None)
+    found = first_step(tmp_path / "found", shift, Correction(kind))
+    assert exact["gap"] < 1e-5 and exact["grad_norm"] > 0.01
+    assert found["gap"] == pytest.approx(abs(shift), abs=1e-4)
+    assert found["trust"] == pytest.approx(trust, abs=1e-4)
+    assert found["grad_norm"] == pytest.approx(exact["grad_norm"] * trust, rel=1e-3, abs=1e-6)
+    balance = Ledger(tmp_path / "found" / FILE, writes=False).balance()
+    assert balance.dropped == ({} if trust else {"off-policy": 4})
+    assert balance.drawn == balance.used + sum(balance.dropped.values()) == 4
+
+
+def test_a_masked_sequence_is_dropped_for_its_bad_completions_only(tmp_path: Path) -> None:
+    found = first_step(tmp_path / "far", 0.6, Correction("sequence_mask"))
+    assert 0 < found["trust"] < 1
+    balance = Ledger(tmp_path / "far" / FILE, writes=False).balance()
+    assert (balance.used, balance.dropped) == (2, {"off-policy": 2})
+
+
+@pytest.mark.parametrize("correction", [None, Correction("tis")])
+def test_log_probabilities_are_compared_at_the_sampling_temperature(
+    tmp_path: Path, correction: Correction | None
+) -> None:
+    assert first_step(tmp_path / "warm", 0.0, correction, 0.6)["gap"] < 1e-5
