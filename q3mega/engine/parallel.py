@@ -4,10 +4,11 @@ and sums over data-parallel ranks.
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 from q3mega import device
 
@@ -24,6 +25,7 @@ from q3mega.ops import context_parallel
 # Ranks wait for the one that prepares data, and for those that sample longest; a dead one is seen
 # at once by whoever started it.
 PATIENCE = timedelta(hours=6)
+_T = TypeVar("_T")
 
 if find_spec("transformer_engine") is None:
     # This class takes its own default, False, for "fp8 is on", and then needs that package.
@@ -164,6 +166,21 @@ def sum_over_data(values: dict[str, float], config: Any) -> dict[str, float]:
     if config.pipeline_model_parallel_size > 1:
         dist.broadcast(total, last, group=ps.get_pipeline_model_parallel_group())
     return dict(zip(box[0], total.tolist(), strict=True))
+
+
+def from_first(make: Callable[[], _T]) -> _T:
+    """What `make` gives on the first of the ranks that share a model and its data, on all of them."""
+    groups = (
+        ps.get_tensor_model_parallel_group(),
+        ps.get_context_parallel_group(),
+        ps.get_pipeline_model_parallel_group(),
+    )
+    first = all(group.rank() == 0 for group in groups)
+    box: list[Any] = [make() if first else None]
+    for group in groups:  # to the group's ranks, which are the first ones of the next groups
+        if group.size() > 1:
+            dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]
 
 
 def gather_over_data(items: list[Any]) -> list[Any]:

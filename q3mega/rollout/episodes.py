@@ -31,7 +31,7 @@ def run_episodes(
         still = []
         for i, (new,) in zip(active, sampled, strict=True):
             _extend(done[i], new.tokens, new.logprobs, new.mask)
-            done[i].finish_reason = new.finish_reason
+            done[i].finish_reason, done[i].weights = new.finish_reason, new.weights
             stopped = new.finish_reason == "stop"
             text = tokenizer.decode(new.tokens[:-1] if stopped else new.tokens)
             turns[i].append(text)

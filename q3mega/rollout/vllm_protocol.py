@@ -176,5 +176,17 @@ async def generate(client: httpx2.AsyncClient, server: Server, body: dict[str, A
     return choice
 
 
+async def best_logprob(
+    client: httpx2.AsyncClient, server: Server, token: int, temperature: float
+) -> float:
+    """Of the likeliest token after `token`. Raises EngineFailed."""
+    body = request([token], 1, logprobs=1, temperature=temperature, seed=0)
+    try:
+        (first,) = (await generate(client, server, body)).logprobs.content
+        return max(t.logprob for t in first.top_logprobs)
+    except (httpx2.HTTPError, Unusable, ValueError) as error:
+        raise EngineFailed(f"{server.url} failed at a single token ({in_brief(error)})") from None
+
+
 def in_brief(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"

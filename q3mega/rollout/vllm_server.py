@@ -24,6 +24,7 @@ from q3mega.rollout.vllm_protocol import (
     EngineFailed,
     Server,
     Unusable,
+    best_logprob,
     connect,
     generate,
     in_brief,
@@ -125,11 +126,11 @@ class VllmSampler:
         self, batch: "_Batch", prompt: list[int], place: int, params: SamplingParams
     ) -> Completion:
         """With a thinking budget: up to it, then, after the stop text if need be, from there on."""
-        first = params.max_tokens
-        if params.thinking_budget is not None:
-            first = max(1, min(first, params.thinking_budget))
+        budget = params.thinking_budget
+        limited = budget is not None and budget <= params.max_tokens
+        first = max(1, budget) if budget is not None and limited else params.max_tokens
         done = await self._sample(batch, prompt, f"{place}-0", first, params)
-        if params.thinking_budget is None or done.finish_reason == "stop":
+        if not limited or done.finish_reason == "stop":
             return done
         opened = self.tokenizer.think_open in (prompt[-1], done.tokens[0])
         if opened and self.tokenizer.think_close not in done.tokens:
@@ -170,12 +171,9 @@ class VllmSampler:
         """By default a server gives log-probabilities at temperature 1, whatever it samples at."""
         for server in self.servers:
             if server.alive and server.tempered is None:
-                best = []
-                for temperature in (1.0, 0.25):
-                    body = request([self.stops[0]], 1, temperature=temperature, logprobs=1)
-                    (token,) = (await generate(client, server, body)).logprobs.content
-                    best.append(max(t.logprob for t in token.top_logprobs))
-                server.tempered = abs(best[0] - best[1]) > 1e-6
+                hot = await best_logprob(client, server, self.stops[0], 1.0)
+                cold = await best_logprob(client, server, self.stops[0], 0.25)
+                server.tempered = abs(hot - cold) > 1e-6
             if server.tempered is False:
                 raise UserError(
                     f"{server.url} gives log-probabilities at temperature 1, whatever it samples "

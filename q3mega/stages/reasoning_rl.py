@@ -16,8 +16,7 @@ from q3mega.data.tasks import Problem
 from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
 from q3mega.rewards import judge_answer
-from q3mega.rollout import SamplingParams
-from q3mega.rollout.in_process import InProcessSampler
+from q3mega.rollout import Sampler, SamplingParams
 from q3mega.settings import RLSettings
 from q3mega.stages.funnel import Funnel
 from q3mega.stages.stage import Stage
@@ -88,7 +87,7 @@ def policy(stage: Stage, config: RLSettings) -> PolicySettings:
 
 
 def answered(
-    stage: Stage, sampler: InProcessSampler, batch: list[Problem], config: RLSettings, step: int
+    stage: Stage, sampler: Sampler, batch: list[Problem], config: RLSettings, step: int
 ) -> list[Rollout]:
     """This rank's share of a batch of problems: sampled in thinking mode, scored by the rules."""
     mine = list(enumerate(batch))[parallel.data_rank() :: parallel.data_size()]
@@ -110,7 +109,7 @@ def answered(
     return rollouts
 
 
-def select(stage: Stage, sampler: InProcessSampler) -> None:
+def select(stage: Stage, sampler: Sampler) -> None:
     """The four rules; leaves problems.json and the funnel in data/."""
     rules, funnel = stage.config.selection, Funnel(vars)
     used = {query.id for query in stage.cold_start_queries()}
