@@ -145,6 +145,7 @@ class RolloutEngine(Section):
     timeout: PositiveFloat = 3600.0  # seconds a request
     retries: NonNegativeInt = 3  # of a sequence
     key_env: str | None = None  # the environment variable that holds the servers' key
+    max_gap: PositiveFloat | None = 0.1  # mean |delta log p| to the trainer that ends the run
     weights: str | None = None  # this stage's own folder for them; None: in the stage's folder
 
 

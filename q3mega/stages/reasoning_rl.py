@@ -17,7 +17,7 @@ from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
 from q3mega.rewards import judge_answer
 from q3mega.rollout import Sampler, SamplingParams
-from q3mega.settings import RLSettings
+from q3mega.settings import RLSettings, RolloutEngine
 from q3mega.stages.funnel import Funnel
 from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement
@@ -76,6 +76,7 @@ def policy(stage: Stage, config: RLSettings) -> PolicySettings:
     }
     aggregate = "sequence" if config.variant in ("grpo", "gspo", "gspo_token", "sapo") else "token"
     aggregate = "constant" if config.variant == "dr_grpo" else aggregate
+    engine: RolloutEngine | None = getattr(stage.config, "engine", None)
     return PolicySettings(
         updates=config.updates,
         capacity=stage.config.micro_batch_tokens,
@@ -83,6 +84,7 @@ def policy(stage: Stage, config: RLSettings) -> PolicySettings:
         constant=config.max_tokens,
         scale_by_std=config.variant != "dr_grpo",
         loss=loss,
+        max_gap=engine.max_gap if engine else None,
     )
 
 

@@ -11,6 +11,7 @@ from q3mega.algorithms.entropy import EntropyController
 from q3mega.algorithms.losses import normalise, policy_gradient
 from q3mega.data.batch import Sample
 from q3mega.engine import Engine, parallel
+from q3mega.errors import UserError
 from q3mega.rollout import Completion
 from q3mega.train.log import Log, size
 from q3mega.train.supervised import shard
@@ -40,6 +41,7 @@ class PolicySettings:
     constant: int = 1  # tokens, the divisor of aggregate "constant" (Dr. GRPO)
     scale_by_std: bool = True
     loss: dict[str, Any] | None = None  # settings of ops.grpo_loss
+    max_gap: float | None = None  # mean |delta log p| between sampler and trainer
 
 
 def credit(rollouts: Sequence[Rollout], settings: PolicySettings) -> list[Sample]:
@@ -106,6 +108,7 @@ def train(
             metrics = engine.train_step(batches, loss)
             if update == 0:  # the policy that sampled: its entropy, and the sampler-trainer gap
                 totals |= {k: metrics[k] / metrics["active"] for k in ("entropy", "gap")}
+                _check_gap(totals["gap"], settings.max_gap, step)
             for name in ("loss", "grad_norm", "lr"):
                 totals[name] = totals.get(name, 0.0) + metrics[name] / settings.updates
             for name in ("kl", "clipped"):
@@ -129,6 +132,15 @@ def train(
             state = {"coefficient": entropy.coefficient, "target": entropy.target}
             engine.save(folder, step, state)
     engine.finish_saving()
+
+
+def _check_gap(gap: float, limit: float | None, step: int) -> None:
+    if limit is not None and not gap <= limit:  # nan is no answer either
+        raise UserError(
+            f"engine.max_gap={limit}: at step {step} sampler and trainer are {gap:.3g} apart in mean "
+            "|delta log p|; do the servers compute in the trainer's precision, at temperature 1? "
+            "`q3mega gap` compares them"
+        )
 
 
 def _split(samples: list[Sample], parts: int) -> list[list[Sample]]:

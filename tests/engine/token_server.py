@@ -71,8 +71,9 @@ class TokenServer:
     def generate(self, body: dict) -> dict:
         assert not self.paused
         how, prompt = body["sampling_params"], body["token_ids"]
+        eos, eod = how.get("stop_token_ids", (-1, -1))
         tokenizer = SimpleNamespace(
-            eos=how.get("stop_token_ids", [63])[0], eod=62, think_open=-1, think_close=-1,
+            eos=eos, eod=eod, think_open=-1, think_close=-1,
             encode=lambda text: [],
         )  # fmt: skip
         heat = how["temperature"]

@@ -113,7 +113,9 @@ def test_log_probabilities_that_the_server_cannot_tell(serve):
     with pytest.raises(UserError, match="--logprobs-mode processed_logprobs"):
         raw.generate(PROMPTS, SamplingParams(4, 0.6))
     (group, *_) = raw.generate(PROMPTS, SamplingParams(4, 0.6, top_p=0.9, thinking_budget=2))
-    assert all(math.isnan(p) == (m == 1) for p, m in zip(group[0].logprobs, group[0].mask, strict=True))
+    assert all(
+        math.isnan(p) == (m == 1) for p, m in zip(group[0].logprobs, group[0].mask, strict=True)
+    )
     assert raw.generate([[1]], SamplingParams(4))[0][0].logprobs[0] < 0
 
 
@@ -257,5 +259,3 @@ def test_wrong_weights_are_seen(serve, engine, tmp_path):
     sampler, (server,) = serve(lambda path, body, number: "404" if "pause" in path else None)
     with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
         sampler.load(tmp_path / "right", "v1", norms(tmp_path / "right"))
-
-
