@@ -169,7 +169,7 @@ def sum_over_data(values: dict[str, float], config: Any) -> dict[str, float]:
 
 
 def from_first(make: Callable[[], _T]) -> _T:
-    """What `make` gives on the first of the ranks that share a model and its data, on all of them."""
+    """What `make` gives on the first of the ranks that share a model, known to all of them."""
     groups = (
         ps.get_tensor_model_parallel_group(),
         ps.get_context_parallel_group(),

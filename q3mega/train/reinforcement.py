@@ -137,9 +137,9 @@ def train(
 def _check_gap(gap: float, limit: float | None, step: int) -> None:
     if limit is not None and not gap <= limit:  # nan is no answer either
         raise UserError(
-            f"engine.max_gap={limit}: at step {step} sampler and trainer are {gap:.3g} apart in mean "
-            "|delta log p|; do the servers compute in the trainer's precision, at temperature 1? "
-            "`q3mega gap` compares them"
+            f"engine.max_gap={limit}: at step {step} sampler and trainer are {gap:.3g} apart in "
+            "mean |delta log p|; do the servers compute in the trainer's precision, and at "
+            "temperature 1? `q3mega gap` compares them"
         )
 
 

@@ -1,4 +1,4 @@
-"""A real HTTP server with vLLM's token-level protocol, in front of an engine of ours in this process.
+"""A real HTTP server with vLLM's token-level protocol, in front of an engine of ours.
 
 Tokens, log-probabilities, weights and their checksums are real; `fault` breaks what it is told to.
 """

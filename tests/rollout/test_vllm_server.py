@@ -18,9 +18,13 @@ from q3mega import device  # noqa: F401
 from tiny import LAYOUT, SHAPES
 from token_server import token_server
 
+from q3mega.cli import main
+from q3mega.data import text
+from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
 from q3mega.rollout import SamplingParams, vllm_protocol, vllm_server
+from q3mega.rollout.gap import measure
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import token_logprobs
 from q3mega.rollout.synced import SyncedSampler, norms
@@ -146,17 +150,17 @@ def test_a_batch_outlives_a_fault(serve, fault):
 def test_what_cannot_be_bettered_is_an_error(serve):
     params = SamplingParams(4)
     sampler, (server,) = serve(lambda path, body, number: "500", retries=2)
-    with pytest.raises(EngineFailed, match="failed 3 times.*told to answer 500"):
+    with pytest.raises(EngineFailed, match=r"failed 3 times.*told to answer 500"):
         sampler.generate([[1]], params)
     assert server.paths["/inference/v1/generate"] == 3
     sampler, (server,) = serve(lambda path, body, number: "400")
-    with pytest.raises(UserError, match="400.*shorter prompt"):
+    with pytest.raises(UserError, match=r"400.*shorter prompt"):
         sampler.generate([[1]], params)
     assert server.paths["/inference/v1/generate"] == 1
-    sampler, servers = serve(*[lambda path, body, number: "kill"] * 2)
+    sampler, _ = serve(*[lambda path, body, number: "kill"] * 2)
     with pytest.raises(EngineFailed, match="no server is left"):
         sampler.generate(PROMPTS, params)
-    with pytest.raises(EngineFailed, match="no server of .* is up"):
+    with pytest.raises(EngineFailed, match=r"no server of .* is up"):
         sampler.generate(PROMPTS, params)
 
 
@@ -259,3 +263,32 @@ def test_wrong_weights_are_seen(serve, engine, tmp_path):
     sampler, (server,) = serve(lambda path, body, number: "404" if "pause" in path else None)
     with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
         sampler.load(tmp_path / "right", "v1", norms(tmp_path / "right"))
+
+
+# -- the gap -----------------------------------------------------------------------------------
+
+
+def test_the_gap_of_equal_weights_is_rounding_and_of_others_is_not(serve, engine):
+    params = SamplingParams(10, n=2, seed=1)
+    sampler, _ = serve(None)
+    same = measure(engine, sampler, PROMPTS, params)
+    assert same.mean <= same.max < 1e-5 and abs(same.kl) < 1e-6 and same.flipped == 0
+    others = measure(made(6), sampler, PROMPTS, params)
+    assert others.tokens == same.tokens and others.max > others.mean > 0.1
+    assert others.kl > 0.1 and others.flipped > 0.1
+
+
+def test_the_command_fails_above_its_threshold(tmp_path, capsys):
+    train_tokenizer(text.documents("year_2889"), 512, tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    right = Engine(replace(SHAPES["tied"], vocab=512), LAYOUT(), seed=0)
+    right.save_hf(tmp_path, {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eod})
+    wrong = Engine(replace(SHAPES["tied"], vocab=512), LAYOUT(), seed=1)
+    for engine, code in ((right, 0), (wrong, 1)):
+        with token_server(engine) as server:
+            words = ["--engine", server.url, "--problems", "3", "--max-tokens", "4"]
+            assert main(["gap", str(tmp_path), *words, "--threshold", "1e-4"]) == code
+        said = capsys.readouterr()
+        assert "mean |delta log p|" in said.out
+        assert ("above --threshold 0.0001" in said.err) == bool(code)
+    assert main(["gap", str(tmp_path), "--engine", server.url, "--problems", "0"]) == 2
