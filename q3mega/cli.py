@@ -23,7 +23,7 @@ _PACKAGES = ("torch", "megatron-core", "transformers", "triton", "transformer-en
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 1 (a stage broke, a wide gap), 2 (bad input), 130 (a break)."""
+    """Run one command; return 0, 1 (stage broke, wide gap), 2 (bad input) or 130 (interrupted)."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse stops collecting overrides at the first option; those behind it are left over.

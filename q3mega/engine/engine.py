@@ -129,10 +129,17 @@ class Engine:
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
-    def save_hf(self, folder: str | Path, tokens: dict[str, int]) -> None:
-        """Weights and config.json to a Hugging Face folder (every rank calls)."""
+    def save_hf(
+        self, folder: str | Path, tokens: dict[str, int], *, lm_head: bool = False
+    ) -> None:
+        """Weights and config.json to a Hugging Face folder (every rank calls).
+
+        lm_head: write it where it is tied, too.
+        """
         base = self.positions.base
-        huggingface.save(self.chunks, self.shape, folder, rope_base=base, tokens=tokens)
+        huggingface.save(
+            self.chunks, self.shape, folder, rope_base=base, tokens=tokens, lm_head=lm_head
+        )
 
     @property
     def positions(self) -> Positions:

@@ -46,7 +46,8 @@ class SyncedSampler:
         """Also when the weights are the same: a server may have come back without them."""
         path = self.folder / f"weights-{self.name}-{self.engine.changes}"
         if path != self.written:
-            self.engine.save_hf(path, {})
+            # vLLM on a CPU loads no lm_head again that is tied, so it is served untied there
+            self.engine.save_hf(path, {}, lm_head=True)
             self.written = path
         if dist.get_rank() == 0:
             started = time.monotonic()
