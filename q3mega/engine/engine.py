@@ -129,9 +129,7 @@ class Engine:
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
-    def save_hf(
-        self, folder: str | Path, tokens: dict[str, int], *, lm_head: bool = False
-    ) -> None:
+    def save_hf(self, folder: str | Path, tokens: dict[str, int], *, lm_head: bool = False) -> None:
         """Weights and config.json to a Hugging Face folder (every rank calls).
 
         lm_head: write it where it is tied, too.
