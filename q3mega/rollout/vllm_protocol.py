@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from q3mega.errors import UserError
 
-GLANCE = 10.0  # seconds in which a healthy server says so
+GLANCE = 30.0  # seconds in which a healthy server says so
 LOADING = "loading"  # the version of a server whose weights are being replaced
 _GENERATE = "/inference/v1/generate"
 

@@ -1,4 +1,4 @@
-"""The loop of reinforcement: with servers that sample, and with log-probabilities that are wrong."""
+"""The loop of reinforcement: with servers that sample, and with wrong log-probabilities."""
 
 import json
 from types import SimpleNamespace
