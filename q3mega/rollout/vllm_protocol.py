@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx2
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, NonNegativeInt
 
 from q3mega.errors import UserError
 
@@ -39,7 +39,7 @@ class _Span(BaseModel):
 
 
 class Choice(BaseModel):
-    token_ids: list[int] = Field(min_length=1)
+    token_ids: list[NonNegativeInt] = Field(min_length=1)
     logprobs: _Tokens
     finish_reason: Literal["stop", "length"]  # what was aborted is asked for again
     weight_versions: list[_Span] = Field(min_length=1)
@@ -166,13 +166,17 @@ async def _ask(
 
 async def generate(client: httpx2.AsyncClient, server: Server, body: dict[str, Any]) -> Choice:
     """Raises Unusable for a failure or an answer that another try may better."""
-    answer = await _ask(client, server, _GENERATE, body)
+    return parsed((await _ask(client, server, _GENERATE, body)).content)
+
+
+def parsed(answer: bytes) -> Choice:
+    """The one choice of an answer. Raises Unusable for what is none, or is not whole."""
     try:
-        (choice,) = _Answer.model_validate_json(answer.content).choices
+        (choice,) = _Answer.model_validate_json(answer).choices
     except ValueError as error:
-        raise Unusable(f"{server.url}: not an answer to use: {in_brief(error)}") from None
+        raise Unusable(f"not an answer to use: {in_brief(error)}") from None
     if [t.token_id for t in choice.logprobs.content] != choice.token_ids:
-        raise Unusable(f"{server.url}: log-probabilities are not those of the tokens")
+        raise Unusable("log-probabilities are not those of the tokens")
     return choice
 
 

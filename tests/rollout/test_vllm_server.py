@@ -3,6 +3,7 @@
 The same against a vLLM in an environment of its own: docs/engines.md has the command.
 """
 
+import json
 import math
 import socket
 from contextlib import ExitStack
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from q3mega import device  # noqa: F401
 
@@ -28,7 +31,7 @@ from q3mega.rollout.gap import measure
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import token_logprobs
 from q3mega.rollout.synced import SyncedSampler, norms
-from q3mega.rollout.vllm_protocol import EngineFailed
+from q3mega.rollout.vllm_protocol import EngineFailed, Unusable, parsed
 from q3mega.rollout.vllm_server import VllmSampler
 
 # ids of a make-believe tokenizer over 64 tokens; the stop text closes the think block
@@ -207,6 +210,61 @@ def test_weights_that_change_in_a_batch_are_not_sampled_from(serve):
     found = sampler.generate(PROMPTS, SamplingParams(4, n=3))
     assert {c.weights for group in found for c in group} == {"default"}
     assert not sampler.servers[0].alive
+
+
+ANSWER = {
+    "choices": [
+        {
+            "token_ids": [4, 7],
+            "logprobs": {"content": [{"token_id": t, "logprob": -0.5} for t in (4, 7)]},
+            "finish_reason": "stop",
+            "weight_versions": [{"version": "v", "start": 0, "end": 2}],
+        }
+    ]
+}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(value, path=()):
+    yield path
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    for key, part in inner:
+        yield from places(part, (*path, key))
+
+
+@given(st.sampled_from([p for p in places(ANSWER) if p]), JSON)
+def test_an_answer_with_anything_in_it_is_whole_or_unusable(path, junk):
+    answer = json.loads(json.dumps(ANSWER))
+    *parents, last = path
+    place = answer
+    for key in parents:
+        place = place[key]
+    place[last] = junk
+    try:
+        choice = parsed(json.dumps(answer).encode())
+    except Unusable:
+        return
+    assert [t.token_id for t in choice.logprobs.content] == choice.token_ids
+    assert all(-9000 < t.logprob <= 1e-3 for t in choice.logprobs.content)
+    assert choice.weight_versions and choice.finish_reason in ("stop", "length")
+
+
+@given(st.binary(max_size=80), st.integers(0, len(json.dumps(ANSWER)) - 1))
+def test_bytes_that_are_no_answer_are_unusable(junk, end):
+    for body in (junk, json.dumps(ANSWER).encode()[:end]):
+        with pytest.raises(Unusable):
+            parsed(body)
+    assert parsed(json.dumps(ANSWER).encode()).token_ids == [4, 7]
 
 
 # -- weights -----------------------------------------------------------------------------------
