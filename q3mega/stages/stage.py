@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import zlib
 from dataclasses import replace
 from functools import cached_property
@@ -195,6 +196,7 @@ class Stage:
         self.save_hf(engine)
         self.write("eval.json", evaluation)
         if self.leads:
+            shutil.rmtree(self.dir / "weights", ignore_errors=True)  # hf has them
             (self.dir / "DONE").touch()
         dist.barrier()
 
