@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "megatron-core", "transformers", "triton", "transformer-en
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 1 (a stage broke), 2 (bad input) or 130 (interrupted)."""
+    """Run one command; return 0, 1 (stage broke, wide gap), 2 (bad input) or 130 (interrupted)."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse stops collecting overrides at the first option; those behind it are left over.
@@ -129,6 +129,15 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--budget", type=int, help="thinking budget, tokens")
         if name == "generate":
             sub.add_argument("--prompt", required=True)
+
+    gap = commands.add_parser("gap", help="log-probabilities: a checkpoint here against servers")
+    gap.set_defaults(command=_gap)
+    gap.add_argument("checkpoint", help="the Hugging Face folder that the servers hold")
+    gap.add_argument("--engine", nargs="+", required=True, metavar="URL", help="vLLM servers")
+    gap.add_argument("--threshold", type=float, help="of mean |delta log p|: fail above it")
+    gap.add_argument("--problems", type=int, default=64, help="prompts, of generated problems")
+    gap.add_argument("--max-tokens", type=int, default=256)
+    gap.add_argument("--seed", type=int, default=0)
 
     doctor = commands.add_parser("doctor", help="what is installed, and which backend serves what")
     doctor.set_defaults(command=_doctor)
@@ -280,6 +289,28 @@ def _eval(arguments: argparse.Namespace) -> int:
             )
     if out:
         out.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+def _gap(arguments: argparse.Namespace) -> int:
+    from q3mega.try_out import gap_to
+
+    a = arguments
+    if a.problems < 1:
+        raise UserError(f"--problems={a.problems} must be 1 or more")
+    found = gap_to(a.checkpoint, a.engine, a.problems, a.max_tokens, a.seed)
+    print(f"tokens                {found.tokens}")
+    print(f"mean |delta log p|    {found.mean:.3g}")
+    print(f"max |delta log p|     {found.max:.3g}")
+    print(f"KL, nats a token      {found.kl:.3g}")
+    print(f"top-1 flipped         {found.flipped:.3g}")
+    if a.threshold is not None and not found.mean <= a.threshold:
+        print(
+            f"error: mean |delta log p|={found.mean:.3g} is above --threshold {a.threshold:g}: do "
+            "the servers hold these weights, in the same dtype?",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

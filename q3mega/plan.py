@@ -85,9 +85,10 @@ def _planned(recipe: Recipe, name: str, card: Card) -> Planned:
     if isinstance(config, RLSettings):
         takes["train"] *= config.updates
         sampled = replace(sampled, sequences=config.prompts * config.rollouts)
-    if sampled.tokens:  # by the training processes
+    in_process = getattr(config, "engine", None) is None
+    if sampled.tokens and in_process:
         more["kv_cache"] = sampled.cache()
-    if isinstance(config, RLSettings | DistillOnPolicy):  # every step
+    if isinstance(config, RLSettings | DistillOnPolicy) and in_process:  # every step
         takes["sample"] = sampled.seconds()
     if isinstance(config, GeneralRL):  # the start, the judge, the preference model
         judge = not config.problems and not config.judge_model

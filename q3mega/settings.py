@@ -184,6 +184,19 @@ class RLSettings(Section):
         return self
 
 
+class RolloutEngine(Section):
+    """Servers that sample instead of the training processes: docs/engines.md."""
+
+    kind: Literal["vllm"]
+    urls: Annotated[tuple[Annotated[str, Field(pattern="^https?://.")], ...], Field(min_length=1)]
+    concurrency: PositiveInt = 256  # sequences under way on each server
+    timeout: PositiveFloat = 3600.0  # seconds a request
+    retries: NonNegativeInt = 3  # of a sequence
+    key_env: str | None = None  # the environment variable that holds the servers' key
+    max_gap: PositiveFloat | None = 0.1  # mean |delta log p| to the trainer that ends the run
+    weights: str | None = None  # this stage's own folder for them; None: in the stage's folder
+
+
 class Selection(Section):
     """Which problems RL trains on: unused, learnable, as hard as possible, of every family."""
 
@@ -197,6 +210,7 @@ class ReasoningRL(StageConfig, RLSettings):
     """Reinforcement learning on verifiable problems."""
 
     selection: Selection
+    engine: RolloutEngine | None = None  # None: the training processes sample
 
 
 class ModeFusion(SFT):
@@ -242,6 +256,7 @@ class GeneralRL(StageConfig, RLSettings):
     judge_model: ChatModelSpec | None = None  # asked instead of one trained here
     judge_examples: str | None = None  # rows of messages, answer, response, right: its calibration
     preference: PreferenceModel = PreferenceModel()
+    engine: RolloutEngine | None = None
 
 
 class DistillOffPolicy(SFT):

@@ -13,10 +13,12 @@ from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
 from q3mega.layout import Layout
-from q3mega.model.huggingface import shape_of
+from q3mega.model.huggingface import dtype_of, shape_of
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
+from q3mega.rollout.gap import Gap, measure
 from q3mega.rollout.in_process import InProcessSampler
+from q3mega.rollout.vllm_server import VllmSampler
 
 TASKS = (*REASONING, "capabilities")
 
@@ -70,6 +72,23 @@ class Checkpoint:
             if params.n > 1:
                 correct = [[a.correct for a in tries] for tries in found]
                 yield f"{task} pass@{params.n}", evaluate.pass_at_k(correct, params.n)
+
+
+def gap_to(
+    folder: str | Path, urls: Sequence[str], problems: int, max_tokens: int, seed: int
+) -> Gap:
+    """The gap between a checkpoint, computed here in its own precision, and servers that hold it.
+
+    Raises UserError for what is no checkpoint, and for servers that do not answer.
+    """
+    params = SamplingParams(max_tokens, seed=seed)
+    tokenizer = Tokenizer(folder)
+    servers = VllmSampler(urls, tokenizer)
+    engine = Engine(shape_of(folder), Layout(processes=1), seed=0, dtype=dtype_of(folder))
+    engine.load_hf(folder)
+    drawn = Pool().held_out(problems)
+    prompts = [tokenizer.encode(render(p.messages, add_generation_prompt=True)) for p in drawn]
+    return measure(engine, servers, prompts, params)
 
 
 def _summary(

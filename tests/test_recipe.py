@@ -115,6 +115,16 @@ def test_model_by_size_and_derived_from_it() -> None:
         ("cold_start.min_lr=1", ["stages.cold_start", "min_lr=1.0", "lr=0.0003"]),
         ("cold_start.betas=[0.9]", ["stages.cold_start.betas", "missing"]),
         ("cold_start.optimizer=adam", ["optimizer='adam'", "'adamw' or 'muon'"]),
+        (
+            "reasoning_rl.engine={kind: vllm, urls: [node7]}",
+            ["stages.reasoning_rl.engine.urls.0='node7'", "https?://"],
+        ),
+        ("reasoning_rl.engine={kind: vllm, urls: []}", ["engine.urls=[]", "at least 1"]),
+        ("reasoning_rl.engine={kind: sglang, urls: [http://a]}", ["engine.kind", "'vllm'"]),
+        (
+            "reasoning_rl.engine={kind: vllm, urls: [http://a], url: b}",
+            ["nearest is stages.reasoning_rl.engine.urls"],
+        ),
         ("cold_start=null", ["stages.cold_start=None", "dict"]),
         ("seed=-1", ["seed=-1", "greater than or equal to 0"]),
         ("layout.processes=0", ["layout.processes=0", "greater than 0"]),

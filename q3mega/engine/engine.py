@@ -101,6 +101,7 @@ class Engine:
         self.cp_group = group if group.size() > 1 else None
         self.optimizer: Any = None
         self.updated = False
+        self.changes = 0  # of the weights so far
         self.saver = checkpoint.Saver()
         if optimizer is None:
             for module in self.modules:
@@ -124,13 +125,19 @@ class Engine:
     def load_hf(self, folder: str | Path) -> None:
         """Weights from a Hugging Face folder of this shape."""
         huggingface.load(self.chunks, self.shape, folder)
+        self.changes += 1
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
-    def save_hf(self, folder: str | Path, tokens: dict[str, int]) -> None:
-        """Weights and config.json to a Hugging Face folder (every rank calls)."""
+    def save_hf(self, folder: str | Path, tokens: dict[str, int], *, lm_head: bool = False) -> None:
+        """Weights and config.json to a Hugging Face folder (every rank calls).
+
+        lm_head: write it where it is tied, too.
+        """
         base = self.positions.base
-        huggingface.save(self.chunks, self.shape, folder, rope_base=base, tokens=tokens)
+        huggingface.save(
+            self.chunks, self.shape, folder, rope_base=base, tokens=tokens, lm_head=lm_head
+        )
 
     @property
     def positions(self) -> Positions:
@@ -167,6 +174,7 @@ class Engine:
         found = self._forward(parts, loss_func, forward_only=False)
         success, grad_norm, _ = self.optimizer.step()
         self.updated = True
+        self.changes += 1
         self.saver.poll()
         metrics = self._total(found)
         if not success:
@@ -302,6 +310,7 @@ class Engine:
         self.finish_saving()
         found = checkpoint.load_latest(self, folder)
         self.updated = found is not None
+        self.changes += self.updated
         return found
 
 

@@ -168,6 +168,24 @@ def sum_over_data(values: dict[str, float], config: Any) -> dict[str, float]:
     return dict(zip(box[0], total.tolist(), strict=True))
 
 
+def from_first(make: Callable[[], _T]) -> _T:
+    """What `make` gives on the first of the ranks that share a model, known to all of them: for
+    what may differ from run to run, such as a server's or a tool's answer."""
+    if not ps.model_parallel_is_initialized():
+        return make()
+    groups = (
+        ps.get_tensor_model_parallel_group(),
+        ps.get_context_parallel_group(),
+        ps.get_pipeline_model_parallel_group(),
+    )
+    first = all(group.rank() == 0 for group in groups)
+    box: list[Any] = [make() if first else None]
+    for group in groups:  # to the group's ranks, which are the first ones of the next groups
+        if group.size() > 1:
+            dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]
+
+
 def gather_over_data(items: list[Any]) -> list[Any]:
     """All data-parallel ranks' lists, joined in rank order, on every rank."""
     return _joined(items, data_group())
@@ -208,14 +226,3 @@ def most_of_experts(count: int) -> int:
     most = torch.tensor(count, device=device.device())
     dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
     return int(most)
-
-
-def decided_once(make: Callable[[], _T]) -> _T:
-    """What `make` gives on the first of the ranks that share a model's tensors, on all of them: for
-    what may differ from run to run, such as a tool's answer."""
-    if not ps.model_parallel_is_initialized() or ps.get_tensor_model_parallel_world_size() == 1:
-        return make()
-    box = [make() if ps.get_tensor_model_parallel_rank() == 0 else None]
-    source, group = ps.get_tensor_model_parallel_src_rank(), ps.get_tensor_model_parallel_group()
-    dist.broadcast_object_list(box, source, group=group)
-    return box[0]  # type: ignore[return-value]

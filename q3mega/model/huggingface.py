@@ -350,10 +350,12 @@ def save(
     *,
     rope_base: float,
     tokens: dict[str, int],
+    lm_head: bool = False,
 ) -> None:
     """Write weights and config.json; every rank calls, on one file system.
 
-    Files appear under their names when all are written. More than one has an index.
+    Files appear under their names when all are written. More than one has an index. lm_head: write
+    it where it is tied, too.
     """
     folder = Path(folder)
     if dist.get_rank() == 0:
@@ -376,6 +378,9 @@ def save(
     for name, tensor in _spoken(models, shape):
         held[name] = tensor
         size += tensor.nbytes
+        if lm_head and shape.tied and name == _TOP["embedding.word_embeddings.weight"]:
+            held["lm_head.weight"] = tensor.clone()
+            size += tensor.nbytes
         if size >= FILE_BYTES:
             write()
             size = 0

@@ -53,13 +53,14 @@ class SamplingParams:
 class Completion:
     """tokens include the stop token. logprobs: of each token at the sampling temperature, before
     top-p and top-k. mask: 0 marks tokens that the model did not choose (the stop text, tool
-    results); they stay out of every loss.
+    results); they stay out of every loss. weights: the version that a server sampled with.
     """
 
     tokens: list[int]
     logprobs: list[float]
     mask: list[int]
     finish_reason: Literal["stop", "length"]
+    weights: str | None = None
 
 
 class Sampler(Protocol):

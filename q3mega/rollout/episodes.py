@@ -39,12 +39,12 @@ def run_episodes(
         stopped = []
         for i, (new,) in zip(active, sampled, strict=True):
             _extend(done[i], new.tokens, new.logprobs, new.mask)
-            done[i].finish_reason = new.finish_reason
+            done[i].finish_reason, done[i].weights = new.finish_reason, new.weights
             whole = new.finish_reason == "stop"
             turns[i].append(tokenizer.decode(new.tokens[:-1] if whole else new.tokens))
             if whole:
                 stopped.append(i)
-        said = parallel.decided_once(
+        said = parallel.from_first(
             partial(_step, [(environments[i], turns[i][-1]) for i in stopped])
         )
         active = []

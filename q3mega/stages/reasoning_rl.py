@@ -18,11 +18,10 @@ from q3mega.data.tasks import Problem
 from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
 from q3mega.rewards import judge_answer
-from q3mega.rollout import SamplingParams
+from q3mega.rollout import Sampler, SamplingParams
 from q3mega.rollout.base import text_of
-from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import token_logprobs
-from q3mega.settings import RLSettings
+from q3mega.settings import RLSettings, RolloutEngine
 from q3mega.stages.funnel import Funnel
 from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement
@@ -94,6 +93,7 @@ def policy(stage: Stage, config: RLSettings) -> PolicySettings:
     if config.correction != "none":
         caps = config.tis_cap, config.mis_band, config.sequence_delta
         correction = Correction(config.correction, *caps)
+    engine: RolloutEngine | None = getattr(stage.config, "engine", None)
     return PolicySettings(
         updates=config.updates,
         capacity=stage.config.micro_batch_tokens,
@@ -105,6 +105,7 @@ def policy(stage: Stage, config: RLSettings) -> PolicySettings:
         overlong=config.overlong,
         correction=correction,
         temperature=config.temperature,
+        max_gap=engine.max_gap if engine else None,
     )
 
 
@@ -116,7 +117,7 @@ def refer(reference: Engine, rollouts: list[Rollout], temperature: float) -> Non
 
 
 def answered(
-    stage: Stage, sampler: InProcessSampler, batch: list[Problem], config: RLSettings, step: int
+    stage: Stage, sampler: Sampler, batch: list[Problem], config: RLSettings, step: int
 ) -> list[Rollout]:
     """This rank's share of a batch of problems: sampled in thinking mode, scored by the rules."""
     mine = list(enumerate(batch))[parallel.data_rank() :: parallel.data_size()]
@@ -148,7 +149,7 @@ def answered(
     return rollouts
 
 
-def select(stage: Stage, sampler: InProcessSampler) -> None:
+def select(stage: Stage, sampler: Sampler) -> None:
     """The four rules; leaves problems.json and the funnel in data/."""
     rules, funnel = stage.config.selection, Funnel(vars)
     used = {query.id for query in stage.cold_start_queries()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import zlib
 from dataclasses import replace
 from functools import cached_property
@@ -21,7 +22,11 @@ from q3mega.model import Qwen3Shape
 from q3mega.model.attention import Positions
 from q3mega.model.huggingface import shape_of
 from q3mega.recipe import ModelSpec, Recipe
+from q3mega.rollout import Sampler
 from q3mega.rollout.in_process import InProcessSampler
+from q3mega.rollout.synced import SyncedSampler
+from q3mega.rollout.vllm_server import VllmSampler
+from q3mega.settings import RolloutEngine
 from q3mega.train.log import Log
 
 EVALUATED = 400  # held-out problems
@@ -128,8 +133,17 @@ class Stage:
             clip_grad=c.clip_grad, betas=c.betas,
         )  # fmt: skip
 
-    def sampler(self, engine: Engine) -> InProcessSampler:
-        return InProcessSampler(engine, self.tokenizer, max_batch=self.config.sample_batch)
+    def sampler(self, engine: Engine) -> Sampler:
+        """Samples from the engine's weights, in process or on the servers that the recipe names."""
+        spec: RolloutEngine | None = getattr(self.config, "engine", None)
+        if spec is None:
+            return InProcessSampler(engine, self.tokenizer, max_batch=self.config.sample_batch)
+        servers = VllmSampler(
+            spec.urls, self.tokenizer, timeout=spec.timeout, retries=spec.retries,
+            concurrency=max(1, spec.concurrency // parallel.data_size()), key_env=spec.key_env,
+        )  # fmt: skip
+        self.write("engines.json", servers.engines)
+        return SyncedSampler(engine, servers, Path(spec.weights or self.dir / "weights"))
 
     @property
     def answer_tokens(self) -> int:
@@ -182,6 +196,7 @@ class Stage:
         self.save_hf(engine)
         self.write("eval.json", evaluation)
         if self.leads:
+            shutil.rmtree(self.dir / "weights", ignore_errors=True)  # hf has them
             (self.dir / "DONE").touch()
         dist.barrier()
 

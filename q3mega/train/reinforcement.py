@@ -15,6 +15,7 @@ from q3mega.algorithms.entropy import EntropyController
 from q3mega.algorithms.losses import normalise, policy_gradient
 from q3mega.data.batch import Sample
 from q3mega.engine import Engine, parallel
+from q3mega.errors import UserError
 from q3mega.rollout.logprobs import token_logprobs
 from q3mega.train.ledger import FILE as LEDGER
 from q3mega.train.ledger import Ledger
@@ -37,6 +38,7 @@ class PolicySettings:
     overlong: Literal["none", "penalty", "mask"] = "none"
     correction: Correction | None = None
     temperature: float = 1.0  # of the sampler, whose distribution is the policy
+    max_gap: float | None = None  # mean |delta log p| between sampler and trainer
 
 
 def credit(
@@ -139,6 +141,7 @@ def train(
             _add(totals, metrics, settings.updates)
         totals |= corrected | {"entropy_coef": entropy.coefficient}
         if samples:
+            _check_gap(totals["gap"], settings.max_gap, step)
             entropy.update(totals["entropy"])
         _record(log, step, rollouts, list(samples.values()), totals)
         if watch:
@@ -236,6 +239,15 @@ def _record(
         reason=shown.reason,
         tokens=shown.completion.tokens,
     )
+
+
+def _check_gap(gap: float, limit: float | None, step: int) -> None:
+    if limit is not None and not gap <= limit:  # nan is no answer either
+        raise UserError(
+            f"engine.max_gap={limit}: at step {step} sampler and trainer are {gap:.3g} apart in "
+            "mean |delta log p|; do the servers compute in the trainer's precision, and at "
+            "temperature 1? `q3mega gap` compares them"
+        )
 
 
 def _split(places: list[int], parts: int) -> list[list[int]]:

@@ -56,6 +56,7 @@ def pack(rollouts: Sequence[Rollout]) -> tuple[Rows, dict[str, Tensor]]:
         rows.append(
             {name: getattr(r, name) for name in _PLAIN}
             | {"parts": dict(r.parts), "finish_reason": r.completion.finish_reason}
+            | {"weights": r.completion.weights}
             | {"lengths": {name: len(values) for name, values in parts.items()}}
         )
     return rows, {n: torch.tensor(columns[n], dtype=kind) for n, kind in _COLUMNS.items()}
@@ -71,7 +72,13 @@ def unpack(rows: Rows, tensors: Mapping[str, Tensor]) -> list[Rollout]:
     return [
         Rollout(
             cut["prompt"][i],
-            Completion(cut["tokens"][i], cut["logprobs"][i], cut["mask"][i], row["finish_reason"]),
+            Completion(
+                cut["tokens"][i],
+                cut["logprobs"][i],
+                cut["mask"][i],
+                row["finish_reason"],
+                row["weights"],
+            ),
             ref_logprobs=cut["ref_logprobs"][i] or None,
             parts=row["parts"],
             **{name: row[name] for name in _PLAIN},

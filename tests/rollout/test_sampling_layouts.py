@@ -1,4 +1,4 @@
-"""The in-process sampler draws the same under every layout that it takes."""
+"""Sampling under every layout that takes it: the same tokens, in process and from servers."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,13 @@ import pytest
 from q3mega import device  # noqa: F401
 
 # isort: split
+from syncing import TOKENIZER
 from tiny import LAYOUT, SHAPES
+from token_server import token_server
 
 from q3mega.engine import Engine
+from q3mega.rollout import SamplingParams
+from q3mega.rollout.in_process import InProcessSampler
 
 SCRIPT = str(Path(__file__).with_name("sampling.py"))
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10], [11, 12], [13, 14, 15, 16], [61], [17, 61]]
@@ -50,3 +54,33 @@ def test_tokens_are_those_of_one_process(samples, case):
 @pytest.mark.dist
 def test_some_end_before_others(samples):
     assert len({len(tokens) for tokens, _ in samples[1]["dense"]}) > 1
+
+
+@pytest.mark.dist
+def test_servers_get_the_weights_from_every_layout_and_answer_every_rank(torchrun, tmp_path):
+    trained = Engine(SHAPES["dense"], LAYOUT(), seed=3)
+    for parameter in trained.chunks[0].parameters():
+        parameter.data *= 2
+    trained.save_hf(tmp_path / "hf", {})
+    params = SamplingParams(12, temperature=0)
+    groups = InProcessSampler(trained, TOKENIZER).generate(PROMPTS, params)
+    expected = [c.tokens for (c,) in groups]
+    layouts: list[dict] = [{"tensor": 2}, {"pipeline": 2}, {"context": 2}, {}]
+    with token_server(Engine(SHAPES["dense"], LAYOUT(), seed=4)) as server:
+        cases = [
+            (
+                {"processes": 2, **way},
+                str(tmp_path / "hf"),
+                server.url,
+                str(tmp_path / str(i)),
+                PROMPTS,
+            )
+            for i, way in enumerate(layouts)
+        ]
+        found = torchrun(str(Path(__file__).with_name("syncing.py")), 2, json.dumps(cases))
+        asked = len(server.asked)
+    assert asked == len(layouts) * len(PROMPTS)  # once for the ranks that share a model
+    for way, got in zip(layouts, found, strict=True):
+        assert len(got) == len(PROMPTS) * (2 if way else 1)
+        assert all(tokens == expected[i] for i, tokens, _ in got)
+        assert len({version for *_, version in got}) == 1

@@ -1,0 +1,71 @@
+"""The gap between trainer and sampler: what each thinks of the same tokens."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from q3mega.data.batch import Batch
+from q3mega.engine import Engine, Head
+from q3mega.rollout.base import Completion, Sampler, SamplingParams
+from q3mega.rollout.logprobs import each_sequence, token_logprobs
+
+
+@dataclass(frozen=True)
+class Gap:
+    """mean, max: |delta log p| of a sampled token. kl: of the trainer from the sampler, nats a
+    token. flipped: share of tokens that the sampler ranks first and the trainer does not.
+    """
+
+    tokens: int
+    mean: float
+    max: float
+    kl: float
+    flipped: float
+
+
+def measure(
+    engine: Engine, sampler: Sampler, prompts: Sequence[list[int]], params: SamplingParams
+) -> Gap:
+    """Compare on what the sampler writes, at temperature 1 and, for `flipped`, greedily."""
+    even = replace(params, temperature=1.0, top_p=1.0, top_k=0)
+    found = _pairs(prompts, sampler.generate(prompts, even))
+    trainer = token_logprobs(engine, [(p, c.tokens) for p, c in found])
+    deltas = [
+        a - b
+        for own, (_, c) in zip(trainer, found, strict=True)
+        for a, b, chosen in zip(own, c.logprobs, c.mask, strict=True)
+        if chosen
+    ]
+    greedy = _pairs(prompts, sampler.generate(prompts, replace(even, temperature=0.0, n=1)))
+    best = each_sequence(engine, [p + c.tokens for p, c in greedy], _best)
+    flips = [
+        a != b
+        for own, (p, c) in zip(best, greedy, strict=True)
+        for a, b, chosen in zip(own[len(p) - 1 : -1], c.tokens, c.mask, strict=True)
+        if chosen
+    ]
+    return Gap(
+        tokens=len(deltas),
+        mean=sum(map(abs, deltas)) / len(deltas),
+        max=max(map(abs, deltas)),
+        kl=sum(math.expm1(d) - d for d in deltas) / len(deltas),
+        flipped=sum(flips) / len(flips),
+    )
+
+
+def _pairs(
+    prompts: Sequence[list[int]], found: Sequence[Sequence[Completion]]
+) -> list[tuple[list[int], Completion]]:
+    return [(p, c) for p, group in zip(prompts, found, strict=True) for c in group]
+
+
+def _best(head: Head, batch: Batch) -> list[list[int]]:
+    """The likeliest next token at every place of each document."""
+    step = 1024  # rows of logits at once
+    rows = [
+        Head(part, head.weight, head.tp_group).logits().argmax(-1)
+        for part in head.hidden.split(step)
+    ]
+    return [d.tolist() for d in torch.cat(rows).split(batch.cu_seqlens.diff().tolist())]

@@ -1,0 +1,36 @@
+"""Run under torchrun: samples from a server under each layout of argv, prints what ranks got."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from q3mega import device  # noqa: F401
+
+# isort: split
+
+sys.path.append(str(Path(__file__).parent.parent / "engine"))
+from tiny import LAYOUT, SHAPES, run_cases
+
+from q3mega.engine import Engine, parallel
+from q3mega.rollout import SamplingParams
+from q3mega.rollout.synced import SyncedSampler
+from q3mega.rollout.vllm_server import VllmSampler
+
+TOKENIZER = SimpleNamespace(
+    eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
+)
+
+
+def sample(layout: dict, weights: str, url: str, folder: str, prompts: list) -> list:
+    engine = Engine(SHAPES["dense"], LAYOUT(**layout), seed=3)
+    engine.load_hf(weights)
+    sampler = SyncedSampler(engine, VllmSampler([url], TOKENIZER), Path(folder))
+    mine = list(range(len(prompts)))[parallel.data_rank() :: parallel.data_size()]
+    found = sampler.generate([prompts[i] for i in mine], SamplingParams(12, temperature=0))
+    return parallel.gather_over_all(
+        [(i, c.tokens, c.weights) for i, (c,) in zip(mine, found, strict=True)]
+    )
+
+
+if __name__ == "__main__":
+    run_cases(sample, sys.argv[1])

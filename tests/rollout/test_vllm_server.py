@@ -1,0 +1,352 @@
+"""The sampler over servers: a real HTTP server answers from an engine of ours, and breaks down.
+
+The same against a vLLM in an environment of its own: docs/engines.md has the command.
+"""
+
+import json
+import math
+import socket
+from contextlib import ExitStack
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from q3mega import device  # noqa: F401
+
+# isort: split
+from tiny import LAYOUT, SHAPES
+from token_server import token_server
+
+from q3mega.cli import main
+from q3mega.data import text
+from q3mega.data.tokenizer import Tokenizer, train_tokenizer
+from q3mega.engine import Engine
+from q3mega.errors import UserError
+from q3mega.rollout import SamplingParams, vllm_protocol, vllm_server
+from q3mega.rollout.gap import measure
+from q3mega.rollout.in_process import InProcessSampler
+from q3mega.rollout.logprobs import token_logprobs
+from q3mega.rollout.synced import SyncedSampler, norms
+from q3mega.rollout.vllm_protocol import EngineFailed, Unusable, parsed
+from q3mega.rollout.vllm_server import VllmSampler
+
+# ids of a make-believe tokenizer over 64 tokens; the stop text closes the think block
+TOKENIZER = SimpleNamespace(
+    eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
+)
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 61], [10], [11, 61]]
+
+
+def made(seed: int, kind: str = "dense") -> Engine:
+    engine = Engine(SHAPES[kind], LAYOUT(), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in engine.chunks[0].parameters():  # away from uniform, and norms of its own
+        parameter.data *= 2 if parameter.dim() > 1 else 1
+        parameter.data += 0.1 * torch.rand(parameter.shape, generator=generator)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return made(5)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(vllm_server, "BACK_OFF", 0.01)
+
+
+@pytest.fixture
+def serve(engine):
+    """serve(n or a fault for each) -> (sampler, servers)"""
+    with ExitStack() as stack:
+
+        def start(*faults, engines=None, tempered=True, hold=0.0, **settings):
+            engines = engines or [engine] * len(faults)
+            servers = [
+                stack.enter_context(token_server(e, f, tempered=tempered, hold=hold))
+                for e, f in zip(engines, faults, strict=True)
+            ]
+            return VllmSampler([s.url for s in servers], TOKENIZER, **settings), servers
+
+        yield start
+
+
+def flat(groups):
+    return [(c.tokens, c.mask, c.finish_reason) for group in groups for c in group]
+
+
+def drawn(groups):
+    return [c.tokens for group in groups for c in group]
+
+
+def test_greedy_answers_and_budgets_are_those_in_process(engine, serve):
+    sampler, (first, second) = serve(None, None)
+    own = InProcessSampler(engine, TOKENIZER)
+    for budget in (None, 1, 4, 12, 40):
+        params = SamplingParams(12, temperature=0, thinking_budget=budget)
+        theirs, ours = sampler.generate(PROMPTS, params), own.generate(PROMPTS, params)
+        assert flat(theirs) == flat(ours)
+        for (a,), (b,) in zip(theirs, ours, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+        if budget == 4:
+            assert any(0 in c.mask for (c,) in ours)
+    assert first.asked and second.asked
+    assert sampler.engines == {first.url: "0.0.test", second.url: "0.0.test"}
+
+
+@pytest.mark.parametrize("heat", [1.0, 0.6])
+def test_log_probabilities_are_the_trainers(engine, serve, heat):
+    sampler, _ = serve(None)
+    params = SamplingParams(10, heat, n=3, seed=7)
+    found = sampler.generate(PROMPTS, params)
+    cooled = made(5)  # at temperature T a model is the one with an lm_head of 1 / T
+    cooled.chunks[0].output_layer.weight.data /= heat
+    pairs = [(p, c.tokens) for p, group in zip(PROMPTS, found, strict=True) for c in group]
+    trainer = token_logprobs(cooled, pairs)
+    for own, completion in zip(trainer, [c for group in found for c in group], strict=True):
+        assert completion.logprobs == pytest.approx(own, abs=1e-4)
+    assert drawn(found) == drawn(sampler.generate(PROMPTS, params))
+    assert drawn(found) != drawn(sampler.generate(PROMPTS, replace(params, seed=8)))
+    assert len(set(map(tuple, drawn(found[:1])))) > 1  # the tries at one prompt differ
+
+
+def test_log_probabilities_that_the_server_cannot_tell(serve):
+    raw, _ = serve(None, tempered=False)
+    with pytest.raises(UserError, match="--logprobs-mode processed_logprobs"):
+        raw.generate(PROMPTS, SamplingParams(4, 0.6))
+    (group, *_) = raw.generate(PROMPTS, SamplingParams(4, 0.6, top_p=0.9, thinking_budget=2))
+    assert all(
+        math.isnan(p) == (m == 1) for p, m in zip(group[0].logprobs, group[0].mask, strict=True)
+    )
+    assert raw.generate([[1]], SamplingParams(4))[0][0].logprobs[0] < 0
+
+
+def test_load_is_bounded_and_spread(serve):
+    sampler, servers = serve(None, None, hold=0.02, concurrency=3)
+    found = sampler.generate(PROMPTS, SamplingParams(2, n=6))
+    assert sum(map(len, found)) == 24
+    assert all(1 < s.most_at_once <= 3 for s in servers)
+    assert all(len(s.asked) >= 6 for s in servers)
+
+
+@pytest.mark.parametrize("fault", ["slow", "500", "truncated", "aborted", "mixed", "kill"])
+def test_a_batch_outlives_a_fault(serve, fault):
+    """Whatever breaks, the same sequences come back: the id and the seed go with the request."""
+    params = SamplingParams(6, n=3, seed=3, thinking_budget=3)
+    whole = drawn(serve(None)[0].generate(PROMPTS, params))
+    timeout = 1.0 if fault == "slow" else 60.0
+    sampler, servers = serve(
+        lambda path, body, number: fault if number == 2 else None, None, timeout=timeout
+    )
+    assert drawn(sampler.generate(PROMPTS, params)) == whole
+    asked = [(b["request_id"], b["sampling_params"]["seed"]) for s in servers for b in s.asked]
+    assert len({i for i, _ in asked}) == len(set(asked))
+    assert sampler.servers[0].alive == (fault != "kill")
+    assert drawn(sampler.generate(PROMPTS, params)) == whole  # and the next batch does too
+
+
+def test_what_cannot_be_bettered_is_an_error(serve):
+    params = SamplingParams(4)
+    sampler, (server,) = serve(lambda path, body, number: "500", retries=2)
+    with pytest.raises(EngineFailed, match=r"failed 3 times.*told to answer 500"):
+        sampler.generate([[1]], params)
+    assert server.paths["/inference/v1/generate"] == 3
+    sampler, (server,) = serve(lambda path, body, number: "400")
+    with pytest.raises(UserError, match=r"400.*shorter prompt"):
+        sampler.generate([[1]], params)
+    assert server.paths["/inference/v1/generate"] == 1
+    sampler, _ = serve(*[lambda path, body, number: "kill"] * 2)
+    with pytest.raises(EngineFailed, match="no server is left"):
+        sampler.generate(PROMPTS, params)
+    with pytest.raises(EngineFailed, match=r"no server of .* is up"):
+        sampler.generate(PROMPTS, params)
+
+
+def test_a_server_that_is_none_is_refused_at_once(serve, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"{url} is no vLLM server that is up"):
+            VllmSampler([url], TOKENIZER)
+    _, (server,) = serve(None)
+    with pytest.raises(UserError, match="key_env=NO_SUCH_KEY"):
+        VllmSampler([server.url], TOKENIZER, key_env="NO_SUCH_KEY")
+    monkeypatch.setattr(vllm_protocol, "_GENERATE", "/elsewhere")
+    with pytest.raises(UserError, match="--enable-scale-out"):
+        VllmSampler([server.url], TOKENIZER)
+
+
+def test_servers_of_two_versions_are_not_mixed(serve, engine):
+    sampler, (first, second) = serve(None, None)
+    second.version = "another"
+    with pytest.raises(EngineFailed, match="must hold the same weights"):
+        sampler.generate(PROMPTS, SamplingParams(4))
+    sampler.version = "another"
+    (group, *_) = sampler.generate(PROMPTS, SamplingParams(4))
+    assert group[0].weights == "another"
+    first.asked.clear()
+    sampler.generate(PROMPTS, SamplingParams(4))
+    assert not first.asked
+
+
+def change_while_sampling(servers):
+    def fault(path, body, number):
+        if path.endswith("generate") and number == 2:
+            servers[0].version = "restarted"
+
+    return fault
+
+
+def test_weights_that_change_in_a_batch_are_not_sampled_from(serve):
+    box = []
+    sampler, servers = serve(change_while_sampling(box), None)
+    box += servers
+    sampler.version = "default"
+    found = sampler.generate(PROMPTS, SamplingParams(4, n=3))
+    assert {c.weights for group in found for c in group} == {"default"}
+    assert not sampler.servers[0].alive
+
+
+ANSWER = {
+    "choices": [
+        {
+            "token_ids": [4, 7],
+            "logprobs": {"content": [{"token_id": t, "logprob": -0.5} for t in (4, 7)]},
+            "finish_reason": "stop",
+            "weight_versions": [{"version": "v", "start": 0, "end": 2}],
+        }
+    ]
+}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(value, path=()):
+    yield path
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    for key, part in inner:
+        yield from places(part, (*path, key))
+
+
+@given(st.sampled_from([p for p in places(ANSWER) if p]), JSON)
+def test_an_answer_with_anything_in_it_is_whole_or_unusable(path, junk):
+    answer = json.loads(json.dumps(ANSWER))
+    *parents, last = path
+    place = answer
+    for key in parents:
+        place = place[key]
+    place[last] = junk
+    try:
+        choice = parsed(json.dumps(answer).encode())
+    except Unusable:
+        return
+    assert [t.token_id for t in choice.logprobs.content] == choice.token_ids
+    assert all(-9000 < t.logprob <= 1e-3 for t in choice.logprobs.content)
+    assert choice.weight_versions and choice.finish_reason in ("stop", "length")
+
+
+@given(st.binary(max_size=80), st.integers(0, len(json.dumps(ANSWER)) - 1))
+def test_bytes_that_are_no_answer_are_unusable(junk, end):
+    for body in (junk, json.dumps(ANSWER).encode()[:end]):
+        with pytest.raises(Unusable):
+            parsed(body)
+    assert parsed(json.dumps(ANSWER).encode()).token_ids == [4, 7]
+
+
+# -- weights -----------------------------------------------------------------------------------
+
+
+def test_the_servers_sample_from_the_engines_weights(serve, tmp_path):
+    trainer = made(7)
+    servers, (one, two) = serve(None, None, engines=[made(5), made(6)])
+    sampler = SyncedSampler(trainer, servers, tmp_path)
+    own, params = InProcessSampler(trainer, TOKENIZER), SamplingParams(10, temperature=0)
+    versions = []
+    for step in range(2):
+        found = sampler.generate(PROMPTS, params)
+        assert drawn(found) == drawn(own.generate(PROMPTS, params))
+        (version,) = {c.weights for group in found for c in group}
+        assert [path.name for path in tmp_path.iterdir()] == [version]
+        versions.append(version)
+        sampler.generate(PROMPTS, params)
+        assert one.paths["/collective_rpc"] == step + 1  # once, not for every call
+        for parameter in trainer.chunks[0].parameters():
+            parameter.data *= 1.3
+        trainer.changes += 1
+    assert versions[0] != versions[1]
+    sampler.generate(PROMPTS, params)
+    two.version = "default"  # as after a restart
+    sampler.generate(PROMPTS, params)
+    assert (one.paths["/collective_rpc"], two.paths["/collective_rpc"]) == (3, 4)
+
+
+def test_an_update_that_is_cut_is_made_again(serve, engine, tmp_path):
+    engine.save_hf(tmp_path, {})
+    cut = {"/collective_rpc"}
+
+    def fault(path, body, number):
+        return "500" if path in cut and number == 1 else None
+
+    sampler, (server, _) = serve(fault, None, engines=[made(6), made(8)])
+    sampler.load(tmp_path, "v1", norms(tmp_path))
+    assert server.version == vllm_protocol.LOADING and not sampler.servers[0].alive
+    asked = len(server.asked)
+    sampler.generate(PROMPTS, SamplingParams(4))
+    assert len(server.asked) == asked
+    sampler.load(tmp_path, "v1", norms(tmp_path))
+    assert server.version == "v1" and not server.paused and sampler.servers[0].alive
+
+
+def test_wrong_weights_are_seen(serve, engine, tmp_path):
+    engine.save_hf(tmp_path / "right", {})
+    made(6).save_hf(tmp_path / "wrong", {})
+    sampler, (server,) = serve(None, engines=[made(9)])
+    with pytest.raises(EngineFailed, match="read other weights than were written"):
+        sampler.load(tmp_path / "wrong", "v1", norms(tmp_path / "right"))
+    assert server.version == vllm_protocol.LOADING and server.paused
+    sampler, (server,) = serve(lambda path, body, number: "404" if "pause" in path else None)
+    with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
+        sampler.load(tmp_path / "right", "v1", norms(tmp_path / "right"))
+
+
+# -- the gap -----------------------------------------------------------------------------------
+
+
+def test_the_gap_of_equal_weights_is_rounding_and_of_others_is_not(serve, engine):
+    params = SamplingParams(10, n=2, seed=1)
+    sampler, _ = serve(None)
+    same = measure(engine, sampler, PROMPTS, params)
+    assert same.mean <= same.max < 1e-5 and abs(same.kl) < 1e-6 and same.flipped == 0
+    others = measure(made(6), sampler, PROMPTS, params)
+    assert others.tokens == same.tokens and others.max > others.mean > 0.1
+    assert others.kl > 0.1 and others.flipped > 0.1
+
+
+def test_the_command_fails_above_its_threshold(tmp_path, capsys):
+    train_tokenizer(text.documents("year_2889"), 512, tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    right = Engine(replace(SHAPES["tied"], vocab=512), LAYOUT(), seed=0)
+    right.save_hf(tmp_path, {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eod})
+    wrong = Engine(replace(SHAPES["tied"], vocab=512), LAYOUT(), seed=1)
+    for engine, code in ((right, 0), (wrong, 1)):
+        with token_server(engine) as server:
+            words = ["--engine", server.url, "--problems", "3", "--max-tokens", "4"]
+            assert main(["gap", str(tmp_path), *words, "--threshold", "1e-4"]) == code
+        said = capsys.readouterr()
+        assert "mean |delta log p|" in said.out
+        assert ("above --threshold 0.0001" in said.err) == bool(code)
+    assert main(["gap", str(tmp_path), "--engine", server.url, "--problems", "0"]) == 2
