@@ -13,11 +13,12 @@ from pathlib import Path
 
 from q3mega import evaluate
 from q3mega.algorithms.entropy import EntropyController
-from q3mega.data.chat import render
+from q3mega.data.chat import last_flag, render
 from q3mega.data.tasks import FAMILIES, Problem, general, generate
 from q3mega.data.tasks.pool import Pool
 from q3mega.engine import parallel
 from q3mega.evaluate import Mode, flagged
+from q3mega.rewards import reward_of
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.episodes import run_episodes
 from q3mega.rollout.tools import environment
@@ -29,7 +30,7 @@ from q3mega.train import reinforcement
 from q3mega.train.rollouts import Rollout
 
 FOLLOW = 0.3  # of the general prompts are conversations with random mode flags
-HELD_OUT = 100  # problems of each task of one's own, in each mode
+HELD_OUT = 100  # problems of each task of one's own
 FLAGGED = 0.6  # of the problems that are asked in thinking mode, which is the default
 _THINKS: dict[str, Mode] = {"reasoning": "think"}  # capability -> mode, else no_think
 AUDITED = 5  # problems of each task that every known cheat is tried on
@@ -116,7 +117,7 @@ class Tasks:
         names, shares = zip(*self.stage.config.problems.items(), strict=True)
         pool = self.pools[rng.choices(names, shares)[0]]
         (problem,) = pool.draw(rng.choice(pool.domains), 1, seed=rng.randrange(2**31))
-        mode: Mode = problem.meta.get("mode") or rng.choice(("think", "no_think"))
+        mode = _own_mode(problem) or rng.choice(("think", "no_think"))
         return _in_mode(problem, mode, flag=mode == "no_think" or rng.random() < FLAGGED)
 
     def samples(self, n: int) -> list[Problem]:
@@ -130,7 +131,7 @@ class Tasks:
             ]
         pools = (self.stage.pool, *self.pools.values())
         drawn = [p for pool in pools for d in pool.domains for p in pool.draw(d, n, seed)]
-        return [_in_mode(p, p.meta.get("mode", "think")) for p in drawn]
+        return [_in_mode(p, _own_mode(p) or "think") for p in drawn]
 
 
 def played(
@@ -151,7 +152,7 @@ def own_tasks(
     rank, size = parallel.data_rank(), parallel.data_size()
     results = {}
     for name, pool in tasks.pools.items():
-        held = [_in_mode(p, p.meta.get("mode", "think")) for p in pool.held_out(HELD_OUT)]
+        held = [_in_mode(p, _own_mode(p) or "think") for p in pool.held_out(HELD_OUT)]
         mine = held[rank::size]
         params = SamplingParams(stage.answer_tokens, 0.6, seed=stage.seed("own", name, rank))
         episodes = played(stage, sampler, mine, params)
@@ -161,7 +162,22 @@ def own_tasks(
     return results
 
 
+def _by_mode(problem: Problem) -> bool:
+    names = reward_of(problem)
+    return "mode" in ([names] if isinstance(names, str) else names)
+
+
+def _own_mode(problem: Problem) -> Mode | None:
+    """The mode that a problem asks for by itself: its file says so, or its flags do."""
+    if _by_mode(problem):
+        return last_flag(problem.messages) or "think"
+    return problem.meta.get("mode")
+
+
 def _in_mode(problem: Problem, mode: Mode, flag: bool = True) -> Problem:
-    """The problem with its mode's flag, or none, and the mode where the rewards look for it."""
-    turns = tuple(flagged(problem, mode if flag else None))
+    """The problem with its mode's flag, or none, and the mode where the rewards look for it.
+
+    One that is about its own flags gets no other.
+    """
+    turns = tuple(flagged(problem, mode if flag and not _by_mode(problem) else None))
     return replace(problem, messages=turns, meta=problem.meta | {"mode": mode})
