@@ -25,7 +25,7 @@ from q3mega.data.tasks.tools import with_schemas
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, Head, parallel
 from q3mega.errors import UserError
-from q3mega.rewards import judge_answer, reward_of, score
+from q3mega.rewards import judge_answer, listed, reward_of, score
 from q3mega.rewards.answer import boxes
 from q3mega.rewards.mode import mode_of
 from q3mega.rollout import Completion, Sampler, SamplingParams
@@ -145,7 +145,9 @@ def graded(
             render(
                 p.messages,
                 add_generation_prompt=True,
-                enable_thinking=False if mode == "no_think" and not _by_mode(r) else None,
+                enable_thinking=False
+                if mode == "no_think" and "mode" not in listed(r["reward"])
+                else None,
                 tools=p.tools,
             )
         )
@@ -160,11 +162,6 @@ def graded(
         for i, (c, turns) in zip(each, episodes, strict=True)
     ]
     return [scores[i : i + params.n] for i in range(0, len(scores), params.n)]
-
-
-def _by_mode(row: Mapping[str, Any]) -> bool:
-    names = row["reward"]
-    return "mode" in ([names] if isinstance(names, str) else names)
 
 
 def _judged(text: str, row: Mapping[str, Any], tokens: int, max_tokens: int, number: int) -> float:

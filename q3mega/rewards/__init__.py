@@ -52,17 +52,21 @@ def reward(name: str) -> Callable[[Reward], Reward]:
     return register
 
 
+def listed(names: Names) -> list[str]:
+    """The rewards that make one."""
+    return [names] if isinstance(names, str) else list(names)
+
+
 def score(names: Names, completion: str, row: Mapping[str, Any]) -> Verdict:
     """The verdict of one registered reward; of several the product, or with weights their mean.
 
     The reason is the lowest one's. Raises UserError for an unknown name or a weight of no use.
     """
     weights = names if isinstance(names, Mapping) else None
-    listed = [names] if isinstance(names, str) else list(names)
-    for name in listed:
+    for name in listed(names):
         if name not in _REWARDS:
             raise UserError(f"reward={name!r} is unknown: use one of {', '.join(sorted(_REWARDS))}")
-    verdicts = {name: _REWARDS[name](completion, row) for name in listed}
+    verdicts = {name: _REWARDS[name](completion, row) for name in listed(names)}
     if weights is None:
         value = math.prod(v.score for v in verdicts.values())
     else:
@@ -117,8 +121,7 @@ def reward_of(problem: Problem) -> Names:
 
 def models_of(problem: Problem) -> list[str]:
     """Which of MODELS a problem's reward asks."""
-    names = reward_of(problem)
-    return [m for m in MODELS if m in ([names] if isinstance(names, str) else names)]
+    return [m for m in MODELS if m in listed(reward_of(problem))]
 
 
 def judge_answer(problem: Problem, text: str, **facts: Any) -> Verdict:

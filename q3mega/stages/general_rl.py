@@ -18,7 +18,7 @@ from q3mega.data.tasks import FAMILIES, Problem, general, generate
 from q3mega.data.tasks.pool import Pool
 from q3mega.engine import parallel
 from q3mega.evaluate import Mode, flagged
-from q3mega.rewards import reward_of
+from q3mega.rewards import listed, reward_of
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.episodes import run_episodes
 from q3mega.rollout.tools import environment
@@ -117,7 +117,7 @@ class Tasks:
         names, shares = zip(*self.stage.config.problems.items(), strict=True)
         pool = self.pools[rng.choices(names, shares)[0]]
         (problem,) = pool.draw(rng.choice(pool.domains), 1, seed=rng.randrange(2**31))
-        mode = _own_mode(problem) or rng.choice(("think", "no_think"))
+        mode: Mode = _own_mode(problem) or rng.choice(("think", "no_think"))
         return _in_mode(problem, mode, flag=mode == "no_think" or rng.random() < FLAGGED)
 
     def samples(self, n: int) -> list[Problem]:
@@ -162,14 +162,9 @@ def own_tasks(
     return results
 
 
-def _by_mode(problem: Problem) -> bool:
-    names = reward_of(problem)
-    return "mode" in ([names] if isinstance(names, str) else names)
-
-
 def _own_mode(problem: Problem) -> Mode | None:
     """The mode that a problem asks for by itself: its file says so, or its flags do."""
-    if _by_mode(problem):
+    if "mode" in listed(reward_of(problem)):
         return last_flag(problem.messages) or "think"
     return problem.meta.get("mode")
 
@@ -179,5 +174,6 @@ def _in_mode(problem: Problem, mode: Mode, flag: bool = True) -> Problem:
 
     One that is about its own flags gets no other.
     """
-    turns = tuple(flagged(problem, mode if flag and not _by_mode(problem) else None))
+    flag = flag and "mode" not in listed(reward_of(problem))
+    turns = tuple(flagged(problem, mode if flag else None))
     return replace(problem, messages=turns, meta=problem.meta | {"mode": mode})
