@@ -140,19 +140,17 @@ def graded(
     problems = [files.as_problem(row, "rows") for row in rows]
     for i, row in enumerate(rows):
         _judged("", row, 0, params.max_tokens, i)
-    prompts = [
-        tokenizer.encode(
-            render(
-                p.messages,
-                add_generation_prompt=True,
-                enable_thinking=False
-                if mode == "no_think" and "mode" not in listed(r["reward"])
-                else None,
-                tools=p.tools,
-            )
+    filled = [mode == "no_think" and "mode" not in listed(row["reward"]) for row in rows]
+    texts = [
+        render(
+            p.messages,
+            add_generation_prompt=True,
+            enable_thinking=False if block else None,
+            tools=p.tools,
         )
-        for p, r in zip(problems, rows, strict=True)
+        for p, block in zip(problems, filled, strict=True)
     ]
+    prompts = [tokenizer.encode(text) for text in texts]
     each = [i for i in range(len(rows)) for _ in range(params.n)]
     environments = [environment(problems[i]) for i in each]
     asked = [prompts[i] for i in each]

@@ -31,6 +31,7 @@ from q3mega.train.rollouts import Rollout
 
 FOLLOW = 0.3  # of the general prompts are conversations with random mode flags
 HELD_OUT = 100  # problems of each task of one's own
+MODES: tuple[Mode, Mode] = ("think", "no_think")
 FLAGGED = 0.6  # of the problems that are asked in thinking mode, which is the default
 _THINKS: dict[str, Mode] = {"reasoning": "think"}  # capability -> mode, else no_think
 AUDITED = 5  # problems of each task that every known cheat is tried on
@@ -117,7 +118,7 @@ class Tasks:
         names, shares = zip(*self.stage.config.problems.items(), strict=True)
         pool = self.pools[rng.choices(names, shares)[0]]
         (problem,) = pool.draw(rng.choice(pool.domains), 1, seed=rng.randrange(2**31))
-        mode: Mode = _own_mode(problem) or rng.choice(("think", "no_think"))
+        mode = _own_mode(problem) or rng.choice(MODES)
         return _in_mode(problem, mode, flag=mode == "no_think" or rng.random() < FLAGGED)
 
     def samples(self, n: int) -> list[Problem]:
