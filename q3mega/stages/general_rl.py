@@ -118,7 +118,8 @@ class Tasks:
         names, shares = zip(*self.stage.config.problems.items(), strict=True)
         pool = self.pools[rng.choices(names, shares)[0]]
         (problem,) = pool.draw(rng.choice(pool.domains), 1, seed=rng.randrange(2**31))
-        mode = _own_mode(problem) or rng.choice(MODES)
+        drawn: Mode = rng.choice(MODES)
+        mode = _own_mode(problem) or drawn
         return _in_mode(problem, mode, flag=mode == "no_think" or rng.random() < FLAGGED)
 
     def samples(self, n: int) -> list[Problem]:
