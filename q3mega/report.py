@@ -279,6 +279,7 @@ def _rewards(folder: Path) -> str:
     rows = []
     for key, points in _traces(folder, keys).items():
         kind, _, name = key.partition("/")
+        name = name or "all"
         values, part = [value for _, value in points], max(1, len(points) // 10)
         spread = _traces(folder, [f"spread/{name}"]) if kind == "score" else {}
         spreads = [value for _, value in spread.get(f"spread/{name}", [])][-part:]

@@ -64,8 +64,9 @@ def run(stage: Stage) -> None:
                 reason=v.reason,
                 parts=v.parts,
                 problem=p.id,
+                text="\n\n".join(turns),
             )
-            for i, ((prompt, c, _), v, p) in enumerate(
+            for i, ((prompt, c, turns), v, p) in enumerate(
                 zip(episodes, verdicts, problems, strict=True)
             )
         ]

@@ -144,6 +144,7 @@ def answered(
                     reason=verdict.reason,
                     parts=verdict.parts,
                     problem=p.id,
+                    text=text,
                 )
             )
     return rollouts

@@ -237,7 +237,7 @@ def _record(
         task=shown.task,
         reward=shown.reward,
         reason=shown.reason,
-        tokens=shown.completion.tokens,
+        text=shown.text,
     )
 
 

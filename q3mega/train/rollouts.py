@@ -17,7 +17,7 @@ Rows = list[dict[str, Any]]
 class Rollout:
     """group: which prompt of the batch. problem: the Problem's id. parts: each reward's own score.
 
-    versions: the weights that sampled it, each as the number of optimizer updates before it.
+    text: the assistant's turns, for people. versions: the weights that sampled it, each as the number of optimizer updates before it.
     """
 
     prompt: list[int]
@@ -29,6 +29,7 @@ class Rollout:
     parts: Mapping[str, float] = field(default_factory=dict)
     ref_logprobs: list[float] | None = None
     problem: str = ""
+    text: str = ""
     versions: list[int] = field(default_factory=list)
 
 
@@ -39,7 +40,7 @@ _COLUMNS = {
     "logprobs": torch.float64,  # a server's are not fp32
     "ref_logprobs": torch.float64,
 }
-_PLAIN = ("group", "reward", "task", "reason", "problem", "versions")
+_PLAIN = ("group", "reward", "task", "reason", "problem", "text", "versions")
 
 
 def pack(rollouts: Sequence[Rollout]) -> tuple[Rows, dict[str, Tensor]]:

@@ -50,6 +50,7 @@ def rollouts(draw: st.DrawFn) -> Rollout:
         parts=draw(st.dictionaries(st.text(), finite, max_size=2)),
         ref_logprobs=draw(st.none() | column),
         problem=draw(st.text()),
+        text=draw(st.text()),
         versions=draw(st.lists(st.integers(0), max_size=2)),
     )
 
