@@ -17,7 +17,8 @@ Rows = list[dict[str, Any]]
 class Rollout:
     """group: which prompt of the batch. problem: the Problem's id. parts: each reward's own score.
 
-    text: the assistant's turns, for people. versions: the weights that sampled it, each as the number of optimizer updates before it.
+    text: the assistant's turns, for people. versions: the weights that sampled it, each as the
+    number of optimizer updates before it.
     """
 
     prompt: list[int]
