@@ -121,6 +121,9 @@ def _parser() -> argparse.ArgumentParser:
                 "--budget", type=int, nargs="+", help="thinking budgets, tokens: one run of each"
             )
             sub.add_argument("--out", type=Path, help="a JSON file of the same numbers")
+            sub.add_argument(
+                "--rewards", nargs="+", default=[], metavar="FILE.py", help="rewards of your own"
+            )
         else:
             sub.add_argument(
                 "--no-think", dest="mode", action="store_const", const="no_think",
@@ -271,6 +274,9 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     if arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch} must be 1 or more")
+    from q3mega.rewards import own
+
+    own.load(arguments.rewards)
     out: Path | None = arguments.out
     if out and not out.parent.is_dir():
         raise UserError(f"--out {out}: {out.parent} is no folder")

@@ -31,7 +31,7 @@ from q3mega.data.tasks import files
 from q3mega.data.tasks.pool import Pool
 from q3mega.errors import UserError
 from q3mega.recipe import Recipe
-from q3mega.rewards import MODELS, Verdict, judge_answer, models_of
+from q3mega.rewards import MODELS, Verdict, judge_answer, models_of, own
 from q3mega.rollout.tools import environment
 from q3mega.sections import nearest
 from q3mega.settings import GeneralRL, ModeFusion
@@ -93,6 +93,7 @@ def prepare(recipe: Recipe, run_dir: Path) -> None:
 
 def _check_files(recipe: Recipe) -> None:
     """UserError for a row that a stage could not use, before any of them computes."""
+    own.load(recipe.rewards)
     for problem in Pool(recipe.problems):
         if models := models_of(problem):
             raise UserError(

@@ -99,6 +99,7 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     seed: NonNegativeInt
     problems: tuple[str, ...] = ()  # files of reasoning problems; none: the generated families
+    rewards: tuple[str, ...] = ()  # Python files of rewards of one's own, run in every process
     tokenizer: TokenizerSpec
     model: ModelSpec  # also the teacher's
     student: ModelSpec | None = None

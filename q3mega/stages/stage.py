@@ -22,6 +22,7 @@ from q3mega.model import Qwen3Shape
 from q3mega.model.attention import Positions
 from q3mega.model.huggingface import shape_of
 from q3mega.recipe import ModelSpec, Recipe
+from q3mega.rewards import own
 from q3mega.rollout import Sampler
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.synced import SyncedSampler
@@ -38,6 +39,7 @@ class Stage:
 
     def __init__(self, run_dir: Path, name: str) -> None:
         self.recipe = Recipe.load(run_dir / "recipe.yaml")
+        own.load(self.recipe.rewards)
         self.run_dir, self.name = run_dir, name
         self.config: Any = self.recipe.stages[name]
         self.dir = self.recipe.stage_dir(run_dir, name)

@@ -29,7 +29,17 @@ def lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+MINE = """
+from q3mega.rewards import Verdict, reward
+
+@reward("short")
+def short(completion, row):
+    return Verdict(float(len(completion) < 200), "short?")
+"""
+
+
 def write_files(folder):
+    (folder / "mine.py").write_text(MINE)
     letter = [{"kind": "letter", "letter": "e", "at_least": 1}]
     rule = {"reward": "constraints_strict", "constraints": letter}
     lines(
@@ -46,7 +56,7 @@ def write_files(folder):
             for n in range(30)
         ],
     )
-    judged = {"reward": {"judge": 0.7, "repetition": 0.3}, "answer": "seven", "mode": "no_think"}
+    judged = {"reward": {"judge": 0.7, "short": 0.3}, "answer": "seven", "mode": "no_think"}
     lines(folder / "tasks.jsonl", [{"question": f"Task {n}"} | judged for n in range(60)])
     lines(
         folder / "open.jsonl",
@@ -219,6 +229,7 @@ def test_the_report_shows_funnels_and_scores(ran, monkeypatch, capsys):
     ("change", "message"),
     [
         ("problems=[none.jsonl]", "none.jsonl cannot be read"),
+        ("rewards=[none.py]", "rewards=none.py: must be a Python file that is there"),
         ("cold_start.teacher=null", "stages.cold_start.teacher answers the problems of files"),
         ("mode_fusion.direct=5", "stages.mode_fusion.direct=5"),
         ("mode_fusion.non_thinking={problems.jsonl: 3}", "problems.jsonl:1: response=None"),
