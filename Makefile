@@ -10,8 +10,14 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 demo: .venv/.ready
 	.venv/bin/q3mega run examples/laptop.yaml --run-dir runs/laptop
 
+# Two halves at once: the stages' tests, which start processes of their own, and all others. An
+# interrupt ends both, and each has its own exit status.
 test: .venv/.ready
-	.venv/bin/pytest
+	@log=$$(mktemp); .venv/bin/pytest tests/stages > $$log 2>&1 & stages=$$!; \
+	trap "kill $$stages" INT TERM; \
+	.venv/bin/pytest --ignore=tests/stages; others=$$?; \
+	wait $$stages; status=$$?; cat $$log; rm -f $$log; \
+	[ $$others -eq 0 ] && [ $$status -eq 0 ]
 
 bench: .venv/.ready
 	.venv/bin/python benchmarks/operators.py
