@@ -270,12 +270,11 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from q3mega.rewards import own
     from q3mega.try_out import Checkpoint
 
     if arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch} must be 1 or more")
-    from q3mega.rewards import own
-
     own.load(arguments.rewards)
     out: Path | None = arguments.out
     if out and not out.parent.is_dir():

@@ -3,7 +3,7 @@
 All are sums: `normalise` puts mask and normaliser into the samples' weights beforehand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,20 +82,11 @@ def distillation(
 ) -> LossFn:
     """Exact full-vocabulary divergence to the teacher, whose hidden states travel in the batch."""
 
-    def loss(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        out = ops.distill_loss(
-            head.hidden,
-            head.weight,
-            teacher_hidden=batch.columns["teacher_hidden"],
-            teacher_weight=teacher_weight,
-            divergence=divergence,
-            temperature=temperature,
-            loss_weights=batch.loss_weights,
-            tp_group=head.tp_group,
-        )
-        return out.loss, {}
+    def teacher(batch: Batch) -> dict[str, Any]:
+        hidden = batch.columns["teacher_hidden"]
+        return {"teacher_hidden": hidden, "teacher_weight": teacher_weight}
 
-    return loss
+    return _divergence(teacher, divergence, temperature)
 
 
 def distillation_topk(divergence: Divergence, temperature: float = 1.0) -> LossFn:
@@ -104,12 +95,23 @@ def distillation_topk(divergence: Divergence, temperature: float = 1.0) -> LossF
     Columns teacher_ids and teacher_logprobs (T, K); an id below 2^24 is exact in fp32.
     """
 
-    def loss(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def teacher(batch: Batch) -> dict[str, Any]:
         ids, logprobs = batch.columns["teacher_ids"], batch.columns["teacher_logprobs"]
+        return {"teacher_topk": (ids.long(), logprobs)}
+
+    return _divergence(teacher, divergence, temperature)
+
+
+def _divergence(
+    teacher: Callable[[Batch], dict[str, Any]], divergence: Divergence, temperature: float
+) -> LossFn:
+    """teacher(batch): that of `ops.distill_loss`, in whichever form."""
+
+    def loss(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         out = ops.distill_loss(
             head.hidden,
             head.weight,
-            teacher_topk=(ids.long(), logprobs),
+            **teacher(batch),
             divergence=divergence,
             temperature=temperature,
             loss_weights=batch.loss_weights,

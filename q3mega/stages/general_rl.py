@@ -23,7 +23,7 @@ from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.episodes import run_episodes
 from q3mega.rollout.tools import environment
 from q3mega.stages.mode_fusion import both_modes
-from q3mega.stages.reasoning_rl import policy, refer
+from q3mega.stages.reasoning_rl import judged, policy, refer
 from q3mega.stages.scorer import Scorer
 from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement
@@ -55,17 +55,7 @@ def run(stage: Stage) -> None:
         episodes = played(stage, sampler, problems, params)
         verdicts = scorer(problems, [turns for *_, turns in episodes])
         rollouts = [
-            Rollout(
-                prompt=prompt,
-                completion=c,
-                group=groups[i // config.rollouts],
-                reward=v.score,
-                task=p.family,
-                reason=v.reason,
-                parts=v.parts,
-                problem=p.id,
-                text="\n\n".join(turns),
-            )
+            judged(prompt, c, groups[i // config.rollouts], p, v, "\n\n".join(turns))
             for i, ((prompt, c, turns), v, p) in enumerate(
                 zip(episodes, verdicts, problems, strict=True)
             )

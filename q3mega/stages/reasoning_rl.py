@@ -17,8 +17,8 @@ from q3mega.data.chat import render
 from q3mega.data.tasks import Problem
 from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
-from q3mega.rewards import judge_answer
-from q3mega.rollout import Sampler, SamplingParams
+from q3mega.rewards import Verdict, judge_answer
+from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.base import text_of
 from q3mega.rollout.logprobs import token_logprobs
 from q3mega.settings import RLSettings, RolloutEngine
@@ -134,20 +134,26 @@ def answered(
         for c in tries:
             text = text_of(c, stage.tokenizer)
             verdict = judge_answer(p, text, tokens=len(c.tokens), max_tokens=config.max_tokens)
-            rollouts.append(
-                Rollout(
-                    prompt=prompt,
-                    completion=c,
-                    group=group,
-                    reward=verdict.score,
-                    task=p.family,
-                    reason=verdict.reason,
-                    parts=verdict.parts,
-                    problem=p.id,
-                    text=text,
-                )
-            )
+            rollouts.append(judged(prompt, c, group, p, verdict, text))
     return rollouts
+
+
+def judged(
+    prompt: list[int], completion: Completion, group: int, problem: Problem, verdict: Verdict,
+    text: str,
+) -> Rollout:  # fmt: skip
+    """A completion with what its problem's reward says of it."""
+    return Rollout(
+        prompt=prompt,
+        completion=completion,
+        group=group,
+        reward=verdict.score,
+        task=problem.family,
+        reason=verdict.reason,
+        parts=verdict.parts,
+        problem=problem.id,
+        text=text,
+    )
 
 
 def select(stage: Stage, sampler: Sampler) -> None:
