@@ -77,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--card", default="h100", help="h100, h200 or a100")
     plan.add_argument("--sequence", type=int, default=4096, help="with --model: tokens")
     plan.add_argument("--batch", type=int, default=1024, help="with --model: sequences a step")
+    plan.add_argument(
+        "--rl", type=int, metavar="UPDATES",
+        help="with --model: reinforcement by its schedules, so many updates a batch of --batch "
+        "answers of up to --sequence tokens",
+    )  # fmt: skip
 
     slurm = commands.add_parser("slurm", help="a job script for each stage of a recipe")
     slurm.set_defaults(command=_slurm)
@@ -199,6 +204,9 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise UserError("plan takes a recipe, or --model and --gpus")
     if a.recipe:
         table, fits = plan.table_of_stages(Recipe.load(a.recipe, a.overrides), a.card)
+    elif a.rl is not None:
+        searched = a.model, a.gpus, a.card, a.sequence, a.batch
+        table, fits = plan.table_of_schedules(*searched, a.rl)
     else:
         table, fits = plan.table_of_layouts(a.model, a.gpus, a.card, a.sequence, a.batch)
     print(table)

@@ -354,22 +354,26 @@ class Rollouts:
         cached = self.at_once * (self.prompt + self.tokens) * kv_bytes(self.shape)
         return cached / self.tensor
 
-    def seconds(self) -> float:
-        """Of decoding, which memory bounds; prefill at the speed of a training step's forward."""
+    def decode(self, sequences: int) -> float:
+        """Seconds in which an engine decodes a token of each of so many: memory bounds it."""
         s, a = self.shape, self.card
         experts = 2 * s.layers * s.experts * 3 * s.hidden * s.moe_ffn
         touched = 2.0 * s.num_parameters(embeddings=False) - experts
         # of a rank's experts those are read that any of these tokens goes to
-        met = self.at_once * max(1, self.expert // self.tensor)
+        met = sequences * max(1, self.expert // self.tensor)
         unread = (1 - s.topk / s.experts) ** met if s.experts else 0.0
-        cached = self.at_once * (self.prompt + self.tokens / 2) * kv_bytes(s)
+        cached = sequences * (self.prompt + self.tokens / 2) * kv_bytes(s)
         read = (touched + 2 * s.vocab * s.hidden + cached) / self.tensor
         read += experts * (1 - unread) / self.expert
-        products = s.forward_flops(self.at_once, self.prompt + self.tokens / 2) / self.tensor
-        each = max(read / (a.traffic * 0.8), products / (a.flops * RATES.projection))
-        prefill = s.forward_flops(self.at_once * self.prompt, self.prompt / 2) / self.tensor
+        products = s.forward_flops(sequences, self.prompt + self.tokens / 2) / self.tensor
+        return max(read / (a.traffic * 0.8), products / (a.flops * RATES.projection))
+
+    def seconds(self) -> float:
+        """Of decoding all answers; prefill at the speed of a training step's forward."""
+        prefill = self.shape.forward_flops(self.at_once * self.prompt, self.prompt / 2)
+        prefill /= self.tensor * self.card.flops * RATES.projection
         rounds = math.ceil(self.share / self.at_once)
-        return rounds * (self.tokens * each + prefill / (a.flops * RATES.projection))
+        return rounds * (self.tokens * self.decode(self.at_once) + prefill)
 
 
 def kv_bytes(shape: Qwen3Shape) -> int:

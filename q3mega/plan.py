@@ -2,11 +2,12 @@
 fit. What things cost is q3mega.cost's."""
 
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from q3mega.cost import CARDS, GIB, Card, Job, Rollouts, by_stage, memory, sent, step
+from q3mega.cost import CARDS, GIB, Card, Job, Rollouts, by_stage, kv_bytes, memory, sent, step
 from q3mega.errors import UserError
 from q3mega.layout import Layout, Recompute, check_layout
 from q3mega.model.sizes import QWEN3, Qwen3Shape
@@ -20,6 +21,7 @@ from q3mega.settings import (
     Pretrain,
     RLSettings,
 )
+from q3mega.throughput import Rates, finish_times, pace
 
 # -- a recipe's stages -----------------------------------------------------------------------------
 
@@ -187,12 +189,8 @@ def table_of_layouts(
     model: str, gpus: int | None, card: str, sequence: int, batch: int
 ) -> tuple[str, bool]:
     """(Markdown, whether any fits): the fastest layouts of a model that fit."""
-    if model not in QWEN3:
-        raise UserError(f"--model {model}: choose one of {', '.join(QWEN3)}")
-    if gpus is None or gpus < 1:
-        raise UserError(f"--gpus {gpus}: say how many GPUs, 1 or more")
-    job = Job(QWEN3[model], Layout(processes=gpus), _card(card), sequence, batch)
-    found = best(job, gpus)
+    job = _job(model, gpus, card, sequence, batch)
+    found = best(job, job.layout.processes)
     if not found:
         return f"{model} fits no layout of {gpus} {card}: take more GPUs", False
     rows = []
@@ -210,6 +208,84 @@ def table_of_layouts(
         "bubble | communication |\n|---|---|---|---|---|---|---|---|"
     )
     return "\n".join([head, *rows]), True
+
+
+STALENESS = (0, 1, 2, 4)
+BATCHES = 24  # simulated
+
+
+def table_of_schedules(
+    model: str, gpus: int | None, card: str, longest: int, sequences: int, updates: int
+) -> tuple[str, bool]:
+    """(Markdown, whether any fits): reinforcement with some GPUs that train and others that sample,
+    by how many batches may be ahead; the first row's all do both in turn.
+
+    A recipe does not know how long answers will be: they are drawn log-normal, with a quarter of
+    `longest` as the median and sigma 0.8, and cut there.
+    """
+    base = _job(model, gpus, card, longest, sequences)
+    gpus = base.layout.processes
+    rng = random.Random(0)
+    lengths = [
+        [
+            min(longest, int(rng.lognormvariate(math.log(longest / 4), 0.8)))
+            for _ in range(sequences)
+        ]
+        for _ in range(BATCHES)
+    ]
+    mean = sum(map(sum, lengths)) / (BATCHES * sequences)
+    packed = math.ceil(sequences * (mean + PROMPT) / longest / updates)  # whole micro-batches
+    head = [
+        "GPUs that train", "that sample", "layout", "seconds of updates",
+        *(f"a batch, staleness {n}" for n in STALENESS), "best, times all in turn",
+    ]  # fmt: skip
+    rows, in_turn = [], 0.0
+    for share in (1, 0.75, 0.5, 0.25):
+        training = int(gpus * share)
+        found = best(replace(base, batch=packed), training, 1) if training else []
+        serving = gpus - training if share < 1 else gpus
+        rates = _serving(base, serving, mean)
+        if not found or rates is None:
+            continue
+        rates = replace(rates, train=step(found[0]).seconds * updates)
+        allowed = STALENESS if share < 1 else STALENESS[:1]
+        times = [pace(finish_times(rates, lengths, n)) for n in allowed]
+        in_turn = in_turn or times[0]
+        cells = [f"{t:.3g}" for t in times] + [""] * (len(STALENESS) - len(times))
+        where = (str(training), str(serving)) if share < 1 else ("all", "all")
+        cells = [*where, _layout(found[0]), f"{rates.train:.3g}", *cells]
+        rows.append(f"| {' | '.join(cells)} | {in_turn / min(times):.2f} |")
+    if not rows:
+        return f"reinforcement of {model} does not fit {gpus} {card}: take more GPUs", False
+    told = (
+        f"{sequences} answers a batch of {mean:,.0f} tokens in the mean, {longest:,} at most, "
+        f"{updates} updates; simulated, {BATCHES} batches"
+    )
+    return "\n".join([told, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]), True
+
+
+def _serving(job: Job, gpus: int, mean: float) -> Rates | None:
+    """Servers of as few GPUs as the weights leave half free; None: there is no such server."""
+    weights = 2.0 * job.shape.num_parameters()
+    for tensor in (1, 2, 4, 8, 16):
+        if weights / tensor <= job.card.memory / 2 and tensor <= gpus:
+            break
+    else:
+        return None
+    rollouts = Rollouts(job.shape, gpus, tensor, job.batch, PROMPT, int(mean), tensor, 0, job.card)
+    room = 0.9 * job.card.memory * tensor - weights
+    slots = int(room / ((PROMPT + mean) * kv_bytes(job.shape)))
+    # every server takes all weights over its network
+    handed = weights / tensor / (job.card.network / 2)
+    return Rates(rollouts.decode, gpus // tensor, min(slots, 512), 0.0, handed)
+
+
+def _job(model: str, gpus: int | None, card: str, sequence: int, batch: int) -> Job:
+    if model not in QWEN3:
+        raise UserError(f"--model {model}: choose one of {', '.join(QWEN3)}")
+    if gpus is None or gpus < 1:
+        raise UserError(f"--gpus {gpus}: say how many GPUs, 1 or more")
+    return Job(QWEN3[model], Layout(processes=gpus), _card(card), sequence, batch)
 
 
 def _card(name: str) -> Card:
