@@ -209,8 +209,20 @@ class Selection(Section):
 class ReasoningRL(StageConfig, RLSettings):
     """Reinforcement learning on verifiable problems."""
 
+    # asynchronous: servers sample in the background, batches up to `staleness` steps ahead
+    schedule: Literal["synchronous", "one_step_off", "asynchronous"] = "synchronous"
+    staleness: PositiveInt = 1
     selection: Selection
     engine: RolloutEngine | None = None  # None: the training processes sample
+
+    @model_validator(mode="after")
+    def _beside(self) -> Self:
+        if self.schedule == "asynchronous" and self.engine is None:
+            raise UserError(
+                "schedule=asynchronous needs servers that sample beside the training processes: "
+                "name them in `engine`, or take one_step_off"
+            )
+        return self
 
 
 class ModeFusion(SFT):

@@ -1,7 +1,7 @@
 """What a rollout engine is: token ids in, token ids and their log-probabilities out, never text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from q3mega.data.tokenizer import Tokenizer
@@ -53,14 +53,15 @@ class SamplingParams:
 class Completion:
     """tokens include the stop token. logprobs: of each token at the sampling temperature, before
     top-p and top-k. mask: 0 marks tokens that the model did not choose (the stop text, tool
-    results); they stay out of every loss. weights: the version that a server sampled with.
+    results); they stay out of every loss. weights: the versions that a server sampled with, in
+    the tokens' order, each with its number of tokens; what was inserted counts with what follows.
     """
 
     tokens: list[int]
     logprobs: list[float]
     mask: list[int]
     finish_reason: Literal["stop", "length"]
-    weights: str | None = None
+    weights: list[tuple[str, int]] = field(default_factory=list)
 
 
 class Sampler(Protocol):

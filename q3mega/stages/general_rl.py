@@ -23,11 +23,12 @@ from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.episodes import run_episodes
 from q3mega.rollout.tools import environment
 from q3mega.stages.mode_fusion import both_modes
-from q3mega.stages.reasoning_rl import judged, policy, refer
+from q3mega.stages.reasoning_rl import judged, policy
 from q3mega.stages.scorer import Scorer
 from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement
 from q3mega.train.rollouts import Rollout
+from q3mega.train.schedule import InTurn
 
 FOLLOW = 0.3  # of the general prompts are conversations with random mode flags
 HELD_OUT = 100  # problems of each task of one's own
@@ -42,7 +43,6 @@ def run(stage: Stage) -> None:
     source = stage.start()
     tasks = Tasks(stage)
     scorer = Scorer(stage, tasks.samples(1))
-    reference = stage.engine(source) if config.kl_coef else None
     engine = stage.engine(source, steps=config.steps * config.updates)
     sampler = stage.sampler(engine)
 
@@ -54,25 +54,23 @@ def run(stage: Stage) -> None:
         params = SamplingParams(config.max_tokens, config.temperature, seed=seed)
         episodes = played(stage, sampler, problems, params)
         verdicts = scorer(problems, [turns for *_, turns in episodes])
-        rollouts = [
+        return [
             judged(prompt, c, groups[i // config.rollouts], p, v, "\n\n".join(turns))
             for i, ((prompt, c, turns), v, p) in enumerate(
                 zip(episodes, verdicts, problems, strict=True)
             )
         ]
-        if reference:
-            refer(reference, rollouts, config.temperature)
-        return rollouts
 
     reinforcement.train(
         engine,
-        roll_out,
+        InTurn(roll_out, staleness=int(config.schedule == "one_step_off")),
         policy(stage, config),
         EntropyController(config.entropy_hold, config.entropy_step, config.entropy_limit),
         steps=config.steps,
         folder=stage.dir / "checkpoints",
         log=stage.log(config.steps),
         save_every=max(1, config.save_every // config.updates),
+        reference=stage.engine(source) if config.kl_coef else None,
     )
     stage.write("data/audit.json", scorer.audit(tasks.samples(AUDITED)))
     results = both_modes(stage, engine) | scorer.quality()

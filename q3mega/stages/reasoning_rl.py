@@ -20,13 +20,14 @@ from q3mega.errors import UserError
 from q3mega.rewards import Verdict, judge_answer
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.base import text_of
-from q3mega.rollout.logprobs import token_logprobs
+from q3mega.rollout.synced import Continued, SyncedSampler
 from q3mega.settings import RLSettings, RolloutEngine
 from q3mega.stages.funnel import Funnel
 from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement
 from q3mega.train.reinforcement import PolicySettings
 from q3mega.train.rollouts import Rollout
+from q3mega.train.schedule import Beside, InTurn, Schedule
 
 
 def run(stage: Stage) -> None:
@@ -57,28 +58,43 @@ def learn(
 
     source: the weights that the engine started from, the reference of the KL.
     """
-    sampler = stage.sampler(engine)
-    reference = stage.engine(source) if config.kl_coef else None
-
-    def roll_out(step: int) -> list[Rollout]:
-        first = (step - 1) * config.prompts
-        batch = [problems[(first + i) % len(problems)] for i in range(config.prompts)]
-        rollouts = answered(stage, sampler, batch, config, step)
-        if reference:
-            refer(reference, rollouts, config.temperature)
-        return rollouts
-
     reinforcement.train(
         engine,
-        roll_out,
+        schedule(stage, stage.sampler(engine), problems, config),
         policy(stage, config),
         EntropyController(config.entropy_hold, config.entropy_step, config.entropy_limit),
         steps=config.steps,
         folder=stage.dir / "checkpoints" / part,
         log=stage.log(config.steps, part),
         save_every=max(1, stage.config.save_every // config.updates),
+        reference=stage.engine(source) if config.kl_coef else None,
         watch=watch,
     )
+
+
+def schedule(
+    stage: Stage, sampler: Sampler, problems: list[Problem], config: RLSettings
+) -> Schedule:
+    """Walks through the problems in order, a batch a step."""
+
+    def batch(step: int) -> list[tuple[int, Problem]]:
+        first = (step - 1) * config.prompts
+        return [(i, problems[(first + i) % len(problems)]) for i in range(config.prompts)]
+
+    def own_share(step: int) -> list[Rollout]:
+        rank, size = parallel.data_rank(), parallel.data_size()
+        seed = stage.seed("rollout", step, rank)
+        return answered(stage, sampler, batch(step)[rank::size], config, seed)
+
+    if config.schedule != "asynchronous":
+        return InTurn(own_share, staleness=int(config.schedule == "one_step_off"))
+    assert isinstance(sampler, SyncedSampler)  # the recipe names servers
+    beside = Continued(sampler)
+
+    def whole(step: int) -> list[Rollout]:
+        return answered(stage, beside, batch(step), config, stage.seed("rollout", step))
+
+    return Beside(beside, whole, config.staleness)
 
 
 def policy(stage: Stage, config: RLSettings) -> PolicySettings:
@@ -101,7 +117,6 @@ def policy(stage: Stage, config: RLSettings) -> PolicySettings:
         aggregate=config.aggregate or own.get(config.variant, "sequence"),
         scale_by_std=config.variant != "dr_grpo",
         loss=loss,
-        one_step_off=config.schedule == "one_step_off",
         overlong=config.overlong,
         correction=correction,
         temperature=config.temperature,
@@ -109,27 +124,22 @@ def policy(stage: Stage, config: RLSettings) -> PolicySettings:
     )
 
 
-def refer(reference: Engine, rollouts: list[Rollout], temperature: float) -> None:
-    """Give rollouts the reference policy's log-probabilities, at the sampling temperature."""
-    pairs = [(r.prompt, r.completion.tokens) for r in rollouts]
-    for rollout, found in zip(rollouts, token_logprobs(reference, pairs, temperature), strict=True):
-        rollout.ref_logprobs = found
-
-
 def answered(
-    stage: Stage, sampler: Sampler, batch: list[Problem], config: RLSettings, step: int
+    stage: Stage,
+    sampler: Sampler,
+    batch: list[tuple[int, Problem]],
+    config: RLSettings,
+    seed: int,
 ) -> list[Rollout]:
-    """This rank's share of a batch of problems: sampled in thinking mode, scored by the rules."""
-    mine = list(enumerate(batch))[parallel.data_rank() :: parallel.data_size()]
+    """(group, problem) pairs: sampled in thinking mode, scored by the rules."""
     prompts = [
         stage.tokenizer.encode(render(p.messages, tools=p.tools, add_generation_prompt=True))
-        for _, p in mine
+        for _, p in batch
     ]
-    seed = stage.seed("rollout", step, parallel.data_rank())
     params = SamplingParams(config.max_tokens, config.temperature, n=config.rollouts, seed=seed)
     rollouts = []
     for (group, p), prompt, tries in zip(
-        mine, prompts, sampler.generate(prompts, params), strict=True
+        batch, prompts, sampler.generate(prompts, params), strict=True
     ):
         for c in tries:
             text = text_of(c, stage.tokenizer)

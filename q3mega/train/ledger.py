@@ -53,12 +53,13 @@ class Ledger:
             with self._transaction() as table:
                 table.execute(_SCHEMA)
 
-    def resume(self, step: int, ahead: "Sequence[Rollout]" = ()) -> None:
-        """Back to the checkpoint of `step`, which holds the batch of step + 1 if it is `ahead`."""
+    def resume(self, step: int, ahead: "Mapping[int, Sequence[Rollout]]") -> None:
+        """Back to the checkpoint of `step`, which holds the batches of later steps in `ahead`."""
         if self.writes:
             with self._transaction() as table:
                 table.execute("DELETE FROM rollouts WHERE step > ?", (step,))
-                _insert(table, step + 1, ahead)
+                for later, rollouts in ahead.items():
+                    _insert(table, later, rollouts)
 
     def drawn(self, step: int, rollouts: "Sequence[Rollout]") -> None:
         """The batch of `step` is pending; a rollout's place in it is its name from here on."""

@@ -1,7 +1,7 @@
 """The second loop: roll out, score, credit, update. Both RL stages are this loop."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +20,8 @@ from q3mega.rollout.logprobs import token_logprobs
 from q3mega.train.ledger import FILE as LEDGER
 from q3mega.train.ledger import Ledger
 from q3mega.train.log import Log, size
-from q3mega.train.rollouts import Rollout, pack, unpack
+from q3mega.train.rollouts import Batches, Rollout, pack, unpack
+from q3mega.train.schedule import Schedule
 from q3mega.train.supervised import shard
 
 
@@ -34,7 +35,6 @@ class PolicySettings:
     aggregate: str = "token"
     scale_by_std: bool = True
     loss: dict[str, Any] | None = None  # settings of ops.grpo_loss
-    one_step_off: bool = False  # a batch is sampled before the updates of the one before it
     overlong: Literal["none", "penalty", "mask"] = "none"
     correction: Correction | None = None
     temperature: float = 1.0  # of the sampler, whose distribution is the policy
@@ -86,15 +86,13 @@ def _sample(rollout: Rollout, advantage: float) -> Sample:
         "advantages": blank + [advantage] * len(completion.tokens),
         "old_logprobs": blank + completion.logprobs,
     }
-    if rollout.ref_logprobs is not None:
-        columns["ref_logprobs"] = blank + rollout.ref_logprobs
     weights = blank + [float(m) for m in completion.mask]
     return Sample(rollout.prompt + completion.tokens, weights, columns)
 
 
 def train(
     engine: Engine,
-    roll_out: Callable[[int], list[Rollout]],
+    schedule: Schedule,
     settings: PolicySettings,
     entropy: EntropyController,
     *,
@@ -102,38 +100,40 @@ def train(
     folder: Path,
     log: Log,
     save_every: int,
+    reference: Engine | None = None,
     watch: Callable[[int], None] | None = None,
 ) -> None:
-    """Steps 1..steps. `roll_out(step)` samples and scores this data-parallel rank's prompts.
+    """Steps 1..steps, each of which learns from the batch that `schedule` has sampled for it.
 
-    `watch` is told each step that is done, 0 before the first.
+    reference: the policy of the KL. `watch` is told each step that is done, 0 before the first.
     """
     first, state = engine.load_latest(folder) or (0, {})
     updates = state.get("updates", 0)
     if state:
         entropy.coefficient, entropy.target = state["coefficient"], state["target"]
-    ahead = unpack(state["ahead"], state["tensors"]) if "tensors" in state else []
+    ready = unpack(state["ahead"], state["tensors"]) if "tensors" in state else {}
     ledger = Ledger(log.folder / LEDGER, writes=log.writes)
-    ledger.resume(first, ahead)
+    ledger.resume(first, ready)
     log.resume(first)
     if watch and first == 0:
         watch(0)
 
-    def sampled(step: int) -> list[Rollout]:
-        engine.finish_saving()  # a rollout is long beside it
-        rollouts = parallel.gather_over_data(roll_out(step))
-        for rollout in rollouts:
-            rollout.versions = rollout.versions or [updates]
-        ledger.drawn(step, rollouts)
-        return rollouts
+    def keep(batches: Batches) -> None:
+        for number, batch in batches.items():
+            ledger.drawn(number, batch)
+        ready.update(batches)
 
     for step in range(first + 1, steps + 1):
-        rollouts = ahead or sampled(step)
-        ahead = sampled(step + 1) if settings.one_step_off and step < steps else []
+        engine.finish_saving()  # sampling is long beside it
+        keep(schedule.advance(step, steps, updates, ready))
+        rollouts = ready.pop(step)
+        oldest = statistics.fmean(min(r.versions) for r in rollouts)
         samples, dropped = credit(rollouts, settings)
         corrected = _correct(engine, rollouts, samples, dropped, settings)
+        if reference:
+            _refer(reference, rollouts, samples, settings)
         ledger.dropped(step, dropped)
-        totals: dict[str, float] = {}
+        totals: dict[str, float] = {"staleness": updates - oldest}
         for places in _split(list(samples), settings.updates):
             metrics = _update(engine, [samples[p] for p in places], settings, entropy)
             updates += 1
@@ -147,8 +147,30 @@ def train(
         if watch:
             watch(step)
         if step % save_every == 0 or step == steps:
-            _save(engine, folder, step, entropy, updates, ahead)
+            keep(schedule.finished())
+            _save(engine, folder, step, entropy, updates, ready)
     engine.finish_saving()
+
+
+def _logprobs(
+    engine: Engine, rollouts: list[Rollout], places: Iterable[int], settings: PolicySettings
+) -> dict[int, list[float]]:
+    """Of each token of the completions at `places`, by an engine at the sampling temperature."""
+    mine = list(places)[parallel.data_rank() :: parallel.data_size()]
+    pairs = [(rollouts[p].prompt, rollouts[p].completion.tokens) for p in mine]
+    found = token_logprobs(engine, pairs, settings.temperature)
+    return dict(parallel.gather_over_data(list(zip(mine, found, strict=True))))
+
+
+def _refer(
+    reference: Engine,
+    rollouts: list[Rollout],
+    samples: dict[int, Sample],
+    settings: PolicySettings,
+) -> None:
+    for place, found in _logprobs(reference, rollouts, samples, settings).items():
+        blank = [0.0] * len(rollouts[place].prompt)
+        samples[place].columns["ref_logprobs"] = blank + found
 
 
 def _correct(
@@ -165,10 +187,7 @@ def _correct(
     """
     if settings.correction is None or not samples:
         return {}
-    mine = list(samples)[parallel.data_rank() :: parallel.data_size()]
-    pairs = [(rollouts[p].prompt, rollouts[p].completion.tokens) for p in mine]
-    found = token_logprobs(engine, pairs, settings.temperature)
-    own = dict(parallel.gather_over_data(list(zip(mine, found, strict=True))))
+    own = _logprobs(engine, rollouts, samples, settings)
     gaps, trusts = [], []
     for place, sample in samples.items():
         completion, columns = rollouts[place].completion, sample.columns
@@ -192,12 +211,12 @@ def _save(
     step: int,
     entropy: EntropyController,
     updates: int,
-    ahead: list[Rollout],
+    ready: Batches,
 ) -> None:
     state: dict[str, Any] = {"coefficient": entropy.coefficient, "target": entropy.target}
     state["updates"] = updates
-    state["ahead"], tensors = pack(ahead)
-    engine.save(folder, step, state, tensors if ahead else None)
+    state["ahead"], tensors = pack(ready)
+    engine.save(folder, step, state, tensors if ready else None)
 
 
 def _update(
@@ -214,7 +233,7 @@ def _update(
 
 def _add(totals: dict[str, float], metrics: dict[str, float], updates: int) -> None:
     """One update's metrics to the means over a batch's updates."""
-    if not totals:  # the policy that sampled: its entropy, and the sampler-trainer gap
+    if "gap" not in totals:  # the policy that sampled: its entropy, and the sampler-trainer gap
         totals |= {k: metrics[k] / metrics["active"] for k in ("entropy", "gap")}
     for name in ("loss", "grad_norm", "lr"):
         totals[name] = totals.get(name, 0.0) + metrics[name] / updates

@@ -1,6 +1,6 @@
-"""A rollout: one completion of one prompt with its reward, and a batch of them as plain tensors."""
+"""A rollout: one completion of one prompt with its reward; batches of them as plain tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -28,62 +28,60 @@ class Rollout:
     task: str = ""
     reason: str = ""
     parts: Mapping[str, float] = field(default_factory=dict)
-    ref_logprobs: list[float] | None = None
     problem: str = ""
     text: str = ""
     versions: list[int] = field(default_factory=list)
 
+
+Batches = dict[int, list[Rollout]]  # by the step that learns from them
 
 _COLUMNS = {
     "prompt": torch.int32,
     "tokens": torch.int32,
     "mask": torch.uint8,
     "logprobs": torch.float64,  # a server's are not fp32
-    "ref_logprobs": torch.float64,
 }
 _PLAIN = ("group", "reward", "task", "reason", "problem", "text", "versions")
 
 
-def pack(rollouts: Sequence[Rollout]) -> tuple[Rows, dict[str, Tensor]]:
-    """(JSON rows, tensors) that `unpack` makes the same rollouts of; a row has its lengths."""
+def pack(batches: Batches) -> tuple[Rows, dict[str, Tensor]]:
+    """(JSON rows, tensors) that `unpack` makes the same batches of; a row has its lengths."""
     rows: Rows = []
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    for r in rollouts:
+    for step, r in ((step, r) for step, batch in batches.items() for r in batch):
+        completion = r.completion
         parts: dict[str, list[Any]] = {
-            "prompt": r.prompt, "tokens": r.completion.tokens, "mask": r.completion.mask,
-            "logprobs": r.completion.logprobs, "ref_logprobs": r.ref_logprobs or [],
+            "prompt": r.prompt, "tokens": completion.tokens, "mask": completion.mask,
+            "logprobs": completion.logprobs,
         }  # fmt: skip
         for name, values in parts.items():
             columns[name] += values
         rows.append(
             {name: getattr(r, name) for name in _PLAIN}
-            | {"parts": dict(r.parts), "finish_reason": r.completion.finish_reason}
-            | {"weights": r.completion.weights}
+            | {"step": step, "parts": dict(r.parts), "weights": completion.weights}
+            | {"finish_reason": completion.finish_reason}
             | {"lengths": {name: len(values) for name, values in parts.items()}}
         )
     return rows, {n: torch.tensor(columns[n], dtype=kind) for n, kind in _COLUMNS.items()}
 
 
-def unpack(rows: Rows, tensors: Mapping[str, Tensor]) -> list[Rollout]:
-    """The rollouts that `pack` took apart."""
+def unpack(rows: Rows, tensors: Mapping[str, Tensor]) -> Batches:
+    """The batches that `pack` took apart."""
     cut = {}
     for name in _COLUMNS:
         values = tensors[name].tolist()
         ends = accumulate((row["lengths"][name] for row in rows), initial=0)
         cut[name] = [values[a:b] for a, b in pairwise(ends)]
-    return [
-        Rollout(
-            cut["prompt"][i],
-            Completion(
-                cut["tokens"][i],
-                cut["logprobs"][i],
-                cut["mask"][i],
-                row["finish_reason"],
-                row["weights"],
-            ),
-            ref_logprobs=cut["ref_logprobs"][i] or None,
-            parts=row["parts"],
-            **{name: row[name] for name in _PLAIN},
+    batches: Batches = {}
+    for i, row in enumerate(rows):
+        completion = Completion(
+            cut["tokens"][i],
+            cut["logprobs"][i],
+            cut["mask"][i],
+            row["finish_reason"],
+            [(version, n) for version, n in row["weights"]],
         )
-        for i, row in enumerate(rows)
-    ]
+        plain = {name: row[name] for name in _PLAIN}
+        rollout = Rollout(cut["prompt"][i], completion, parts=row["parts"], **plain)
+        batches.setdefault(row["step"], []).append(rollout)
+    return batches
