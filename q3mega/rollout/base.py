@@ -1,7 +1,7 @@
 """What a rollout engine is: token ids in, token ids and their log-probabilities out, never text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from q3mega.data.tokenizer import Tokenizer
@@ -53,14 +53,19 @@ class SamplingParams:
 class Completion:
     """tokens include the stop token. logprobs: of each token at the sampling temperature, before
     top-p and top-k. mask: 0 marks tokens that the model did not choose (the stop text, tool
-    results); they stay out of every loss. weights: the version that a server sampled with.
+    results); they stay out of every loss.
+
+    finish_reason "abort": it was interrupted, and can be continued. weights: the version that a
+    server sampled its last token with. versions: where there were several, each with the number of
+    tokens up to its last one, so that [(3, "a"), (9, "b")] has its tokens 3 to 8 from "b".
     """
 
     tokens: list[int]
     logprobs: list[float]
     mask: list[int]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "abort"]
     weights: str | None = None
+    versions: list[tuple[int, str]] = field(default_factory=list)
 
 
 class Sampler(Protocol):

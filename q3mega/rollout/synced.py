@@ -15,7 +15,7 @@ from torch import Tensor
 
 from q3mega.engine import Engine, parallel
 from q3mega.rollout.base import Completion, SamplingParams
-from q3mega.rollout.vllm_server import VllmSampler
+from q3mega.rollout.servers import ServerSampler
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that a server may hold norms in
 _log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class SyncedSampler:
     own prompts; the ranks that share a model get the first one's completions.
     """
 
-    def __init__(self, engine: Engine, servers: VllmSampler, folder: Path) -> None:
+    def __init__(self, engine: Engine, servers: ServerSampler, folder: Path) -> None:
         self.engine, self.servers, self.folder = engine, servers, folder
         # No other process, an earlier one of this run included, ever gave a version this name.
         self.name, *_ = parallel.gather_over_all([uuid.uuid4().hex[:8]])

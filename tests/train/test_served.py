@@ -15,8 +15,8 @@ from q3mega.algorithms.entropy import EntropyController
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.errors import UserError
 from q3mega.rollout import SamplingParams
+from q3mega.rollout.servers import ServerSampler
 from q3mega.rollout.synced import SyncedSampler
-from q3mega.rollout.vllm_server import VllmSampler
 from q3mega.train import reinforcement
 from q3mega.train.log import Log
 from q3mega.train.reinforcement import PolicySettings
@@ -35,7 +35,7 @@ def learn(folder, wrong_by=0.0):
     engine = Engine(SHAPES["dense"], LAYOUT(), seed=5, optimizer=spec)
     versions = []
     with token_server(Engine(SHAPES["dense"], LAYOUT(), seed=6)) as server:
-        servers = VllmSampler([server.url], TOKENIZER)
+        servers = ServerSampler([server.url], TOKENIZER)
         sampler = SyncedSampler(engine, servers, folder / "weights")
 
         def roll_out(step):

@@ -26,13 +26,14 @@ from q3mega.data import text
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
-from q3mega.rollout import SamplingParams, vllm_protocol, vllm_server
+from q3mega.rollout import SamplingParams, protocol, servers, vllm_protocol
 from q3mega.rollout.gap import measure
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import token_logprobs
+from q3mega.rollout.protocol import EngineFailed, Unusable
+from q3mega.rollout.servers import ServerSampler
 from q3mega.rollout.synced import SyncedSampler, norms
-from q3mega.rollout.vllm_protocol import EngineFailed, Unusable, parsed
-from q3mega.rollout.vllm_server import VllmSampler
+from q3mega.rollout.vllm_protocol import parsed
 
 # ids of a make-believe tokenizer over 64 tokens; the stop text closes the think block
 TOKENIZER = SimpleNamespace(
@@ -57,7 +58,7 @@ def engine():
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(vllm_server, "BACK_OFF", 0.01)
+    monkeypatch.setattr(servers, "BACK_OFF", 0.01)
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def serve(engine):
                 stack.enter_context(token_server(e, f, tempered=tempered, hold=hold))
                 for e, f in zip(engines, faults, strict=True)
             ]
-            return VllmSampler([s.url for s in servers], TOKENIZER, **settings), servers
+            return ServerSampler([s.url for s in servers], TOKENIZER, **settings), servers
 
         yield start
 
@@ -172,13 +173,13 @@ def test_a_server_that_is_none_is_refused_at_once(serve, monkeypatch):
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(UserError, match=f"{url} is no vLLM server that is up"):
-            VllmSampler([url], TOKENIZER)
+            ServerSampler([url], TOKENIZER)
     _, (server,) = serve(None)
     with pytest.raises(UserError, match="key_env=NO_SUCH_KEY"):
-        VllmSampler([server.url], TOKENIZER, key_env="NO_SUCH_KEY")
+        ServerSampler([server.url], TOKENIZER, key_env="NO_SUCH_KEY")
     monkeypatch.setattr(vllm_protocol, "_GENERATE", "/elsewhere")
     with pytest.raises(UserError, match="--enable-scale-out"):
-        VllmSampler([server.url], TOKENIZER)
+        ServerSampler([server.url], TOKENIZER)
 
 
 def test_servers_of_two_versions_are_not_mixed(serve, engine):
@@ -303,7 +304,7 @@ def test_an_update_that_is_cut_is_made_again(serve, engine, tmp_path):
 
     sampler, (server, _) = serve(fault, None, engines=[made(6), made(8)])
     sampler.load(tmp_path, "v1", norms(tmp_path))
-    assert server.version == vllm_protocol.LOADING and not sampler.servers[0].alive
+    assert server.version == protocol.LOADING and not sampler.servers[0].alive
     asked = len(server.asked)
     sampler.generate(PROMPTS, SamplingParams(4))
     assert len(server.asked) == asked
@@ -317,7 +318,7 @@ def test_wrong_weights_are_seen(serve, engine, tmp_path):
     sampler, (server,) = serve(None, engines=[made(9)])
     with pytest.raises(EngineFailed, match="read other weights than were written"):
         sampler.load(tmp_path / "wrong", "v1", norms(tmp_path / "right"))
-    assert server.version == vllm_protocol.LOADING and server.paused
+    assert server.version == protocol.LOADING and server.paused
     sampler, (server,) = serve(lambda path, body, number: "404" if "pause" in path else None)
     with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
         sampler.load(tmp_path / "right", "v1", norms(tmp_path / "right"))
