@@ -194,6 +194,8 @@ class ServerSampler:
             done.tokens += text
             done.logprobs += [0.0] * len(text)
             done.mask += [0] * len(text)
+            if done.versions:
+                done.versions[-1] = (len(done.tokens), done.versions[-1][1])
 
     async def _sample(
         self, batch: "_Batch", prompt: list[int], name: str, tokens: int, params: SamplingParams
