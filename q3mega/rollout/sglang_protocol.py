@@ -3,6 +3,7 @@
 Sampling stands on its native endpoint, /generate. All of it is there without a flag.
 """
 
+import contextlib
 import uuid
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -125,11 +126,23 @@ async def finish(
     """
     if (await _info(client, server.url)).device == "cpu":
         answer = await order(client, server, "/weights_checker", {"action": "checksum"})
-        held = {n: sha for rank in answer["ranks"] for n, sha in rank["checksums"].items()}
+        held = {n: sha for rank in answer.json()["ranks"] for n, sha in rank["checksums"].items()}
         short = {n: {sha[:16] for sha in digests} for n, digests in norms.items()}
         check_norms(server, held, short)
     await order(client, server, "/continue_generation", {})
     await order(client, server, "/update_weight_version", {"new_version": version})
+
+
+async def open_update(client: httpx2.AsyncClient, server: Server) -> None:
+    """Have it take tensors, also where an earlier transfer was cut."""
+    with contextlib.suppress(Unusable):  # there is none that is open
+        await order(client, server, "/end_weight_update", {})
+    await order(client, server, "/begin_weight_update", {})
+
+
+async def close_update(client: httpx2.AsyncClient, server: Server) -> None:
+    await order(client, server, "/end_weight_update", {})
+    await order(client, server, "/flush_cache", {})
 
 
 def request(
@@ -204,12 +217,12 @@ def parsed(answer: bytes) -> Answer:
 
 async def order(
     client: httpx2.AsyncClient, server: Server, path: str, body: dict[str, Any]
-) -> dict[str, Any]:
+) -> httpx2.Response:
     """An entry point that changes the server. It says 400 for whatever fails inside."""
     answer = await client.post(server.url + path, json=body)
     if answer.status_code == 400:
         raise Unusable(f"{server.url}{path}: {' '.join(answer.text.split()):.300}")
-    return usable(answer, _REMEDIES).json()
+    return usable(answer, _REMEDIES)
 
 
 async def _ask(client: httpx2.AsyncClient, server: Server, body: dict[str, Any]) -> Answer:

@@ -243,6 +243,7 @@ class Sglang(TokenServer):
             case "/update_weights_from_distributed":
                 self.receive(**body)
             case "/end_weight_update":
+                assert self.session is not None
                 received, self.session = self.session, None
                 with tempfile.TemporaryDirectory() as folder:
                     self.engine.save_hf(folder, {})
@@ -337,7 +338,10 @@ def token_server(engine, fault=None, *, kind="vllm", tempered=True, hold=0.0, pa
                 time.sleep(1.5)
             if fault in ("500", "400", "404"):
                 return self._send(int(fault), {"error": f"told to answer {fault}"})
-            answer = state.post(self.path, body)
+            try:
+                answer = state.post(self.path, body)
+            except (AssertionError, KeyError, RuntimeError) as error:
+                return self._send(400, {"success": False, "message": repr(error)})
             if fault in ("aborted", "mixed"):
                 state.spoil(answer, fault)
             self._send(200, answer, cut=fault == "truncated")

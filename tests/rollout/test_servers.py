@@ -307,7 +307,7 @@ def test_bytes_that_are_no_answer_are_unusable(junk, end, kind):
 
 def test_a_stop_at_ids_of_the_servers_own_is_an_error(engine):
     with token_server(engine, kind="sglang") as server:
-        sampler = ServerSampler([server.url], TOKENIZER, kind="sglang")
+        sampler = ServerSampler([server.url], TOKENIZER, kind="sglang", concurrency=1)
         server.own = (20, 21)
         with pytest.raises(UserError, match=r"none of \[62, 63\]: start it with --skip-tokenizer"):
             sampler.generate(PROMPTS, SamplingParams(40, n=4))
