@@ -150,8 +150,10 @@ class RLSettings(Section):
     updates: PositiveInt  # optimizer steps a rollout batch
     max_tokens: PositiveInt
     temperature: PositiveFloat = 1.0
-    # one_step_off: a batch is sampled from the weights before the updates of the one before it
-    schedule: Literal["synchronous", "one_step_off"] = "synchronous"
+    # one_step_off: a batch is sampled from the weights before the updates of the one before it;
+    # asynchronous: servers sample in the background, up to `staleness` batches ahead
+    schedule: Literal["synchronous", "one_step_off", "asynchronous"] = "synchronous"
+    staleness: PositiveInt = 1
     variant: Literal["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo"] = (
         "dapo"
     )
@@ -183,6 +185,16 @@ class RLSettings(Section):
             raise UserError(f"mis_band={[low, high]} must rise: the published one is [0.5, 2.0]")
         return self
 
+    @model_validator(mode="after")
+    def _beside(self) -> Self:
+        beside = isinstance(self, ReasoningRL) and self.engine is not None
+        if self.schedule == "asynchronous" and not beside:
+            raise UserError(
+                "schedule=asynchronous is for reasoning_rl with servers that sample beside the "
+                "training processes: name them in its `engine`, or take one_step_off"
+            )
+        return self
+
 
 class RolloutEngine(Section):
     """Servers that sample instead of the training processes: docs/engines.md."""
@@ -209,20 +221,8 @@ class Selection(Section):
 class ReasoningRL(StageConfig, RLSettings):
     """Reinforcement learning on verifiable problems."""
 
-    # asynchronous: servers sample in the background, batches up to `staleness` steps ahead
-    schedule: Literal["synchronous", "one_step_off", "asynchronous"] = "synchronous"
-    staleness: PositiveInt = 1
     selection: Selection
     engine: RolloutEngine | None = None  # None: the training processes sample
-
-    @model_validator(mode="after")
-    def _beside(self) -> Self:
-        if self.schedule == "asynchronous" and self.engine is None:
-            raise UserError(
-                "schedule=asynchronous needs servers that sample beside the training processes: "
-                "name them in `engine`, or take one_step_off"
-            )
-        return self
 
 
 class ModeFusion(SFT):

@@ -43,7 +43,8 @@ def finish_times(rates: Rates, lengths: Sequence[Sequence[int]], staleness: int)
     servers = [_Server() for _ in range(rates.servers)]
     queue: deque[tuple[int, int]] = deque()  # (batch, length)
     left = Counter({k: len(batch) for k, batch in enumerate(lengths)})
-    now, begun, done = 0.0, 0, []
+    now, begun = 0.0, 0
+    done: list[float] = []
     until: float | None = None  # the trainer's end of what it does
     while len(done) < len(lengths):
         while begun < len(lengths) and begun <= len(done) + staleness:

@@ -18,7 +18,7 @@ from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
 from q3mega.rollout.gap import Gap, measure
 from q3mega.rollout.in_process import InProcessSampler
-from q3mega.rollout.vllm_server import VllmSampler
+from q3mega.rollout.servers import ServerSampler
 
 TASKS = (*REASONING, "capabilities")
 
@@ -83,7 +83,7 @@ def gap_to(
     """
     params = SamplingParams(max_tokens, seed=seed)
     tokenizer = Tokenizer(folder)
-    servers = VllmSampler(urls, tokenizer)
+    servers = ServerSampler(urls, tokenizer)
     engine = Engine(shape_of(folder), Layout(processes=1), seed=0, dtype=dtype_of(folder))
     engine.load_hf(folder)
     drawn = Pool().held_out(problems)

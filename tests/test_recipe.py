@@ -330,3 +330,6 @@ def test_policy_settings_are_refused_in_one_line(tiny: Path) -> None:
     band = refusal(tiny, "reasoning_rl.mis_band=[2.0, 0.5]")
     assert "mis_band=[2.0, 0.5] must rise: the published one is [0.5, 2.0]" in band
     assert "reasoning_rl.tis_cap=0" in refusal(tiny, "reasoning_rl.tis_cap=0")
+    for stage in ("reasoning_rl", "general_rl"):  # no servers, and the wrong stage
+        said = refusal(tiny, f"{stage}.schedule=asynchronous")
+        assert "name them in its `engine`, or take one_step_off" in said

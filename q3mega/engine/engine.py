@@ -139,6 +139,10 @@ class Engine:
             self.chunks, self.shape, folder, rope_base=base, tokens=tokens, lm_head=lm_head
         )
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What `save_hf` writes, on rank 0: see `huggingface.whole`. Every rank consumes it."""
+        return huggingface.whole(self.chunks, self.shape)
+
     @property
     def positions(self) -> Positions:
         return self.chunks[0].attention_state.positions

@@ -6,7 +6,7 @@ is shared by the ranks that hold a pipeline stage's or an expert's first copy; n
 than one file's tensors beside the model.
 """
 
-from q3mega import device  # noqa: F401
+from q3mega import device
 
 # isort: split
 import json
@@ -253,16 +253,40 @@ def load(models: list[Any], shape: Qwen3Shape, folder: str | Path) -> None:
     read.check_leftovers(shape.tied)
 
 
-def _spoken(models: list[Any], shape: Qwen3Shape) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and tensors that this rank hands over, on the CPU. Every rank calls."""
+def _spoken(models: list[Any], shape: Qwen3Shape) -> Iterator[list[tuple[str, Tensor]]]:
+    """For each parameter, Hugging Face names and tensors that this rank hands over: none, where
+    another rank does. Every rank calls."""
     for model in models:
         for name, prefix, tensor in _parameters(model):
             full = _gather(name, tensor.detach())
             if not _speaks(name) or (name == "output_layer.weight" and shape.tied):
+                yield []
                 continue
-            full = full.cpu()
             parts = [(_TOP[name], full)] if name in _TOP else _split(name, prefix, shape, full)
-            yield from ((n, t.contiguous().clone()) for n, t in parts)
+            yield [(n, t.contiguous()) for n, t in parts]
+
+
+def whole(models: list[Any], shape: Qwen3Shape) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its Hugging Face name, on rank 0 and its device; nothing on the others.
+
+    Every rank calls, and consumes it. A rank holds one parameter's tensors at a time.
+    """
+    rank, rows = dist.get_rank(), _spoken(models, shape)
+    count = sum(1 for model in models for _ in model.named_parameters())
+    for _ in range(max(_of_all_ranks(count))):  # the ranks in step: stages differ in length
+        row = next(rows, [])
+        said = [(n, t.shape, t.dtype) for n, t in row] if rank else []
+        for source, box in enumerate(_of_all_ranks(said)):
+            if rank == source:
+                for _, tensor in row if rank else ():
+                    dist.send(tensor, 0)
+            elif rank == 0:
+                for name, size, dtype in box:
+                    tensor = torch.empty(size, dtype=dtype, device=device.device())
+                    dist.recv(tensor, source)
+                    yield name, tensor
+        if rank == 0:
+            yield from row
 
 
 def _speaks(name: str) -> bool:
@@ -375,8 +399,8 @@ def save(
         held.clear()
 
     size = 0
-    for name, tensor in _spoken(models, shape):
-        held[name] = tensor
+    for name, tensor in (pair for row in _spoken(models, shape) for pair in row):
+        held[name] = tensor.to("cpu", copy=True)
         size += tensor.nbytes
         if lm_head and shape.tied and name == _TOP["embedding.word_embeddings.weight"]:
             held["lm_head.weight"] = tensor.clone()

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal, Protocol
 
 from q3mega.data.tokenizer import Tokenizer
@@ -53,14 +55,16 @@ class SamplingParams:
 class Completion:
     """tokens include the stop token. logprobs: of each token at the sampling temperature, before
     top-p and top-k. mask: 0 marks tokens that the model did not choose (the stop text, tool
-    results); they stay out of every loss. weights: the versions that a server sampled with, in
-    the tokens' order, each with its number of tokens; what was inserted counts with what follows.
+    results); they stay out of every loss.
+
+    finish_reason "abort": it was interrupted, and can be continued. weights: the versions that a
+    server sampled with, in order, each with its number of tokens that the model chose.
     """
 
     tokens: list[int]
     logprobs: list[float]
     mask: list[int]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "abort"]
     weights: list[tuple[str, int]] = field(default_factory=list)
 
 
@@ -72,6 +76,12 @@ class Sampler(Protocol):
     ) -> list[list[Completion]]:
         """`params.n` completions for each prompt."""
         ...
+
+
+def joined(weights: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The runs of `Completion.weights`, those of one version that follow each other as one."""
+    groups = groupby(weights, key=itemgetter(0))
+    return [(version, sum(n for _, n in runs)) for version, runs in groups]
 
 
 def text_of(completion: Completion, tokenizer: Tokenizer) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from q3mega.data.chat import EMPTY_THINKING, render
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import parallel
-from q3mega.rollout.base import Completion, Sampler, SamplingParams
+from q3mega.rollout.base import Completion, Sampler, SamplingParams, joined
 from q3mega.rollout.tools import Environment
 
 
@@ -39,7 +39,8 @@ def run_episodes(
         stopped = []
         for i, (new,) in zip(active, sampled, strict=True):
             _extend(done[i], new.tokens, new.logprobs, new.mask)
-            done[i].finish_reason, done[i].weights = new.finish_reason, new.weights
+            done[i].finish_reason = new.finish_reason
+            done[i].weights = joined(done[i].weights + new.weights)
             whole = new.finish_reason == "stop"
             turns[i].append(tokenizer.decode(new.tokens[:-1] if whole else new.tokens))
             if whole:

@@ -1,23 +1,24 @@
-"""Servers that sample from the weights which are being trained, handed over through a folder."""
+"""Servers that sample from the weights which are being trained, handed over by a folder
+or a broadcast."""
 
-import hashlib
 import logging
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor
 
 from q3mega.engine import Engine, parallel
 from q3mega.rollout.base import Completion, SamplingParams
-from q3mega.rollout.vllm_server import VllmSampler
+from q3mega.rollout.broadcast import Broadcast, digests
+from q3mega.rollout.protocol import EngineFailed
+from q3mega.rollout.servers import ServerSampler
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that a server may hold norms in
+GLIMPSE = 0.05  # seconds between interrupts
 _log = logging.getLogger(__name__)
 
 
@@ -25,26 +26,38 @@ class SyncedSampler:
     """A `Sampler` whose servers have the engine's weights before every call.
 
     folder: of this sampler alone, on a file system that all ranks and servers see under one path.
-    All ranks construct it and call it, in the same order. The data-parallel ranks ask for their
-    own prompts; the ranks that share a model get the first one's completions.
+    None: the weights are broadcast. All ranks construct it and call it, in the same order. The
+    data-parallel ranks ask for their own prompts; the ranks that share a model get the first one's
+    completions.
     """
 
-    def __init__(self, engine: Engine, servers: VllmSampler, folder: Path) -> None:
+    def __init__(self, engine: Engine, servers: ServerSampler, folder: Path | None) -> None:
         self.engine, self.servers, self.folder = engine, servers, folder
         # No other process, an earlier one of this run included, ever gave a version this name.
         self.name, *_ = parallel.gather_over_all([uuid.uuid4().hex[:8]])
         self.written: Path | None = None
+        self.broadcast = Broadcast(servers) if folder is None else None
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[list[Completion]]:
         """See `Sampler`."""
-        self._sync()
+        self.sync()
         return parallel.from_first(lambda: self.servers.generate(prompts, params))
 
-    def _sync(self) -> None:
-        """Also when the weights are the same: a server may have come back without them."""
-        path = self.folder / f"weights-{self.name}-{self.engine.changes}"
+    def sync(self) -> str:
+        """Hand the weights over; their version. Also when they are the same: a server may have come
+        back without them."""
+        version = f"weights-{self.name}-{self.engine.changes}"
+        if self.folder is not None:
+            self._load(self.folder / version)
+        elif self.broadcast is not None:
+            self._send(self.broadcast, version)
+        dist.barrier()
+        self.servers.version = version
+        return version
+
+    def _load(self, path: Path) -> None:
         if path != self.written:
             # vLLM on a CPU loads no lm_head again that is tied, so it is served untied there
             self.engine.save_hf(path, {}, lm_head=True)
@@ -52,12 +65,71 @@ class SyncedSampler:
         if dist.get_rank() == 0:
             started = time.monotonic()
             self.servers.load(path, path.name, norms(path))
-            for old in self.folder.glob("weights-*"):
+            for old in path.parent.glob("weights-*"):
                 if old != path:
                     shutil.rmtree(old, ignore_errors=True)
             _log.info("%s is on the servers, %.2f s", path.name, time.monotonic() - started)
-        dist.barrier()
-        self.servers.version = path.name
+
+    def _send(self, broadcast: Broadcast, version: str) -> None:
+        """Until all servers that are left have the version; one that breaks is left out."""
+        first = dist.get_rank() == 0
+        if first:
+            broadcast.look()
+        for _ in range(1 + self.servers.retries):
+            current, *_ = parallel.gather_over_all([not first or broadcast.is_current(version)])
+            if current:
+                return
+            tensors = self.engine.tensors()
+            if first:
+                broadcast.send(tensors, version)
+            for _ in tensors:
+                pass
+        if first and not broadcast.is_current(version):
+            raise EngineFailed(
+                f"weights did not reach the servers in {1 + self.servers.retries} tries: see the "
+                "warnings before this, and their logs; engine.sync=folder needs no group"
+            )
+
+
+class Continued:
+    """A `Sampler` for threads of rank 0 that go on while all ranks train.
+
+    New weights interrupt what is under way, which goes on under them from where it is.
+    """
+
+    def __init__(self, synced: SyncedSampler) -> None:
+        self.synced, self.servers = synced, synced.servers
+        self.turn = threading.Condition()
+        self.calls, self.handing_over = 0, False
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> list[list[Completion]]:
+        """See `Sampler`."""
+        found: list[list[Completion]] | None = None
+        while found is None or any(c.finish_reason == "abort" for group in found for c in group):
+            with self.turn:
+                self.turn.wait_for(lambda: not self.handing_over)
+                self.calls += 1
+            try:
+                found = self.servers.proceed(prompts, found, params)
+            finally:
+                with self.turn:
+                    self.calls -= 1
+                    self.turn.notify_all()
+        return found
+
+    def sync(self) -> str:
+        """See `SyncedSampler.sync`: all ranks call it."""
+        with self.turn:
+            self.handing_over = True
+            while not self.turn.wait_for(lambda: self.calls == 0, GLIMPSE):
+                self.servers.interrupt()  # again: a call may have begun since
+        version = self.synced.sync()
+        with self.turn:
+            self.handing_over = False
+            self.turn.notify_all()
+        return version
 
 
 def norms(folder: Path) -> dict[str, set[str]]:
@@ -68,10 +140,5 @@ def norms(folder: Path) -> dict[str, set[str]]:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 if name.endswith("norm.weight"):
-                    tensor = tensors.get_tensor(name)
-                    found[name] = {_sha256(tensor.to(dtype)) for dtype in _DTYPES}
+                    found[name] = digests(tensors.get_tensor(name))
     return found
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()

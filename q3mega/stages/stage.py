@@ -25,8 +25,8 @@ from q3mega.recipe import ModelSpec, Recipe
 from q3mega.rewards import own
 from q3mega.rollout import Sampler
 from q3mega.rollout.in_process import InProcessSampler
+from q3mega.rollout.servers import ServerSampler
 from q3mega.rollout.synced import SyncedSampler
-from q3mega.rollout.vllm_server import VllmSampler
 from q3mega.settings import RolloutEngine
 from q3mega.train.log import Log
 
@@ -140,7 +140,7 @@ class Stage:
         spec: RolloutEngine | None = getattr(self.config, "engine", None)
         if spec is None:
             return InProcessSampler(engine, self.tokenizer, max_batch=self.config.sample_batch)
-        servers = VllmSampler(
+        servers = ServerSampler(
             spec.urls, self.tokenizer, timeout=spec.timeout, retries=spec.retries,
             concurrency=max(1, spec.concurrency // parallel.data_size()), key_env=spec.key_env,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -169,8 +169,9 @@ def _refer(
     settings: PolicySettings,
 ) -> None:
     for place, found in _logprobs(reference, rollouts, samples, settings).items():
-        blank = [0.0] * len(rollouts[place].prompt)
-        samples[place].columns["ref_logprobs"] = blank + found
+        column = [0.0] * len(rollouts[place].prompt) + found
+        columns = {**samples[place].columns, "ref_logprobs": column}
+        samples[place] = replace(samples[place], columns=columns)
 
 
 def _correct(
@@ -189,15 +190,16 @@ def _correct(
         return {}
     own = _logprobs(engine, rollouts, samples, settings)
     gaps, trusts = [], []
-    for place, sample in samples.items():
-        completion, columns = rollouts[place].completion, sample.columns
-        before, chosen = len(rollouts[place].prompt), np.array(completion.mask, dtype=bool)
+    for place, sample in list(samples.items()):
+        completion, before = rollouts[place].completion, len(rollouts[place].prompt)
+        chosen = np.array(completion.mask, dtype=bool)
         trainer, sampler = np.array(own[place]), np.array(completion.logprobs)
-        advantages = np.array(columns["advantages"][before:])
+        advantages = np.array(sample.columns["advantages"][before:])
         trust = settings.correction.trust(trainer[chosen], sampler[chosen], advantages[0])
         advantages[chosen] *= trust
-        columns["advantages"][before:] = advantages.tolist()
-        columns["old_logprobs"][before:] = own[place]
+        blank = [0.0] * before
+        columns = {"advantages": blank + advantages.tolist(), "old_logprobs": blank + own[place]}
+        samples[place] = replace(sample, columns={**sample.columns, **columns})
         if not trust.any():
             dropped[place] = "off-policy"
         gaps += np.abs(trainer - sampler)[chosen].tolist()

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 from q3mega.engine import parallel
-from q3mega.rollout.synced import SyncedSampler
+from q3mega.rollout.synced import Continued
 from q3mega.train.rollouts import Batches, Rollout
 
 RollOut = Callable[[int], list[Rollout]]
@@ -61,23 +61,23 @@ class InTurn:
 class Beside:
     """Asynchronous: rank 0 has servers sample in the background while all ranks learn.
 
-    New weights reach the servers between batches' updates. Sequences that are under way go on
-    from where they are, and each token keeps the version that sampled it, and its log-probability.
+    Before each batch's updates the servers get the newest weights. Sequences under way go on under
+    them, and each token keeps the version that sampled it, and its log-probability.
     roll_out: samples and scores all prompts of a step, in a thread, without the other ranks.
     """
 
-    def __init__(self, sampler: SyncedSampler, roll_out: RollOut, staleness: int) -> None:
+    def __init__(self, sampler: Continued, roll_out: RollOut, staleness: int) -> None:
         self.sampler, self.roll_out, self.staleness = sampler, roll_out, staleness
         self.under_way: dict[int, Future[list[Rollout]]] = {}  # on rank 0
         self.updates: dict[str, int] = {}  # of a version
 
     def advance(self, step: int, last: int, updates: int, ready: Container[int]) -> Batches:
         """See `Schedule`."""
-        self.updates[self.sampler.sync(keep=True)] = updates
+        self.updates[self.sampler.sync()] = updates
         if dist.get_rank() == 0:
             for s in _window(step, self.staleness, last):
                 if s not in ready and s not in self.under_way:
-                    self.under_way[s] = _in_background(lambda s=s: self.roll_out(s))
+                    self.under_way[s] = _in_background(self.roll_out, s)
         return self._collect(step)
 
     def finished(self) -> Batches:
@@ -98,13 +98,13 @@ def _window(step: int, staleness: int, last: int) -> range:
     return range(step, min(step + staleness, last) + 1)
 
 
-def _in_background(work: Callable[[], list[Rollout]]) -> "Future[list[Rollout]]":
+def _in_background(roll_out: RollOut, step: int) -> "Future[list[Rollout]]":
     """In a thread that a failing run does not wait for."""
     future: Future[list[Rollout]] = Future()
 
     def run() -> None:
         try:
-            future.set_result(work())
+            future.set_result(roll_out(step))
         except BaseException as error:
             future.set_exception(error)
 

@@ -1,106 +1,124 @@
-"""A real HTTP server with vLLM's token-level protocol, in front of an engine of ours.
+"""A real HTTP server with vLLM's or SGLang's token-level protocol, in front of an engine of ours.
 
 Tokens, log-probabilities, weights and their checksums are real; `fault` breaks what it is told to.
+`python token_server.py SEED [PACE]` is an SGLang in a process of its own, whose weights may be
+broadcast.
 """
 
 import hashlib
 import json
+import os
+import sys
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+from q3mega import device  # noqa: F401
+
+# isort: split
+import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import distributed as dist
+from torch.distributed.distributed_c10d import _new_process_group_helper
 
 from q3mega.engine import Engine
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import each_sequence, token_logprobs
 
-POSTS = (
-    "/inference/v1/generate", "/pause", "/resume", "/update_weight_version", "/collective_rpc",
-    "/weight_checker",
-)  # fmt: skip
 ONE_AT_A_TIME = threading.Lock()  # megatron's state is the process's
 
 
 class TokenServer:
     """fault(path, body, number) -> None, or "slow", "500", "400", "truncated", "aborted", "mixed",
-    "kill". tempered: log-probabilities at the sampling temperature, as with processed_logprobs."""
+    "kill", "die" (the process, with SIGKILL). tempered: log-probabilities at the sampling
+    temperature. hold: seconds before an answer; pace: and for each of its tokens."""
 
-    def __init__(self, engine: Engine, fault: Callable | None, tempered: bool, hold: float) -> None:
-        self.engine, self.fault, self.tempered, self.hold = engine, fault, tempered, hold
+    POSTS: tuple[str, ...]  # the first one samples
+    PROMPT: str
+
+    def __init__(
+        self, engine: Engine, fault: Callable | None, tempered: bool, hold: float, pace: float
+    ) -> None:
+        self.engine, self.fault, self.tempered = engine, fault, tempered
+        self.hold, self.pace = hold, pace
         self.version, self.paused, self.dead = "default", False, False
         self.asked: list[dict] = []  # bodies of generate
         self.paths: Counter = Counter()
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
+        self.under_way: dict[str, threading.Event] = {}  # set: abort
         self.url = ""
 
-    def post(self, path: str, body: dict) -> dict:
-        match path:
-            case "/inference/v1/generate":
-                with self.lock:
-                    self.asked.append(body)
-                    self.at_once += 1
-                    self.most_at_once = max(self.most_at_once, self.at_once)
-                time.sleep(self.hold)  # so that several are under way at once
-                try:
-                    with ONE_AT_A_TIME:
-                        return self.generate(body)
-                finally:
-                    with self.lock:
-                        self.at_once -= 1
-            case "/pause" | "/resume":
-                self.paused = path == "/pause"
-            case "/update_weight_version":
-                self.version = body["new_version"]
-            case "/collective_rpc":
-                assert body["method"] == "reload_weights" and self.paused
-                with ONE_AT_A_TIME:
-                    self.engine.load_hf(body["kwargs"]["weights_path"])
-            case "/weight_checker":
-                return {"checksums": self.checksums()}
-        return {}
+    def gets(self) -> dict[str, dict]:
+        raise NotImplementedError
 
-    def generate(self, body: dict) -> dict:
+    def post(self, path: str, body: dict) -> dict:
+        raise NotImplementedError
+
+    def spoil(self, answer: dict, fault: str) -> None:
+        raise NotImplementedError
+
+    def counted(self, body: dict, answer: Callable[[dict], dict]) -> dict:
+        with self.lock:
+            self.asked.append(body)
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        time.sleep(self.hold)  # so that several are under way at once
+        try:
+            return answer(body)
+        finally:
+            with self.lock:
+                self.at_once -= 1
+
+    def sample(
+        self, name: str, prompt: list[int], params: SamplingParams, stops: list[int]
+    ) -> tuple[list[int], list[float], str, str]:
+        """(tokens, log-probabilities, finish_reason, version)"""
         assert not self.paused
-        how, prompt = body["sampling_params"], body["token_ids"]
-        eos, eod = how.get("stop_token_ids", (-1, -1))
+        eos, eod = stops or (-1, -1)
         tokenizer = SimpleNamespace(
             eos=eos, eod=eod, think_open=-1, think_close=-1,
             encode=lambda text: [],
         )  # fmt: skip
-        heat = how["temperature"]
-        params = SamplingParams(
-            how["max_tokens"], heat, how.get("top_p", 1.0), how.get("top_k", 0), seed=how["seed"]
-        )
-        ((found,),) = InProcessSampler(self.engine, tokenizer).generate([prompt], params)
-        logprobs = found.logprobs
-        if not self.tempered:
-            (logprobs,) = token_logprobs(self.engine, [(prompt, found.tokens)])
-        content = [
-            {"token_id": t, "logprob": p} for t, p in zip(found.tokens, logprobs, strict=True)
-        ]
-        if how["logprobs"]:
+        aborted = self.under_way.setdefault(name, threading.Event())
+        with ONE_AT_A_TIME:
+            version = self.version
+            ((found,),) = InProcessSampler(self.engine, tokenizer).generate([prompt], params)
+            logprobs, finish = found.logprobs, found.finish_reason
+            if not self.tempered:
+                (logprobs,) = token_logprobs(self.engine, [(prompt, found.tokens)])
+        end = len(found.tokens)
+        for i in range(1, end + 1) if self.pace else ():
+            if aborted.wait(self.pace) and i < end:
+                end, finish = i, "abort"
+                break
+        del self.under_way[name]
+        return found.tokens[:end], logprobs[:end], finish, version
+
+    def best(self, prompt: list[int], heat: float) -> tuple[int, float]:
+        """The likeliest next token and its log-probability."""
+        with ONE_AT_A_TIME:
             (logits,) = each_sequence(self.engine, [prompt], lambda head, _: [head.logits()[-1]])
-            best = (logits / (heat if self.tempered else 1.0)).log_softmax(-1).max(-1)
-            content[0]["top_logprobs"] = [
-                {"token_id": int(best.indices), "logprob": float(best.values)}
-            ]
-        choice = {
-            "index": 0,
-            "token_ids": found.tokens,
-            "logprobs": {"content": content},
-            "finish_reason": found.finish_reason,
-            "weight_versions": [{"version": self.version, "start": 0, "end": len(found.tokens)}],
-        }
-        return {"choices": [choice]}
+        best = (logits / (heat if self.tempered else 1.0)).log_softmax(-1).max(-1)
+        return int(best.indices), float(best.values)
+
+    def abort(self, is_meant: Callable[[str], bool]) -> None:
+        for name, event in list(self.under_way.items()):
+            if is_meant(name):
+                event.set()
+
+    def load(self, folder: str) -> None:
+        with ONE_AT_A_TIME:
+            self.engine.load_hf(folder)
 
     def checksums(self) -> dict[str, str]:
         found = {}
@@ -109,14 +127,185 @@ class TokenServer:
             for file in Path(folder).glob("*.safetensors"):
                 with safe_open(file, "np") as tensors:
                     for name in tensors.keys():  # noqa: SIM118
-                        digest = hashlib.sha256(tensors.get_tensor(name).tobytes()).hexdigest()
-                        found[f"dp0:pp0:pcp0:tp0:{name}"] = digest
+                        found[name] = hashlib.sha256(tensors.get_tensor(name).tobytes()).hexdigest()
         return found
 
 
+class Vllm(TokenServer):
+    POSTS = (
+        "/inference/v1/generate", "/inference/v1/abort_requests", "/pause", "/resume",
+        "/update_weight_version", "/collective_rpc", "/weight_checker",
+    )  # fmt: skip
+    PROMPT = "token_ids"
+
+    def gets(self) -> dict[str, dict]:
+        return {
+            "/health": {},
+            "/version": {"version": "0.0.test"},
+            "/weight_info": {"weight_version": self.version},
+        }
+
+    def post(self, path: str, body: dict) -> dict:
+        match path:
+            case "/inference/v1/generate":
+                return self.counted(body, self.generate)
+            case "/inference/v1/abort_requests":
+                self.abort(lambda name: f"generate-tokens-{name}" in body["request_ids"])
+            case "/pause" | "/resume":
+                self.paused = path == "/pause"
+            case "/update_weight_version":
+                self.version = body["new_version"]
+            case "/collective_rpc":
+                assert body["method"] == "reload_weights" and self.paused
+                self.load(body["kwargs"]["weights_path"])
+            case "/weight_checker":
+                placed = {f"dp0:pp0:pcp0:tp0:{n}": sha for n, sha in self.checksums().items()}
+                return {"checksums": placed}
+        return {}
+
+    def generate(self, body: dict) -> dict:
+        how, prompt = body["sampling_params"], body["token_ids"]
+        heat = how["temperature"]
+        params = SamplingParams(
+            how["max_tokens"], heat, how.get("top_p", 1.0), how.get("top_k", 0), seed=how["seed"]
+        )
+        tokens, logprobs, finish, version = self.sample(
+            body["request_id"], prompt, params, how.get("stop_token_ids", [])
+        )
+        content = [{"token_id": t, "logprob": p} for t, p in zip(tokens, logprobs, strict=True)]
+        if how["logprobs"]:
+            best, logprob = self.best(prompt, heat)
+            content[0]["top_logprobs"] = [{"token_id": best, "logprob": logprob}]
+        choice = {
+            "index": 0,
+            "token_ids": tokens,
+            "logprobs": {"content": content},
+            "finish_reason": finish,
+            "weight_versions": [{"version": version, "start": 0, "end": len(tokens)}],
+        }
+        return {"choices": [choice]}
+
+    def spoil(self, answer: dict, fault: str) -> None:
+        (choice,) = answer["choices"]
+        if fault == "aborted":
+            choice["finish_reason"] = "abort"
+        else:
+            choice["logprobs"]["content"][0]["token_id"] += 1
+
+
+class Sglang(TokenServer):
+    """Its checksums are those of a CPU. It stops at `own` ids too, as SGLang does at its model's;
+    seeds are looked at, as with deterministic inference."""
+
+    POSTS = (
+        "/generate", "/abort_request", "/pause_generation", "/continue_generation",
+        "/flush_cache", "/update_weight_version", "/update_weights_from_disk", "/weights_checker",
+        "/init_weights_update_group", "/destroy_weights_update_group", "/begin_weight_update",
+        "/update_weights_from_distributed", "/end_weight_update",
+    )  # fmt: skip
+    PROMPT = "input_ids"
+    own: tuple[int, ...] = ()
+    layout: dict = {"device": "cpu", "tp_size": 1, "pp_size": 1, "dp_size": 1}  # noqa: RUF012
+
+    def __init__(self, *given) -> None:
+        super().__init__(*given)
+        self.groups: dict[str, dist.ProcessGroup] = {}
+        self.session: dict[str, torch.Tensor] | None = None  # what was received in it
+
+    def gets(self) -> dict[str, dict]:
+        return {
+            "/server_info": {"version": "0.0.sg", **self.layout},
+            "/model_info": {"weight_version": self.version},
+        }
+
+    def post(self, path: str, body: dict) -> dict:
+        match path:
+            case "/generate":
+                return self.counted(body, self.generate)
+            case "/abort_request":
+                self.abort(lambda name: name.startswith(body["rid"]))
+            case "/pause_generation" | "/continue_generation":
+                self.paused = path == "/pause_generation"
+            case "/update_weight_version":
+                self.version = body["new_version"]
+            case "/update_weights_from_disk":
+                assert self.paused
+                self.load(body["model_path"])
+            case "/weights_checker":
+                short = {name: sha[:16] for name, sha in self.checksums().items()}
+                return {"success": True, "ranks": [{"checksums": short}]}
+            case "/init_weights_update_group":
+                self.join(**body)
+            case "/destroy_weights_update_group":
+                dist.destroy_process_group(self.groups.pop(body["group_name"]))
+            case "/begin_weight_update":
+                assert self.session is None and self.paused
+                self.session = {}
+            case "/update_weights_from_distributed":
+                self.receive(**body)
+            case "/end_weight_update":
+                assert self.session is not None
+                received, self.session = self.session, None
+                with tempfile.TemporaryDirectory() as folder:
+                    self.engine.save_hf(folder, {})
+                    held = Path(folder) / "model.safetensors"
+                    if received:
+                        save_file(received, held, metadata={"format": "pt"})
+                    self.load(folder)
+        return {"success": True}
+
+    def join(self, master_address, master_port, rank_offset, world_size, group_name, backend):
+        """As SGLang does, by a group beside the default one: the prefixes of keys must match."""
+        limit = timedelta(seconds=20)
+        store = dist.TCPStore(master_address, master_port, world_size, False, limit)
+        self.groups[group_name], _ = _new_process_group_helper(
+            world_size, rank_offset, [], dist.Backend(backend),
+            dist.PrefixStore(group_name, store), group_name=group_name, timeout=limit,
+        )  # fmt: skip
+
+    def receive(self, names, dtypes, shapes, group_name, flush_cache):
+        tensors = [
+            torch.empty(shape, dtype=getattr(torch, dtype))
+            for dtype, shape in zip(dtypes, shapes, strict=True)
+        ]
+        group = self.groups[group_name]
+        for work in [group.broadcast(tensor, 0) for tensor in tensors]:
+            work.wait()
+        self.session |= dict(zip(names, tensors, strict=True))
+
+    def generate(self, body: dict) -> dict:
+        how, prompt = body["sampling_params"], body["input_ids"]
+        assert "ignore_eos" not in how and body["return_logprob"]
+        heat = how["temperature"]
+        params = SamplingParams(
+            how["max_new_tokens"], heat, how.get("top_p", 1.0), max(0, how.get("top_k", 0)),
+            seed=how["sampling_seed"],
+        )  # fmt: skip
+        stops = list(self.own) or how.get("stop_token_ids", [])
+        tokens, logprobs, finish, version = self.sample(body["rid"], prompt, params, stops)
+        meta = {
+            "output_token_logprobs": [[p, t, None] for t, p in zip(tokens, logprobs, strict=True)],
+            "finish_reason": {"type": finish},
+            "weight_versions": [{"version": version, "start": 0, "end": len(tokens)}],
+        }
+        if body["top_logprobs_num"]:
+            best, logprob = self.best(prompt, heat)
+            meta["output_top_logprobs"] = [[[logprob, best, None]]]
+        return {"output_ids": tokens, "meta_info": meta}
+
+    def spoil(self, answer: dict, fault: str) -> None:
+        if fault == "aborted":
+            answer["meta_info"]["finish_reason"]["type"] = "abort"
+        else:
+            answer["meta_info"]["output_token_logprobs"][0][1] += 1
+
+
+KINDS = {"vllm": Vllm, "sglang": Sglang}
+
+
 @contextmanager
-def token_server(engine, fault=None, *, tempered=True, hold=0.0):
-    state = TokenServer(engine, fault, tempered, hold)
+def token_server(engine, fault=None, *, kind="vllm", tempered=True, hold=0.0, pace=0.0):
+    state = KINDS[kind](engine, fault, tempered, hold, pace)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -124,23 +313,23 @@ def token_server(engine, fault=None, *, tempered=True, hold=0.0):
         def do_GET(self):
             if state.dead:
                 return self._hang_up()
-            known = {
-                "/health": {},
-                "/version": {"version": "0.0.test"},
-                "/weight_info": {"weight_version": state.version},
-            }
+            known = state.gets()
             self._send(200 if self.path in known else 404, known.get(self.path, {}))
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             if state.dead:
                 return self._hang_up()
-            if self.path not in POSTS:
+            if self.path == "/test":  # of a server in a process of its own
+                return self._send(200, state.test(**body))
+            if self.path not in state.POSTS:
                 return self._send(404, {"detail": "Not Found"})
-            if self.path == POSTS[0] and "token_ids" not in body:
-                return self._send(400, {"error": "token_ids is missing"})
+            if self.path == state.POSTS[0] and state.PROMPT not in body:
+                return self._send(400, {"error": f"{state.PROMPT} is missing"})
             state.paths[self.path] += 1
             fault = state.fault and state.fault(self.path, body, state.paths[self.path])
+            if fault == "die":
+                os._exit(9)
             if fault == "kill":
                 state.dead = True
                 threading.Thread(target=server.shutdown).start()
@@ -150,11 +339,12 @@ def token_server(engine, fault=None, *, tempered=True, hold=0.0):
                 time.sleep(1.5)
             if fault in ("500", "400", "404"):
                 return self._send(int(fault), {"error": f"told to answer {fault}"})
-            answer = state.post(self.path, body)
-            if fault == "aborted":
-                answer["choices"][0]["finish_reason"] = "abort"
-            if fault == "mixed":
-                answer["choices"][0]["logprobs"]["content"][0]["token_id"] += 1
+            try:
+                answer = state.post(self.path, body)
+            except (AssertionError, KeyError, RuntimeError) as error:
+                return self._send(400, {"success": False, "message": repr(error)})
+            if fault in ("aborted", "mixed"):
+                state.spoil(answer, fault)
             self._send(200, answer, cut=fault == "truncated")
 
         def _send(self, status, body, cut=False):
@@ -185,3 +375,29 @@ def token_server(engine, fault=None, *, tempered=True, hold=0.0):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def main(seed: int, pace: float = 0.0) -> None:
+    """Serves until its standard input ends; the first line that it prints is its url."""
+    torch.set_num_threads(1)
+    engine = Engine(SHAPES["dense"], LAYOUT(), seed=seed)
+    with token_server(engine, kind="sglang", pace=pace) as server:
+
+        def test(faults=(), version=None) -> dict:
+            """Break at each (path, number), counted from now; take a version; say how it is."""
+            server.paths.clear()
+            table = {(path, number): fault for path, number, fault in faults}
+            server.fault = lambda path, body, number: table.get((path, number))
+            server.version = version or server.version
+            return {"version": server.version, "checksums": server.checksums()}
+
+        server.test = test
+        print(server.url, flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parent))
+    from tiny import LAYOUT, SHAPES
+
+    main(int(sys.argv[1]), *map(float, sys.argv[2:]))

@@ -13,8 +13,8 @@ from tiny import LAYOUT, SHAPES, run_cases
 
 from q3mega.engine import Engine, parallel
 from q3mega.rollout import SamplingParams
+from q3mega.rollout.servers import ServerSampler
 from q3mega.rollout.synced import SyncedSampler
-from q3mega.rollout.vllm_server import VllmSampler
 
 TOKENIZER = SimpleNamespace(
     eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
@@ -24,7 +24,7 @@ TOKENIZER = SimpleNamespace(
 def sample(layout: dict, weights: str, url: str, folder: str, prompts: list) -> list:
     engine = Engine(SHAPES["dense"], LAYOUT(**layout), seed=3)
     engine.load_hf(weights)
-    sampler = SyncedSampler(engine, VllmSampler([url], TOKENIZER), Path(folder))
+    sampler = SyncedSampler(engine, ServerSampler([url], TOKENIZER), Path(folder))
     mine = list(range(len(prompts)))[parallel.data_rank() :: parallel.data_size()]
     found = sampler.generate([prompts[i] for i in mine], SamplingParams(12, temperature=0))
     return parallel.gather_over_all(

@@ -19,9 +19,9 @@ from q3mega.engine import Engine
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.gap import measure
 from q3mega.rollout.in_process import InProcessSampler
+from q3mega.rollout.protocol import EngineFailed
+from q3mega.rollout.servers import ServerSampler
 from q3mega.rollout.synced import SyncedSampler
-from q3mega.rollout.vllm_protocol import EngineFailed
-from q3mega.rollout.vllm_server import VllmSampler
 
 PYTHON = os.environ.get("Q3MEGA_VLLM")
 pytestmark = [
@@ -88,7 +88,7 @@ def drawn(groups):
 
 
 def test_tokens_budgets_and_log_probabilities_are_the_trainers(engine, started):
-    sampler = VllmSampler([started[0]], TOKENIZER)
+    sampler = ServerSampler([started[0]], TOKENIZER)
     assert sampler.engines[started[0]]
     own = InProcessSampler(engine, TOKENIZER)
     for budget in (None, 4, 12, 40):
@@ -106,7 +106,7 @@ def test_tokens_budgets_and_log_probabilities_are_the_trainers(engine, started):
 
 def test_it_samples_from_weights_that_change(started, tmp_path):
     trainer = made(6)
-    servers = VllmSampler([started[0]], TOKENIZER)
+    servers = ServerSampler([started[0]], TOKENIZER)
     params = SamplingParams(20, n=8, seed=3)
     assert measure(trainer, servers, PROMPTS, params).mean > 0.01
     sampler = SyncedSampler(trainer, servers, tmp_path)
@@ -121,7 +121,7 @@ def test_it_samples_from_weights_that_change(started, tmp_path):
 
 def test_a_server_that_is_killed_is_an_error_that_names_it(started):
     url, process = started
-    sampler = VllmSampler([url], TOKENIZER, retries=1)
+    sampler = ServerSampler([url], TOKENIZER, retries=1)
     timer = threading.Timer(0.5, lambda: os.killpg(process.pid, 9))
     timer.start()
     with pytest.raises(EngineFailed, match=url):

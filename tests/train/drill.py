@@ -28,6 +28,7 @@ from q3mega.rollout.in_process import InProcessSampler
 from q3mega.train import reinforcement
 from q3mega.train.log import Log
 from q3mega.train.rollouts import Rollout
+from q3mega.train.schedule import InTurn
 
 TOKENIZER = SimpleNamespace(
     eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
@@ -65,7 +66,7 @@ def run(folder: str, steps: int, settings: dict, kill: list | None) -> None:
     root.mkdir(exist_ok=True)
     reinforcement.train(
         engine,
-        roll_out,
+        InTurn(roll_out, settings.pop("staleness", 0)),
         reinforcement.PolicySettings(updates=2, capacity=256, max_tokens=6, **settings),
         EntropyController(0.7, 0.001, 0.02),
         steps=steps,

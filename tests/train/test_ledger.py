@@ -19,7 +19,7 @@ DRILL = Path(__file__).with_name("drill.py")
 STEPS, A_STEP = 5, 16
 # two updates a step: within the second, and between rollout and update of the fourth
 KILLS = [["after", 3], ["before", 7]]
-SCHEDULES = {"synchronous": {}, "one_step_off": {"one_step_off": True}}
+SCHEDULES = {"synchronous": {}, "one_step_off": {"staleness": 1}}
 
 
 def batch(n: int, problem: str = "p") -> list[Rollout]:
@@ -68,13 +68,13 @@ def test_a_resume_goes_back_to_what_the_checkpoint_knows(ledger: Ledger) -> None
     known = rows(ledger.path)
     ledger.drawn(3, ahead)
     ledger.used(3, 3, [0, 1])
-    ledger.resume(2)
+    ledger.resume(2, {})
     assert rows(ledger.path) == known
-    ledger.resume(2, ahead)
-    ledger.resume(2, ahead)  # a cut between this and the first step changes nothing
+    ledger.resume(2, {3: ahead})
+    ledger.resume(2, {3: ahead})  # a cut between this and the first step changes nothing
     assert ledger.balance() == Balance(10, 4, {"over-long": 4}, 2)
     assert [row[3] for row in rows(ledger.path)[-2:]] == ["ahead0", "ahead1"]
-    ledger.resume(0)
+    ledger.resume(0, {})
     assert ledger.balance() == Balance(0, 0, {}, 0)
 
 
@@ -82,7 +82,7 @@ def test_only_the_writing_rank_writes(ledger: Ledger, tmp_path: Path) -> None:
     other = Ledger(tmp_path / "none.sqlite", writes=False)
     other.drawn(1, batch(2))
     other.used(1, 1, [0])
-    other.resume(0)
+    other.resume(0, {})
     assert not other.path.exists()
 
 

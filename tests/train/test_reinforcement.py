@@ -24,7 +24,8 @@ from q3mega.rollout.in_process import InProcessSampler
 from q3mega.train.ledger import FILE, Ledger
 from q3mega.train.log import Log, read
 from q3mega.train.reinforcement import PolicySettings, credit, train
-from q3mega.train.rollouts import Rollout, pack, unpack
+from q3mega.train.rollouts import Batches, Rollout, pack, unpack
+from q3mega.train.schedule import InTurn
 
 TOKENIZER = SimpleNamespace(
     eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
@@ -40,25 +41,25 @@ def rollouts(draw: st.DrawFn) -> Rollout:
     column = st.lists(finite, min_size=n, max_size=n)
     mask = draw(st.lists(st.integers(0, 1), min_size=n, max_size=n))
     end = draw(st.sampled_from(["stop", "length"]))
+    weights = st.lists(st.tuples(st.text(), st.integers(1, 9)), max_size=2)
     return Rollout(
         prompt=draw(st.lists(ids, max_size=3)),
-        completion=Completion(tokens, draw(column), mask, end, draw(st.none() | st.text())),
+        completion=Completion(tokens, draw(column), mask, end, draw(weights)),
         group=draw(st.integers(0, 9)),
         reward=draw(finite),
         task=draw(st.text()),
         reason=draw(st.text()),
         parts=draw(st.dictionaries(st.text(), finite, max_size=2)),
-        ref_logprobs=draw(st.none() | column),
         problem=draw(st.text()),
         text=draw(st.text()),
         versions=draw(st.lists(st.integers(0), max_size=2)),
     )
 
 
-@given(st.lists(rollouts(), min_size=1, max_size=4))
-def test_a_batch_comes_back_from_json_and_safetensors_as_it_was(batch: list[Rollout]) -> None:
-    rows, tensors = pack(batch)
-    assert unpack(json.loads(json.dumps(rows)), load(save(tensors))) == batch
+@given(st.dictionaries(st.integers(1, 9), st.lists(rollouts(), min_size=1, max_size=3), max_size=3))
+def test_batches_come_back_from_json_and_safetensors_as_they_were(batches: Batches) -> None:
+    rows, tensors = pack(batches)
+    assert unpack(json.loads(json.dumps(rows)), load(save(tensors))) == batches
 
 
 def sized(length: int, reward: float, end: str = "stop") -> Rollout:
@@ -112,7 +113,7 @@ def first_step(
     folder.mkdir()
     train(
         engine,
-        roll_out,
+        InTurn(roll_out),
         PolicySettings(1, 256, 8, correction=correction, temperature=temperature),
         EntropyController(0.0, 0.0, 0.0),
         steps=1,

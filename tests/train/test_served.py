@@ -15,12 +15,13 @@ from q3mega.algorithms.entropy import EntropyController
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.errors import UserError
 from q3mega.rollout import SamplingParams
+from q3mega.rollout.servers import ServerSampler
 from q3mega.rollout.synced import SyncedSampler
-from q3mega.rollout.vllm_server import VllmSampler
 from q3mega.train import reinforcement
 from q3mega.train.log import Log
 from q3mega.train.reinforcement import PolicySettings
 from q3mega.train.rollouts import Rollout
+from q3mega.train.schedule import InTurn
 
 TOKENIZER = SimpleNamespace(
     eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
@@ -35,12 +36,12 @@ def learn(folder, wrong_by=0.0):
     engine = Engine(SHAPES["dense"], LAYOUT(), seed=5, optimizer=spec)
     versions = []
     with token_server(Engine(SHAPES["dense"], LAYOUT(), seed=6)) as server:
-        servers = VllmSampler([server.url], TOKENIZER)
+        servers = ServerSampler([server.url], TOKENIZER)
         sampler = SyncedSampler(engine, servers, folder / "weights")
 
         def roll_out(step):
             groups = sampler.generate(PROMPTS, SamplingParams(8, n=6, seed=step))
-            versions.append({c.weights for group in groups for c in group})
+            versions.append({v for group in groups for c in group for v, _ in c.weights})
             for c in (c for group in groups for c in group):
                 c.logprobs = [p - wrong_by for p in c.logprobs]
             return [
@@ -51,7 +52,7 @@ def learn(folder, wrong_by=0.0):
 
         settings = PolicySettings(updates=2, capacity=256, max_tokens=8, max_gap=1e-3)
         reinforcement.train(
-            engine, roll_out, settings, EntropyController(0.0, 0.0, 0.0), steps=STEPS,
+            engine, InTurn(roll_out), settings, EntropyController(0.0, 0.0, 0.0), steps=STEPS,
             folder=folder / "checkpoints", log=Log(folder, STEPS), save_every=STEPS,
         )  # fmt: skip
     lines = (folder / "metrics.jsonl").read_text().splitlines()

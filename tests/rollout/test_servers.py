@@ -6,6 +6,7 @@ The same against a vLLM in an environment of its own: docs/engines.md has the co
 import json
 import math
 import socket
+import threading
 from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
@@ -26,18 +27,19 @@ from q3mega.data import text
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
-from q3mega.rollout import SamplingParams, vllm_protocol, vllm_server
+from q3mega.rollout import SamplingParams, protocol, servers, sglang_protocol, vllm_protocol
 from q3mega.rollout.gap import measure
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import token_logprobs
+from q3mega.rollout.protocol import EngineFailed, Unusable
+from q3mega.rollout.servers import ServerSampler
 from q3mega.rollout.synced import SyncedSampler, norms
-from q3mega.rollout.vllm_protocol import EngineFailed, Unusable, parsed
-from q3mega.rollout.vllm_server import VllmSampler
 
 # ids of a make-believe tokenizer over 64 tokens; the stop text closes the think block
 TOKENIZER = SimpleNamespace(
     eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
 )
+LOAD = {"vllm": "/collective_rpc", "sglang": "/update_weights_from_disk"}
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 61], [10], [11, 61]]
 
 
@@ -57,21 +59,28 @@ def engine():
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(vllm_server, "BACK_OFF", 0.01)
+    monkeypatch.setattr(servers, "BACK_OFF", 0.01)
+
+
+@pytest.fixture(params=["vllm", "sglang"])
+def kind(request):
+    return request.param
 
 
 @pytest.fixture
-def serve(engine):
+def serve(engine, kind):
     """serve(n or a fault for each) -> (sampler, servers)"""
     with ExitStack() as stack:
 
-        def start(*faults, engines=None, tempered=True, hold=0.0, **settings):
+        def start(*faults, engines=None, tempered=True, hold=0.0, pace=0.0, **settings):
             engines = engines or [engine] * len(faults)
+            how = {"kind": kind, "tempered": tempered, "hold": hold, "pace": pace}
             servers = [
-                stack.enter_context(token_server(e, f, tempered=tempered, hold=hold))
+                stack.enter_context(token_server(e, f, **how))
                 for e, f in zip(engines, faults, strict=True)
             ]
-            return VllmSampler([s.url for s in servers], TOKENIZER, **settings), servers
+            urls = [s.url for s in servers]
+            return ServerSampler(urls, TOKENIZER, kind=kind, **settings), servers
 
         yield start
 
@@ -96,7 +105,8 @@ def test_greedy_answers_and_budgets_are_those_in_process(engine, serve):
         if budget == 4:
             assert any(0 in c.mask for (c,) in ours)
     assert first.asked and second.asked
-    assert sampler.engines == {first.url: "0.0.test", second.url: "0.0.test"}
+    said = "0.0.test" if sampler.kind == "vllm" else "0.0.sg"
+    assert sampler.engines == {first.url: said, second.url: said}
 
 
 @pytest.mark.parametrize("heat", [1.0, 0.6])
@@ -115,9 +125,10 @@ def test_log_probabilities_are_the_trainers(engine, serve, heat):
     assert len(set(map(tuple, drawn(found[:1])))) > 1  # the tries at one prompt differ
 
 
-def test_log_probabilities_that_the_server_cannot_tell(serve):
+def test_log_probabilities_that_the_server_cannot_tell(serve, kind):
     raw, _ = serve(None, tempered=False)
-    with pytest.raises(UserError, match="--logprobs-mode processed_logprobs"):
+    remedy = {"vllm": "--logprobs-mode processed_logprobs", "sglang": "RETURN_ORIGINAL_LOGPROB"}
+    with pytest.raises(UserError, match=remedy[kind]):
         raw.generate(PROMPTS, SamplingParams(4, 0.6))
     (group, *_) = raw.generate(PROMPTS, SamplingParams(4, 0.6, top_p=0.9, thinking_budget=2))
     assert all(
@@ -144,7 +155,11 @@ def test_a_batch_outlives_a_fault(serve, fault):
         lambda path, body, number: fault if number == 2 else None, None, timeout=timeout
     )
     assert drawn(sampler.generate(PROMPTS, params)) == whole
-    asked = [(b["request_id"], b["sampling_params"]["seed"]) for s in servers for b in s.asked]
+    asked = [
+        (b.get("request_id") or b["rid"].partition(".")[0],
+         b["sampling_params"].get("seed") or b["sampling_params"]["sampling_seed"])
+        for s in servers for b in s.asked
+    ]  # fmt: skip
     assert len({i for i, _ in asked}) == len(set(asked))
     assert sampler.servers[0].alive == (fault != "kill")
     assert drawn(sampler.generate(PROMPTS, params)) == whole  # and the next batch does too
@@ -155,11 +170,11 @@ def test_what_cannot_be_bettered_is_an_error(serve):
     sampler, (server,) = serve(lambda path, body, number: "500", retries=2)
     with pytest.raises(EngineFailed, match=r"failed 3 times.*told to answer 500"):
         sampler.generate([[1]], params)
-    assert server.paths["/inference/v1/generate"] == 3
+    assert server.paths[server.POSTS[0]] == 3
     sampler, (server,) = serve(lambda path, body, number: "400")
     with pytest.raises(UserError, match=r"400.*shorter prompt"):
         sampler.generate([[1]], params)
-    assert server.paths["/inference/v1/generate"] == 1
+    assert server.paths[server.POSTS[0]] == 1
     sampler, _ = serve(*[lambda path, body, number: "kill"] * 2)
     with pytest.raises(EngineFailed, match="no server is left"):
         sampler.generate(PROMPTS, params)
@@ -167,18 +182,23 @@ def test_what_cannot_be_bettered_is_an_error(serve):
         sampler.generate(PROMPTS, params)
 
 
-def test_a_server_that_is_none_is_refused_at_once(serve, monkeypatch):
+def test_a_server_that_is_none_is_refused_at_once(serve, kind, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        with pytest.raises(UserError, match=f"{url} is no vLLM server that is up"):
-            VllmSampler([url], TOKENIZER)
+        with pytest.raises(UserError, match=f"(?i){url} is no {kind} server that is up"):
+            ServerSampler([url], TOKENIZER, kind=kind)
     _, (server,) = serve(None)
     with pytest.raises(UserError, match="key_env=NO_SUCH_KEY"):
-        VllmSampler([server.url], TOKENIZER, key_env="NO_SUCH_KEY")
+        ServerSampler([server.url], TOKENIZER, key_env="NO_SUCH_KEY")
+    other = "sglang" if kind == "vllm" else "vllm"
+    with pytest.raises(UserError, match=f"(?i)is no {other} server"):
+        ServerSampler([server.url], TOKENIZER, kind=other)
+    if kind == "sglang":
+        return
     monkeypatch.setattr(vllm_protocol, "_GENERATE", "/elsewhere")
     with pytest.raises(UserError, match="--enable-scale-out"):
-        VllmSampler([server.url], TOKENIZER)
+        ServerSampler([server.url], TOKENIZER)
 
 
 def test_servers_of_two_versions_are_not_mixed(serve, engine):
@@ -188,7 +208,7 @@ def test_servers_of_two_versions_are_not_mixed(serve, engine):
         sampler.generate(PROMPTS, SamplingParams(4))
     sampler.version = "another"
     (group, *_) = sampler.generate(PROMPTS, SamplingParams(4))
-    assert group[0].weights == "another"
+    assert group[0].weights == [("another", len(group[0].tokens))]
     first.asked.clear()
     sampler.generate(PROMPTS, SamplingParams(4))
     assert not first.asked
@@ -196,7 +216,7 @@ def test_servers_of_two_versions_are_not_mixed(serve, engine):
 
 def change_while_sampling(servers):
     def fault(path, body, number):
-        if path.endswith("generate") and number == 2:
+        if path == servers[0].POSTS[0] and number == 2:
             servers[0].version = "restarted"
 
     return fault
@@ -208,11 +228,12 @@ def test_weights_that_change_in_a_batch_are_not_sampled_from(serve):
     box += servers
     sampler.version = "default"
     found = sampler.generate(PROMPTS, SamplingParams(4, n=3))
-    assert {c.weights for group in found for c in group} == {"default"}
+    assert {v for group in found for c in group for v, _ in c.weights} == {"default"}
     assert not sampler.servers[0].alive
 
 
-ANSWER = {
+ANSWERS = {}
+ANSWERS["vllm"] = {
     "choices": [
         {
             "token_ids": [4, 7],
@@ -222,6 +243,15 @@ ANSWER = {
         }
     ]
 }
+ANSWERS["sglang"] = {
+    "output_ids": [4, 7],
+    "meta_info": {
+        "output_token_logprobs": [[-0.5, 4, None], [-0.5, 7, None]],
+        "finish_reason": {"type": "stop", "matched": 7},
+        "weight_versions": [{"version": "v", "start": 0, "end": 2}],
+    },
+}
+PARSED = {"vllm": vllm_protocol.parsed, "sglang": sglang_protocol.parsed}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -242,35 +272,104 @@ def places(value, path=()):
         yield from places(part, (*path, key))
 
 
-@given(st.sampled_from([p for p in places(ANSWER) if p]), JSON)
-def test_an_answer_with_anything_in_it_is_whole_or_unusable(path, junk):
-    answer = json.loads(json.dumps(ANSWER))
-    *parents, last = path
-    place = answer
+@given(st.sampled_from([(k, p) for k, a in ANSWERS.items() for p in places(a) if p]), JSON)
+def test_an_answer_with_anything_in_it_is_whole_or_unusable(place, junk):
+    kind, (*parents, last) = place
+    answer = json.loads(json.dumps(ANSWERS[kind]))
+    part = answer
     for key in parents:
-        place = place[key]
-    place[last] = junk
+        part = part[key]
+    part[last] = junk
     try:
-        choice = parsed(json.dumps(answer).encode())
+        found = PARSED[kind](json.dumps(answer).encode())
     except Unusable:
         return
-    assert [t.token_id for t in choice.logprobs.content] == choice.token_ids
-    assert all(-9000 < t.logprob <= 1e-3 for t in choice.logprobs.content)
-    assert choice.weight_versions and choice.finish_reason in ("stop", "length")
+    if kind == "vllm":
+        tokens = found.token_ids
+        pairs = [(t.token_id, t.logprob) for t in found.logprobs.content]
+        end, versions = found.finish_reason, found.weight_versions
+    else:
+        meta, tokens = found.meta_info, found.output_ids
+        pairs = [(token, logprob) for logprob, token, _ in meta.output_token_logprobs]
+        end, versions = meta.finish_reason.type, meta.weight_versions
+    assert tokens and [token for token, _ in pairs] == tokens
+    assert all(-1e30 < logprob <= 1e-3 for _, logprob in pairs)
+    assert versions and end in ("stop", "length", "abort")
 
 
-@given(st.binary(max_size=80), st.integers(0, len(json.dumps(ANSWER)) - 1))
-def test_bytes_that_are_no_answer_are_unusable(junk, end):
-    for body in (junk, json.dumps(ANSWER).encode()[:end]):
+@given(st.binary(max_size=80), st.integers(0, 150), st.sampled_from(list(ANSWERS)))
+def test_bytes_that_are_no_answer_are_unusable(junk, end, kind):
+    for body in (junk, json.dumps(ANSWERS[kind]).encode()[:end]):
         with pytest.raises(Unusable):
-            parsed(body)
-    assert parsed(json.dumps(ANSWER).encode()).token_ids == [4, 7]
+            PARSED[kind](body)
+    PARSED[kind](json.dumps(ANSWERS[kind]).encode())
+
+
+def test_a_stop_at_ids_of_the_servers_own_is_an_error(engine):
+    with token_server(engine, kind="sglang") as server:
+        sampler = ServerSampler([server.url], TOKENIZER, kind="sglang", concurrency=1)
+        server.own = (20, 21)
+        with pytest.raises(UserError, match=r"none of \[62, 63\]: start it with --skip-tokenizer"):
+            sampler.generate(PROMPTS, SamplingParams(40, n=4))
+
+
+# -- interrupted -------------------------------------------------------------------------------
+
+
+def test_a_batch_is_interrupted_and_gone_on_with(serve, engine):
+    """Greedy, so the parts together are the whole; each token knows its weights."""
+    sampler, servers = serve(None, None, pace=0.02, concurrency=3)
+    for budget in (None, 4, 12):
+        params = SamplingParams(12, temperature=0, thinking_budget=budget, n=2)
+        whole = InProcessSampler(engine, TOKENIZER).generate(PROMPTS, params)
+        begun = sampler.proceed(PROMPTS, None, params, seconds=0.1)
+        cut = [c for group in begun for c in group if c.finish_reason == "abort"]
+        assert cut and all(len(c.tokens) == len(c.logprobs) == len(c.mask) for c in cut)
+        kept = flat(begun)
+        for server in servers:
+            server.version = f"after {budget}"
+        done = sampler.proceed(PROMPTS, begun, params)
+        assert flat(begun) == kept  # what was given is not changed
+        assert flat(done) == flat(whole)
+        for a, b in zip([c for g in begun for c in g], [c for g in done for c in g], strict=True):
+            assert b.tokens[: len(a.tokens)] == a.tokens
+            assert b.logprobs[: len(a.tokens)] == a.logprobs
+            if a.finish_reason != "abort":
+                assert a == b
+            elif a.tokens:
+                assert b.weights == [*a.weights, (f"after {budget}", sum(b.mask) - sum(a.mask))]
+            else:
+                assert b.weights == [(f"after {budget}", sum(b.mask))]
+
+
+def test_an_interrupt_comes_from_any_thread(serve):
+    sampler, servers = serve(None, None, pace=0.05, concurrency=2)
+    timer = threading.Timer(0.3, sampler.interrupt)
+    timer.start()
+    begun = sampler.generate(PROMPTS, SamplingParams(200, n=4, temperature=0))
+    timer.join()
+    assert all(s.at_once == 0 for s in servers)
+    cut = [c for group in begun for c in group if c.finish_reason == "abort"]
+    assert any(c.tokens for c in cut) and any(not c.tokens for c in cut)  # under way, and waiting
+    sampler.interrupt()  # there is nothing to interrupt
+    assert len(sampler.generate([[1]], SamplingParams(2))[0][0].tokens) <= 2
+
+
+def test_what_goes_on_draws_anew(serve):
+    """The tokens after an interrupt are not those after the prompt again, under the same seed."""
+    sampler, _ = serve(None)
+    params, tries = SamplingParams(6, n=40, seed=1), []
+    for group in sampler.generate([[9]], replace(params, max_tokens=3)):
+        tries += [replace(c, finish_reason="abort") for c in group if c.finish_reason == "length"]
+    (done,) = sampler.proceed([[9]], [tries], replace(params, n=len(tries)))
+    same = sum(c.tokens[3:6] == c.tokens[:3] for c in done)
+    assert same < len(done) / 4
 
 
 # -- weights -----------------------------------------------------------------------------------
 
 
-def test_the_servers_sample_from_the_engines_weights(serve, tmp_path):
+def test_the_servers_sample_from_the_engines_weights(serve, kind, tmp_path):
     trainer = made(7)
     servers, (one, two) = serve(None, None, engines=[made(5), made(6)])
     sampler = SyncedSampler(trainer, servers, tmp_path)
@@ -279,11 +378,11 @@ def test_the_servers_sample_from_the_engines_weights(serve, tmp_path):
     for step in range(2):
         found = sampler.generate(PROMPTS, params)
         assert drawn(found) == drawn(own.generate(PROMPTS, params))
-        (version,) = {c.weights for group in found for c in group}
+        (version,) = {v for group in found for c in group for v, _ in c.weights}
         assert [path.name for path in tmp_path.iterdir()] == [version]
         versions.append(version)
         sampler.generate(PROMPTS, params)
-        assert one.paths["/collective_rpc"] == step + 1  # once, not for every call
+        assert one.paths[LOAD[kind]] == step + 1  # once, not for every call
         for parameter in trainer.chunks[0].parameters():
             parameter.data *= 1.3
         trainer.changes += 1
@@ -291,19 +390,19 @@ def test_the_servers_sample_from_the_engines_weights(serve, tmp_path):
     sampler.generate(PROMPTS, params)
     two.version = "default"  # as after a restart
     sampler.generate(PROMPTS, params)
-    assert (one.paths["/collective_rpc"], two.paths["/collective_rpc"]) == (3, 4)
+    assert (one.paths[LOAD[kind]], two.paths[LOAD[kind]]) == (3, 4)
 
 
-def test_an_update_that_is_cut_is_made_again(serve, engine, tmp_path):
+def test_an_update_that_is_cut_is_made_again(serve, kind, engine, tmp_path):
     engine.save_hf(tmp_path, {})
-    cut = {"/collective_rpc"}
+    cut = {LOAD[kind]}
 
     def fault(path, body, number):
         return "500" if path in cut and number == 1 else None
 
     sampler, (server, _) = serve(fault, None, engines=[made(6), made(8)])
     sampler.load(tmp_path, "v1", norms(tmp_path))
-    assert server.version == vllm_protocol.LOADING and not sampler.servers[0].alive
+    assert server.version == protocol.LOADING and not sampler.servers[0].alive
     asked = len(server.asked)
     sampler.generate(PROMPTS, SamplingParams(4))
     assert len(server.asked) == asked
@@ -311,15 +410,16 @@ def test_an_update_that_is_cut_is_made_again(serve, engine, tmp_path):
     assert server.version == "v1" and not server.paused and sampler.servers[0].alive
 
 
-def test_wrong_weights_are_seen(serve, engine, tmp_path):
+def test_wrong_weights_are_seen(serve, kind, engine, tmp_path):
     engine.save_hf(tmp_path / "right", {})
     made(6).save_hf(tmp_path / "wrong", {})
     sampler, (server,) = serve(None, engines=[made(9)])
     with pytest.raises(EngineFailed, match="read other weights than were written"):
         sampler.load(tmp_path / "wrong", "v1", norms(tmp_path / "right"))
-    assert server.version == vllm_protocol.LOADING and server.paused
+    assert server.version == protocol.LOADING and server.paused
     sampler, (server,) = serve(lambda path, body, number: "404" if "pause" in path else None)
-    with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
+    remedy = {"vllm": "VLLM_SERVER_DEV_MODE=1", "sglang": "is it an SGLang 0.5.23"}
+    with pytest.raises(UserError, match=remedy[kind]):
         sampler.load(tmp_path / "right", "v1", norms(tmp_path / "right"))
 
 

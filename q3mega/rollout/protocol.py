@@ -1,0 +1,136 @@
+"""What sampling stands on, whichever engine a server runs: `vllm_protocol` and `sglang_protocol`
+are the two modules that are an `EngineProtocol`."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import httpx2
+
+from q3mega.errors import UserError
+
+GLANCE = 30.0  # seconds in which a healthy server says so
+LOADING = "loading"  # the version of a server whose weights are being replaced
+
+
+class EngineFailed(UserError):
+    """No server gave a usable answer."""
+
+
+class Unusable(Exception):
+    """An answer that another try may better."""
+
+
+@dataclass
+class Server:
+    url: str
+    engine: str  # its version
+    ranks: int = 1  # processes that hold parts of the model
+    alive: bool = True  # False: not asked until the next call looks at it again
+    tempered: bool | None = None  # are log-probabilities at the sampling temperature?
+
+
+@dataclass
+class Sampled:
+    """What a request gave. finish_reason "abort": stopped before its end, perhaps before its first
+    token. versions: of the weights, each with the number of tokens up to its last one."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length", "abort"]
+    versions: list[tuple[int, str]]
+
+
+class EngineProtocol(Protocol):
+    """Raises: UserError for what no other try betters, EngineFailed where no server answers,
+    Unusable and httpx2.HTTPError for the rest."""
+
+    RAW: str  # what to do when log-probabilities are at temperature 1
+    LONGER: str  # what to do when sequences are cut
+
+    async def connect(self, client: httpx2.AsyncClient, urls: Sequence[str]) -> list[Server]: ...
+
+    async def is_healthy(self, client: httpx2.AsyncClient, server: Server) -> bool: ...
+
+    async def version_of(self, client: httpx2.AsyncClient, server: Server) -> str | None:
+        """What a server says of its weights, None where it does not."""
+        ...
+
+    async def load(
+        self,
+        client: httpx2.AsyncClient,
+        server: Server,
+        folder: Path,
+        version: str,
+        norms: Mapping[str, set[str]],
+    ) -> None:
+        """Replace the weights by a folder's. A load that is cut leaves the version LOADING."""
+        ...
+
+    def request(
+        self, prompt: list[int], tokens: int, name: str, logprobs: int = 0, **how: Any
+    ) -> dict[str, Any]:
+        """The body of `generate`. logprobs: of so many best tokens beside the sampled one. how:
+        temperature, seed, stop_token_ids, and, unless greedy, top_p and top_k."""
+        ...
+
+    async def generate(
+        self, client: httpx2.AsyncClient, server: Server, body: dict[str, Any]
+    ) -> Sampled: ...
+
+    async def abort(self, client: httpx2.AsyncClient, server: Server, names: list[str]) -> None:
+        """End requests: their answers are what they have sampled. Unknown names are none."""
+        ...
+
+    async def best_logprob(
+        self, client: httpx2.AsyncClient, server: Server, token: int, temperature: float
+    ) -> float:
+        """Of the likeliest token after `token`. Raises EngineFailed."""
+        ...
+
+
+async def look(
+    engine: EngineProtocol,
+    client: httpx2.AsyncClient,
+    servers: Sequence[Server],
+    version: str | None,
+) -> None:
+    """Who is alive, with these weights? Raises EngineFailed when none is."""
+
+    async def see(server: Server) -> None:
+        server.alive = await engine.is_healthy(client, server)
+        if server.alive and version is not None:
+            server.alive = await engine.version_of(client, server) == version
+
+    await asyncio.gather(*map(see, servers))
+    if not any(server.alive for server in servers):
+        weights = "" if version is None else f" with weights {version}"
+        urls = ", ".join(server.url for server in servers)
+        raise EngineFailed(f"no server of {urls} is up{weights}: see their logs")
+
+
+def usable(answer: httpx2.Response, remedies: Mapping[int, str]) -> httpx2.Response:
+    """Raises Unusable for what another try may better, UserError for what it cannot."""
+    if answer.is_success:
+        return answer
+    said = f"{answer.url} answered {answer.status_code}: {' '.join(answer.text.split()):.300}"
+    if answer.status_code >= 500 or answer.status_code in (408, 429):
+        raise Unusable(said)
+    remedy = remedies.get(answer.status_code, "a shorter prompt, or fewer max_tokens?")
+    raise UserError(f"{said}: {remedy}")
+
+
+def check_norms(server: Server, held: Mapping[str, str], norms: Mapping[str, set[str]]) -> None:
+    """Raises EngineFailed for a server whose norms' checksums are none of those of ours."""
+    wrong = sorted(name for name, digests in norms.items() if held.get(name) not in digests)
+    if wrong:
+        raise EngineFailed(
+            f"{server.url} read other weights than were written ({', '.join(wrong[:3])}; "
+            f"{len(wrong)} of {len(norms)}): does it see the same files, and serve this model?"
+        )
+
+
+def in_brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"

@@ -1,0 +1,106 @@
+"""Weights by broadcast: to servers in processes of their own, which join the trainer's group."""
+
+import json
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from q3mega import device  # noqa: F401
+
+# isort: split
+from safetensors.torch import load_file
+from tiny import LAYOUT, SHAPES
+
+from q3mega.engine import Engine
+from q3mega.rollout import SamplingParams, broadcast
+from q3mega.rollout.in_process import InProcessSampler
+from q3mega.rollout.servers import ServerSampler
+from q3mega.rollout.synced import SyncedSampler
+
+TOKENIZER = SimpleNamespace(
+    eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
+)
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 61], [10], [11, 61]]
+GREEDY = SamplingParams(6, temperature=0)
+SERVER = Path(__file__).parent.parent / "engine" / "token_server.py"
+
+
+class Process:
+    """An SGLang of ours, and what can be done to it."""
+
+    def __init__(self, seed: int) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, str(SERVER), str(seed)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def url(self) -> str:
+        self.at = self.popen.stdout.readline().strip()
+        return self.at
+
+    def test(self, **body) -> dict:
+        request = urllib.request.Request(f"{self.at}/test", json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    found = [Process(6), Process(7), Process(8)]
+    try:
+        for process in found:
+            assert process.url()
+        yield found
+    finally:
+        for process in found:
+            process.popen.kill()
+            process.popen.wait()
+
+
+@pytest.fixture
+def trainer():
+    return Engine(SHAPES["dense"], LAYOUT(), seed=5)
+
+
+def synced(trainer, processes, **settings):
+    servers = ServerSampler([p.at for p in processes], TOKENIZER, kind="sglang", **settings)
+    return SyncedSampler(trainer, servers, None)
+
+
+def change(trainer):
+    for parameter in trainer.chunks[0].parameters():
+        parameter.data *= 1.1
+    trainer.changes += 1
+
+
+def drawn(groups):
+    return [c.tokens for group in groups for c in group]
+
+
+def test_every_tensor_arrives(trainer, processes, tmp_path, monkeypatch, caplog):
+    """One by one, and all in one; the group stays."""
+    sampler = synced(trainer, processes[:2])
+    names = set()
+    for size in (1, 1 << 30):
+        monkeypatch.setattr(broadcast, "BUCKET", size)
+        with caplog.at_level("INFO"):
+            found = sampler.generate(PROMPTS, GREEDY)
+        assert f"weights-{sampler.name}-{trainer.changes}: " in caplog.text  # with its seconds
+        assert drawn(found) == drawn(InProcessSampler(trainer, TOKENIZER).generate(PROMPTS, GREEDY))
+        (version,) = {v for group in found for c in group for v, _ in c.weights}
+        trainer.save_hf(tmp_path, {})
+        ours = {
+            n: broadcast.digests(t) for n, t in load_file(tmp_path / "model.safetensors").items()
+        }
+        for process in processes[:2]:
+            said = process.test()
+            assert said["version"] == version
+            assert said["checksums"].keys() == ours.keys()
+            assert all(sha in ours[name] for name, sha in said["checksums"].items())
+        names.add(sampler.broadcast.name)
+        change(trainer)
+    assert len(names) == 1
