@@ -32,6 +32,7 @@ from q3mega.data.batch import Batch, Sample, collate
 from q3mega.engine import checkpoint, parallel
 from q3mega.engine.optimizer import OptimizerSpec, build_optimizer
 from q3mega.engine.parallel import Part
+from q3mega.errors import UserError
 from q3mega.model import Qwen3Shape, huggingface
 from q3mega.model.attention import Positions
 from q3mega.model.megatron import build_model, transformer_config
@@ -198,9 +199,11 @@ class Engine:
         self, batches: Sequence[Batch], fn: Callable[[Head, Batch], _T]
     ) -> tuple[list[_T], list[Tensor]]:
         """`evaluate` of a mixture of experts, and of each batch the (T, layers * topk) routes that
-        its routers choose by themselves, also where they replay the batch's.
+        its routers choose by themselves, also where they replay the batch's. UserError for a dense
+        model.
         """
-        assert self.routing is not None
+        if self.routing is None:
+            raise UserError("routes (routing_replay) need a model with experts, this is dense")
         with self.routing.recording():
             return self._evaluate(batches, fn)
 

@@ -61,11 +61,11 @@ class Routing:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Passes in which every router's own choice is kept for `passes`."""
-        self.recorded = {}
+        before, self.recorded = self.recorded, {}
         try:
             yield
         finally:
-            self.recorded = None
+            self.recorded = before
 
     def passes(self) -> list[dict[int, Tensor]]:
         """What was recorded since the last call: of each pass, layer -> (tokens held here, topk),
@@ -113,6 +113,12 @@ class _Router:
         if self.routing.recomputes:
             self.waiting.append(routes)
         return routes
+
+
+def column(routes: Tensor) -> Tensor:
+    """(T, layers * topk) column of a sample of T tokens, from the routes of its first T - 1: a row
+    stands at the token that it leads to, as all columns do."""
+    return torch.cat([routes.new_zeros(1, routes.shape[1]), routes])
 
 
 def differing(a: Tensor, b: Tensor, topk: int) -> tuple[int, int]:

@@ -1,8 +1,10 @@
 """What a rollout engine is: token ids in, token ids and their log-probabilities out, never text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+from torch import Tensor
 
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.errors import UserError
@@ -25,7 +27,7 @@ EVALUATION = {
 class SamplingParams:
     """max_tokens: sampled tokens a completion. thinking_budget: tokens after which an open think
     block is closed with the text `stop_thinking` (None: never). n: completions a prompt. top_k = 0:
-    off.
+    off. routes: completions tell the experts that their tokens took.
     """
 
     max_tokens: int
@@ -36,6 +38,7 @@ class SamplingParams:
     stop_thinking: str = STOP_THINKING
     n: int = 1
     seed: int = 0
+    routes: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.n < 1:
@@ -54,6 +57,8 @@ class Completion:
     """tokens include the stop token. logprobs: of each token at the sampling temperature, before
     top-p and top-k. mask: 0 marks tokens that the model did not choose (the stop text, tool
     results); they stay out of every loss. weights: the version that a server sampled with.
+    routes: (prompt + tokens - 1, layers * topk) of every token that was fed, as in q3mega.model
+    .routing; the last one was not.
     """
 
     tokens: list[int]
@@ -61,6 +66,7 @@ class Completion:
     mask: list[int]
     finish_reason: Literal["stop", "length"]
     weights: str | None = None
+    routes: Tensor | None = field(default=None, compare=False)
 
 
 class Sampler(Protocol):

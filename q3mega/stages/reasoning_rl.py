@@ -106,6 +106,7 @@ def policy(stage: Stage, config: RLSettings) -> PolicySettings:
         correction=correction,
         temperature=config.temperature,
         max_gap=engine.max_gap if engine else None,
+        routing_replay=config.routing_replay,
     )
 
 
@@ -126,7 +127,10 @@ def answered(
         for _, p in mine
     ]
     seed = stage.seed("rollout", step, parallel.data_rank())
-    params = SamplingParams(config.max_tokens, config.temperature, n=config.rollouts, seed=seed)
+    params = SamplingParams(
+        config.max_tokens, config.temperature, n=config.rollouts, seed=seed,
+        routes=config.routing_replay == "r3",
+    )  # fmt: skip
     rollouts = []
     for (group, p), prompt, tries in zip(
         mine, prompts, sampler.generate(prompts, params), strict=True

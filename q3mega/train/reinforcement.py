@@ -2,12 +2,13 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from q3mega.algorithms.correction import Correction
 from q3mega.algorithms.credit import group_advantages, overlong_penalty
@@ -16,7 +17,8 @@ from q3mega.algorithms.losses import normalise, policy_gradient
 from q3mega.data.batch import Sample
 from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
-from q3mega.rollout.logprobs import token_logprobs
+from q3mega.model.routing import COLUMN, column, differing
+from q3mega.rollout.logprobs import routed_logprobs, token_logprobs
 from q3mega.train.ledger import FILE as LEDGER
 from q3mega.train.ledger import Ledger
 from q3mega.train.log import Log, size
@@ -39,6 +41,8 @@ class PolicySettings:
     correction: Correction | None = None
     temperature: float = 1.0  # of the sampler, whose distribution is the policy
     max_gap: float | None = None  # mean |delta log p| between sampler and trainer
+    # the experts that updates use: the routers', the trainer's before the updates, the sampler's
+    routing_replay: Literal["none", "r2", "r3"] = "none"
 
 
 def credit(
@@ -161,14 +165,24 @@ def _correct(
     """Ratios become relative to the trainer as it is now, advantages weighted for the sampler.
 
     A completion without a trusted token is dropped, but stays a sample: it counts in the mean.
-    Returns the mean |difference of log-probabilities| and the mean trust a token.
+    Returns the mean |difference of log-probabilities| and the mean trust a token. With routing
+    replay samples get their routes; with R3 also returns the share of the sampler's that the
+    trainer would not take.
     """
-    if settings.correction is None or not samples:
+    replay = settings.routing_replay
+    for place in samples if replay == "r3" else ():
+        _route(samples, place, _routes_of(rollouts[place]))
+    if not samples or (settings.correction is None and replay != "r2"):
         return {}
     mine = list(samples)[parallel.data_rank() :: parallel.data_size()]
-    pairs = [(rollouts[p].prompt, rollouts[p].completion.tokens) for p in mine]
-    found = token_logprobs(engine, pairs, settings.temperature)
-    own = dict(parallel.gather_over_data(list(zip(mine, found, strict=True))))
+    found = _retrace(engine, [rollouts[p] for p in mine], settings)
+    own, routes = {}, {}
+    for place, (logprobs, traced) in parallel.gather_over_data(list(zip(mine, found, strict=True))):
+        own[place], routes[place] = logprobs, traced
+    for place in samples if replay == "r2" else ():
+        _route(samples, place, routes[place])
+    if settings.correction is None:
+        return {}
     gaps, trusts = [], []
     for place, sample in samples.items():
         completion, columns = rollouts[place].completion, sample.columns
@@ -183,7 +197,41 @@ def _correct(
             dropped[place] = "off-policy"
         gaps += np.abs(trainer - sampler)[chosen].tolist()
         trusts += trust.tolist()
-    return {"gap": statistics.fmean(gaps), "trust": statistics.fmean(trusts)}
+    metrics = {"gap": statistics.fmean(gaps), "trust": statistics.fmean(trusts)}
+    if replay == "r3":
+        differ, of = (sum(counts) for counts in zip(*routes.values(), strict=True))
+        metrics["routes_differ"] = differ / max(of, 1)
+    return metrics
+
+
+def _retrace(
+    engine: Engine, rollouts: list[Rollout], settings: PolicySettings
+) -> list[tuple[list[float], Any]]:
+    """Each completion's log-probabilities, and with R2 its routes, with R3 how many of them differ
+    from the sampler's, of how many."""
+    pairs = [(r.prompt, r.completion.tokens) for r in rollouts]
+    if settings.routing_replay == "none":
+        return [(row, None) for row in token_logprobs(engine, pairs, settings.temperature)]
+    if settings.routing_replay == "r2":
+        return list(routed_logprobs(engine, pairs, settings.temperature))
+    taken = [_routes_of(r) for r in rollouts]
+    found = routed_logprobs(engine, pairs, settings.temperature, taken)
+    topk = engine.shape.topk
+    return [(row, differing(t, o, topk)) for (row, o), t in zip(found, taken, strict=True)]
+
+
+def _route(samples: dict[int, Sample], place: int, routes: Tensor) -> None:
+    sample = samples[place]
+    samples[place] = replace(sample, columns={**sample.columns, COLUMN: column(routes)})
+
+
+def _routes_of(rollout: Rollout) -> Tensor:
+    if rollout.completion.routes is None:
+        raise UserError(
+            "routing_replay=r3: the sampler gave no routes; ask for them with "
+            "SamplingParams(routes=True)"
+        )
+    return rollout.completion.routes
 
 
 def _save(

@@ -60,8 +60,11 @@ def pack(rollouts: Sequence[Rollout]) -> tuple[Rows, dict[str, Tensor]]:
             | {"parts": dict(r.parts), "finish_reason": r.completion.finish_reason}
             | {"weights": r.completion.weights}
             | {"lengths": {name: len(values) for name, values in parts.items()}}
+            | {"routes": None if r.completion.routes is None else len(r.completion.routes)}
         )
-    return rows, {n: torch.tensor(columns[n], dtype=kind) for n, kind in _COLUMNS.items()}
+    tensors = {n: torch.tensor(columns[n], dtype=kind) for n, kind in _COLUMNS.items()}
+    routes = [r.completion.routes for r in rollouts if r.completion.routes is not None]
+    return rows, tensors | ({"routes": torch.cat(routes)} if routes else {})
 
 
 def unpack(rows: Rows, tensors: Mapping[str, Tensor]) -> list[Rollout]:
@@ -71,6 +74,11 @@ def unpack(rows: Rows, tensors: Mapping[str, Tensor]) -> list[Rollout]:
         values = tensors[name].tolist()
         ends = accumulate((row["lengths"][name] for row in rows), initial=0)
         cut[name] = [values[a:b] for a, b in pairwise(ends)]
+    routed = [i for i, row in enumerate(rows) if row["routes"] is not None]
+    routes: dict[int, Tensor] = {}
+    if routed:
+        parts = tensors["routes"].split([rows[i]["routes"] for i in routed])
+        routes = {i: part.clone() for i, part in zip(routed, parts, strict=True)}
     return [
         Rollout(
             cut["prompt"][i],
@@ -80,6 +88,7 @@ def unpack(rows: Rows, tensors: Mapping[str, Tensor]) -> list[Rollout]:
                 cut["mask"][i],
                 row["finish_reason"],
                 row["weights"],
+                routes.get(i),
             ),
             ref_logprobs=cut["ref_logprobs"][i] or None,
             parts=row["parts"],
