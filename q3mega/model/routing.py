@@ -121,6 +121,14 @@ def column(routes: Tensor) -> Tensor:
     return torch.cat([routes.new_zeros(1, routes.shape[1]), routes])
 
 
+def continued(earlier: Tensor | None, later: Tensor | None) -> Tensor | None:
+    """Routes of a sequence that was sampled in two calls, of which the later one fed all of it
+    again: a token keeps those under which the next one was sampled."""
+    if earlier is None or later is None:
+        return later
+    return torch.cat([earlier, later[len(earlier) :]])
+
+
 def differing(a: Tensor, b: Tensor, topk: int) -> tuple[int, int]:
     """(how many of the experts in `a` are not in `b`, of how many) where both are known; both
     (T, layers * topk) of routes."""

@@ -9,12 +9,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from q3mega.data.chat import EMPTY_THINKING, render
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import parallel
+from q3mega.model.routing import continued
 from q3mega.rollout.base import Completion, Sampler, SamplingParams
 from q3mega.rollout.tools import Environment
 
@@ -43,7 +41,7 @@ def run_episodes(
         for i, (new,) in zip(active, sampled, strict=True):
             _extend(done[i], new.tokens, new.logprobs, new.mask)
             done[i].finish_reason, done[i].weights = new.finish_reason, new.weights
-            done[i].routes = _continued(done[i].routes, new.routes)
+            done[i].routes = continued(done[i].routes, new.routes)
             whole = new.finish_reason == "stop"
             turns[i].append(tokenizer.decode(new.tokens[:-1] if whole else new.tokens))
             if whole:
@@ -69,13 +67,6 @@ def _step(
 ) -> list[list[dict[str, Any]] | None]:
     """What each environment says to its assistant's turn."""
     return [environment.step(text) if environment else None for environment, text in acts]
-
-
-def _continued(earlier: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """Tokens keep the routes under which they were sampled from; the rest was fed in this turn."""
-    if earlier is None or new is None:
-        return new
-    return torch.cat([earlier, new[len(earlier) :]])
 
 
 def _extend(to: Completion, tokens: list[int], logprobs: list[float], mask: list[int]) -> None:

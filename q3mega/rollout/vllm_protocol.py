@@ -5,13 +5,18 @@ points for reinforcement learning and on /collective_rpc (VLLM_SERVER_DEV_MODE=1
 """
 
 import asyncio
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import httpx2
+import numpy as np
+import torch
 from pydantic import BaseModel, Field, NonNegativeInt
+from torch import Tensor
 
 from q3mega.errors import UserError
 
@@ -43,6 +48,7 @@ class Choice(BaseModel):
     logprobs: _Tokens
     finish_reason: Literal["stop", "length"]  # what was aborted is asked for again
     weight_versions: list[_Span] = Field(min_length=1)
+    routed_experts: str | None = None  # .npy in base64: (fed tokens, layers, topk)
 
 
 class _Answer(BaseModel):
@@ -178,6 +184,28 @@ def parsed(answer: bytes) -> Choice:
     if [t.token_id for t in choice.logprobs.content] != choice.token_ids:
         raise Unusable("log-probabilities are not those of the tokens")
     return choice
+
+
+def routes_of(choice: Choice, prompt: int) -> Tensor:
+    """(prompt + tokens - 1, layers * topk) as `Completion` has them. Raises UserError where they
+    are missing or not those of the tokens."""
+    if choice.routed_experts is None:
+        raise UserError(
+            "routes=True (routing_replay: r3): the servers do not tell their experts; start them "
+            "with --enable-return-routed-experts"
+        )
+    try:
+        found = np.load(io.BytesIO(base64.b64decode(choice.routed_experts)), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"routed_experts of a server cannot be read: {in_brief(error)}") from None
+    fed = prompt + len(choice.token_ids) - 1
+    if found.ndim != 3 or len(found) != fed or found.dtype.kind not in "iu":
+        raise UserError(
+            f"routed_experts of a server are {found.shape} {found.dtype}, not integers "
+            f"(fed tokens={fed}, layers, topk)"
+        )
+    routes = torch.from_numpy(found.astype(np.int32)).flatten(1) + 1
+    return routes.to(torch.uint8) if routes.numel() and int(routes.max()) < 256 else routes
 
 
 async def best_logprob(

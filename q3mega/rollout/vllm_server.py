@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
+import torch.nn.functional as F
 
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.errors import UserError
+from q3mega.model.routing import continued
 from q3mega.rollout.base import Completion, SamplingParams
 from q3mega.rollout.vllm_protocol import (
     GLANCE,
@@ -32,6 +34,7 @@ from q3mega.rollout.vllm_protocol import (
     load,
     look,
     request,
+    routes_of,
     version_of,
 )
 
@@ -144,6 +147,10 @@ class VllmSampler:
             done.logprobs += more.logprobs
             done.mask += more.mask
             done.finish_reason = more.finish_reason
+            done.routes = continued(done.routes, more.routes)
+        if done.routes is not None:  # a stop text at the end was not fed: its experts are free
+            missing = len(prompt) + len(done.tokens) - 1 - len(done.routes)
+            done.routes = F.pad(done.routes, (0, 0, 0, missing))
         return done
 
     async def _sample(
@@ -163,7 +170,8 @@ class VllmSampler:
             )
         logprobs = [t.logprob for t in choice.logprobs.content]
         version = choice.weight_versions[0].version
-        return Completion(found, logprobs, [1] * len(found), choice.finish_reason, version)
+        routes = routes_of(choice, len(prompt)) if params.routes else None
+        return Completion(found, logprobs, [1] * len(found), choice.finish_reason, version, routes)
 
     # -- what the servers are --------------------------------------------------------------------
 

@@ -3,7 +3,9 @@
 Tokens, log-probabilities, weights and their checksums are real; `fault` breaks what it is told to.
 """
 
+import base64
 import hashlib
+import io
 import json
 import tempfile
 import threading
@@ -15,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 from safetensors import safe_open
 
 from q3mega.engine import Engine
@@ -31,10 +34,14 @@ ONE_AT_A_TIME = threading.Lock()  # megatron's state is the process's
 
 class TokenServer:
     """fault(path, body, number) -> None, or "slow", "500", "400", "truncated", "aborted", "mixed",
-    "kill". tempered: log-probabilities at the sampling temperature, as with processed_logprobs."""
+    "kill". tempered: log-probabilities at the sampling temperature, as with processed_logprobs.
+    routes: as with --enable-return-routed-experts."""
 
-    def __init__(self, engine: Engine, fault: Callable | None, tempered: bool, hold: float) -> None:
+    def __init__(
+        self, engine: Engine, fault: Callable | None, tempered: bool, hold: float, routes: bool
+    ) -> None:
         self.engine, self.fault, self.tempered, self.hold = engine, fault, tempered, hold
+        self.routes = routes
         self.version, self.paused, self.dead = "default", False, False
         self.asked: list[dict] = []  # bodies of generate
         self.paths: Counter = Counter()
@@ -78,8 +85,9 @@ class TokenServer:
         )  # fmt: skip
         heat = how["temperature"]
         params = SamplingParams(
-            how["max_tokens"], heat, how.get("top_p", 1.0), how.get("top_k", 0), seed=how["seed"]
-        )
+            how["max_tokens"], heat, how.get("top_p", 1.0), how.get("top_k", 0), seed=how["seed"],
+            routes=self.routes,
+        )  # fmt: skip
         ((found,),) = InProcessSampler(self.engine, tokenizer).generate([prompt], params)
         logprobs = found.logprobs
         if not self.tempered:
@@ -100,6 +108,11 @@ class TokenServer:
             "finish_reason": found.finish_reason,
             "weight_versions": [{"version": self.version, "start": 0, "end": len(found.tokens)}],
         }
+        if found.routes is not None:
+            with io.BytesIO() as file:
+                experts = found.routes.unflatten(1, (-1, self.engine.shape.topk)) - 1
+                np.save(file, experts.numpy())
+                choice["routed_experts"] = base64.b64encode(file.getvalue()).decode()
         return {"choices": [choice]}
 
     def checksums(self) -> dict[str, str]:
@@ -115,8 +128,8 @@ class TokenServer:
 
 
 @contextmanager
-def token_server(engine, fault=None, *, tempered=True, hold=0.0):
-    state = TokenServer(engine, fault, tempered, hold)
+def token_server(engine, fault=None, *, tempered=True, hold=0.0, routes=False):
+    state = TokenServer(engine, fault, tempered, hold, routes)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
