@@ -330,3 +330,5 @@ def test_policy_settings_are_refused_in_one_line(tiny: Path) -> None:
     band = refusal(tiny, "reasoning_rl.mis_band=[2.0, 0.5]")
     assert "mis_band=[2.0, 0.5] must rise: the published one is [0.5, 2.0]" in band
     assert "reasoning_rl.tis_cap=0" in refusal(tiny, "reasoning_rl.tis_cap=0")
+    dense = refusal(tiny, "reasoning_rl.routing_replay=r2")
+    assert "reasoning_rl: routing_replay=r2 needs a model with experts, this is dense" in dense

@@ -1,6 +1,9 @@
 """Routing replay in the loop and in the in-process sampler, on a tiny mixture of experts."""
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,3 +181,18 @@ def without_routes(generate):
         return generate(self, prompts, replace(params, routes=False))
 
     return call
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_the_routes_of_the_batch_that_is_ahead(tmp_path: Path) -> None:
+    settings = {"one_step_off": True, "routing_replay": "r3"}
+    plan = [("uncut", None), ("cut", ["before", 7]), ("cut", None)]
+    cases = [[str(tmp_path / name), 5, settings, kill] for name, kill in plan]
+    drill = Path(__file__).with_name("drill.py")
+    done = subprocess.run(
+        [sys.executable, str(drill), json.dumps(cases)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [0, -signal.SIGKILL, 0]
+    uncut, cut = ((tmp_path / name / "hf/model.safetensors").read_bytes() for name, _ in plan[:2])
+    assert uncut == cut
