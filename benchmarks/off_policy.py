@@ -2,10 +2,11 @@
 
     python benchmarks/off_policy.py RUN/04-cold_start/hf [--batches 32] [--runs runs/off_policy]
 
-Reasoning RL of examples/laptop.yaml from the same checkpoint, four times, on as many rollouts in as
-many updates: on-policy (an eighth of the prompts, eight times as often), and off-policy with
-clipping and correction, with clipping alone, with neither. Prints accuracy on held-out problems
-before and after, and the share of the on-policy gain. A run that is there is not run again.
+Reasoning RL of examples/laptop.yaml from the same checkpoint, again and again, on as many rollouts:
+on-policy (one update a batch; and the same as many updates as off-policy, from batches of an eighth),
+off-policy with clipping and correction, with clipping alone, with neither; from a mixture of experts
+also with routing replay. Prints accuracy on held-out problems before and after, and the share of the
+first one's gain. A run that is there is not run again.
 """
 
 import argparse
@@ -13,17 +14,29 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+
+from q3mega.model.huggingface import shape_of
+from q3mega.recipe import ModelSpec
 
 RECIPE = Path(__file__).parent.parent / "examples" / "laptop.yaml"
 UPDATES = 8
 LATE = {"schedule": "one_step_off", "updates": UPDATES}
+SMALL = "on-policy, small batches"
 NO_CLIP = {"clip_low": 1.0, "clip_high": 1e6}
 CASES: dict[str, dict[str, object]] = {
     "on-policy": {"updates": 1},
+    SMALL: {"updates": 1},
     "off-policy, clip + TIS": LATE | {"correction": "tis"},
     "off-policy, clip": LATE,
     "off-policy, neither": LATE | NO_CLIP,
+}
+MIXTURE: dict[str, dict[str, object]] = {
+    "off-policy, clip + TIS, R2": LATE | {"correction": "tis", "routing_replay": "r2"},
+    "off-policy, clip + TIS, R3": LATE | {"correction": "tis", "routing_replay": "r3"},
+    "off-policy, clip, R2": LATE | {"routing_replay": "r2"},
+    "off-policy, clip, R3": LATE | {"routing_replay": "r3"},
 }
 
 
@@ -31,6 +44,8 @@ def run(start: Path, folder: Path, recipe: Path, settings: dict[str, object]) ->
     """The folder of a finished reasoning RL stage."""
     given = [f"reasoning_rl.{name}={value}" for name, value in settings.items()]
     given += [f"reasoning_rl.init={start}", f"tokenizer.path={start}", "tokenizer.vocab_size=null"]
+    shape = asdict(shape_of(start)).items()  # the recipe's may be another, and dense
+    given += [f"model.{n}={json.dumps(v)}" for n, v in shape if n in ModelSpec.model_fields]
     command = [sys.executable, "-m", "q3mega.cli", "run", str(recipe), "--run-dir", str(folder)]
     subprocess.run([*command, "--only", "reasoning_rl", *given], check=True, stdout=sys.stderr)
     [stage] = folder.glob("*-reasoning_rl")
@@ -60,8 +75,9 @@ def main() -> None:
     print("| run | accuracy | 95 % interval | of the on-policy gain | gap | clipped | entropy |")
     print("|---|---|---|---|---|---|---|", flush=True)
     on_policy = None
-    for name, settings in CASES.items():
-        parts = UPDATES // int(str(settings["updates"]))  # batches that one is cut into
+    cases = CASES | (MIXTURE if shape_of(start).experts else {})
+    for name, settings in cases.items():
+        parts = UPDATES if name == SMALL else 1  # batches that one is cut into
         sizes = {"steps": args.batches * parts, "prompts": max(1, args.prompts // parts)}
         folder = args.runs / name.replace(", ", "-").replace(" ", "")
         after, means = measured(run(start, folder, args.recipe, settings | sizes))

@@ -144,6 +144,10 @@ def _parser() -> argparse.ArgumentParser:
     gap.add_argument("--engine", nargs="+", required=True, metavar="URL", help="vLLM servers")
     gap.add_argument("--threshold", type=float, help="of mean |delta log p|: fail above it")
     gap.add_argument("--problems", type=int, default=64, help="prompts, of generated problems")
+    gap.add_argument(
+        "--routes", action="store_true",
+        help="compare a mixture's experts: servers with --enable-return-routed-experts",
+    )  # fmt: skip
     gap.add_argument("--max-tokens", type=int, default=256)
     gap.add_argument("--seed", type=int, default=0)
 
@@ -311,12 +315,14 @@ def _gap(arguments: argparse.Namespace) -> int:
     a = arguments
     if a.problems < 1:
         raise UserError(f"--problems={a.problems} must be 1 or more")
-    found = gap_to(a.checkpoint, a.engine, a.problems, a.max_tokens, a.seed)
+    found = gap_to(a.checkpoint, a.engine, a.problems, a.max_tokens, a.seed, a.routes)
     print(f"tokens                {found.tokens}")
     print(f"mean |delta log p|    {found.mean:.3g}")
     print(f"max |delta log p|     {found.max:.3g}")
     print(f"KL, nats a token      {found.kl:.3g}")
     print(f"top-1 flipped         {found.flipped:.3g}")
+    if found.routes is not None:
+        print(f"routes that differ    {found.routes:.3g}")
     if a.threshold is not None and not found.mean <= a.threshold:
         print(
             f"error: mean |delta log p|={found.mean:.3g} is above --threshold {a.threshold:g}: do "

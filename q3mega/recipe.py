@@ -28,7 +28,15 @@ from q3mega.errors import UserError
 from q3mega.layout import Layout, check_layout
 from q3mega.model.sizes import QWEN3, Qwen3Shape
 from q3mega.sections import Section, explain, field_names, override, parse_yaml, short
-from q3mega.settings import STAGES, ColdStart, ModeFusion, Pretrain, StageConfig
+from q3mega.settings import (
+    STAGES,
+    ColdStart,
+    DistillOnPolicy,
+    ModeFusion,
+    Pretrain,
+    RLSettings,
+    StageConfig,
+)
 
 
 class TokenizerSpec(Section):
@@ -162,6 +170,19 @@ class Recipe(Section):
                     check_layout(stage.layout, getattr(self, role).shape())
                 except UserError as error:
                     raise UserError(f"stages.{name} ({role}): {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _routes_are_of_experts(self) -> Self:
+        for name, stage in self.stages.items():
+            rl = stage.compare_rl if isinstance(stage, DistillOnPolicy) else stage
+            if not isinstance(rl, RLSettings) or rl.routing_replay == "none":
+                continue
+            if not getattr(self, stage.trains).shape().experts:
+                raise UserError(
+                    f"stages.{name}: routing_replay={rl.routing_replay} needs a model with "
+                    "experts, this is dense: set it to none"
+                )
         return self
 
     @classmethod

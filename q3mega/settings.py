@@ -168,6 +168,8 @@ class RLSettings(Section):
     tis_cap: PositiveFloat = 2.0  # highest importance weight of a token
     mis_band: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)  # weights outside of it become 0
     sequence_delta: PositiveFloat = 0.5  # nats a token; bad completions further off are masked
+    # the experts of a batch's updates: those of the trainer before them (r2), of the sampler (r3)
+    routing_replay: Literal["none", "r2", "r3"] = "none"
     entropy_hold: NonNegativeFloat = 0.7  # the controller's target, of the first batch's entropy
     entropy_step: NonNegativeFloat = 0.001
     entropy_limit: NonNegativeFloat = 0.02

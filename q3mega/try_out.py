@@ -75,13 +75,14 @@ class Checkpoint:
 
 
 def gap_to(
-    folder: str | Path, urls: Sequence[str], problems: int, max_tokens: int, seed: int
+    folder: str | Path, urls: Sequence[str], problems: int, max_tokens: int, seed: int, routes: bool
 ) -> Gap:
     """The gap between a checkpoint, computed here in its own precision, and servers that hold it.
 
-    Raises UserError for what is no checkpoint, and for servers that do not answer.
+    routes: of a mixture's experts, too. Raises UserError for what is no checkpoint, and for servers
+    that do not answer.
     """
-    params = SamplingParams(max_tokens, seed=seed)
+    params = SamplingParams(max_tokens, seed=seed, routes=routes)
     tokenizer = Tokenizer(folder)
     servers = ServerSampler(urls, tokenizer)
     engine = Engine(shape_of(folder), Layout(processes=1), seed=0, dtype=dtype_of(folder))

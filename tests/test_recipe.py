@@ -330,6 +330,7 @@ def test_policy_settings_are_refused_in_one_line(tiny: Path) -> None:
     band = refusal(tiny, "reasoning_rl.mis_band=[2.0, 0.5]")
     assert "mis_band=[2.0, 0.5] must rise: the published one is [0.5, 2.0]" in band
     assert "reasoning_rl.tis_cap=0" in refusal(tiny, "reasoning_rl.tis_cap=0")
-    for stage in ("reasoning_rl", "general_rl"):  # no servers, and the wrong stage
-        said = refusal(tiny, f"{stage}.schedule=asynchronous")
-        assert "name them in its `engine`, or take one_step_off" in said
+    said = refusal(tiny, "reasoning_rl.schedule=asynchronous")  # without servers
+    assert "name them in its `engine`, or take one_step_off" in said
+    dense = refusal(tiny, "reasoning_rl.routing_replay=r2")
+    assert "reasoning_rl: routing_replay=r2 needs a model with experts, this is dense" in dense

@@ -36,7 +36,7 @@ class Batch:
     tokens, targets (T,) int64: targets are the next token, within each document.
     loss_weights (T,) fp32: mask times normaliser; a document's last position weighs 0.
     cu_seqlens (B + 1,) int32: document borders.
-    columns: name -> (T,) or (T, K) fp32, aligned with targets.
+    columns: name -> (T,) or (T, K), aligned with targets: fp32, or uint8 where samples' are.
     """
 
     tokens: Tensor
@@ -92,8 +92,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     tokens = torch.tensor([t for s in samples for t in s.tokens])
 
     def shifted(values: Iterable[list[float] | Tensor]) -> Tensor:
-        column = torch.cat([torch.as_tensor(v, dtype=torch.float32) for v in values]).roll(-1, 0)
-        column[ends - 1] = 0.0
+        column = torch.cat([_numbers(v) for v in values]).roll(-1, 0)
+        column[ends - 1] = 0
         return column
 
     targets = tokens.roll(-1)
@@ -106,6 +106,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
         cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         columns={n: shifted(s.columns[n] for s in samples) for n in names},
     )
+
+
+def _numbers(values: list[float] | Tensor) -> Tensor:
+    if isinstance(values, Tensor) and values.dtype == torch.uint8:
+        return values
+    return torch.as_tensor(values, dtype=torch.float32)
 
 
 def pack(samples: Sequence[Sample], capacity: int) -> list[Batch]:

@@ -5,6 +5,7 @@ caller's choice and every layout gives the same gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,9 +32,11 @@ from q3mega.data.batch import Batch, Sample, collate
 from q3mega.engine import checkpoint, parallel
 from q3mega.engine.optimizer import OptimizerSpec, build_optimizer
 from q3mega.engine.parallel import Part
+from q3mega.errors import UserError
 from q3mega.model import Qwen3Shape, huggingface
 from q3mega.model.attention import Positions
 from q3mega.model.megatron import build_model, transformer_config
+from q3mega.model.routing import COLUMN, Routing
 from q3mega.ops import vocab
 
 
@@ -92,6 +95,9 @@ class Engine:
         positions = positions or Positions(shape.rope_base)
         stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
         self.chunks = [build_model(shape, self.config, positions, stage) for stage in stages]
+        self.routing = Routing(shape.experts, shape.topk) if shape.experts else None
+        if self.routing:
+            self.routing.attach(self.chunks)
         self.modules: list[Any] = [c.to(device.device()) for c in self.chunks]
         if dtype == torch.bfloat16:
             self.modules = [Float16Module(self.config, m) for m in self.modules]
@@ -187,11 +193,28 @@ class Engine:
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         return metrics
 
-    @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], fn: Callable[[Head, Batch], _T]) -> list[_T]:
         """fn over this rank's micro-batches, no gradient: run by the last pipeline stage on whole
         micro-batches, the results known to all stages.
         """
+        return self._evaluate(batches, fn)[0]
+
+    def evaluate_routed(
+        self, batches: Sequence[Batch], fn: Callable[[Head, Batch], _T]
+    ) -> tuple[list[_T], list[Tensor]]:
+        """`evaluate` of a mixture of experts, and of each batch the (T, layers * topk) routes that
+        its routers choose by themselves, also where they replay the batch's. UserError for a dense
+        model.
+        """
+        if self.routing is None:
+            raise UserError("routes (routing_replay) need a model with experts, this is dense")
+        with self.routing.recording():
+            return self._evaluate(batches, fn)
+
+    @torch.no_grad()
+    def _evaluate(
+        self, batches: Sequence[Batch], fn: Callable[[Head, Batch], _T]
+    ) -> tuple[list[_T], list[Tensor]]:
         for module in self.modules:
             module.eval()
         parts = [self._part(b) for b in batches]
@@ -204,7 +227,8 @@ class Engine:
             return zero, torch.tensor(1, dtype=torch.int), fn(whole, part.original)
 
         found = self._forward(parts, loss_func, forward_only=True)[: len(batches)]
-        return parallel.gather_over_pipeline(found)  # the other stages have none
+        routes = self._whole_routes(parts[: len(batches)])
+        return parallel.gather_over_pipeline(found), routes  # the other stages have none
 
     def _part(self, batch: Batch) -> Part:
         config = self.config
@@ -232,15 +256,20 @@ class Engine:
                 max_seqlen_q=longest,
                 max_seqlen_kv=longest,
             )
-            out = module(
-                part.batch.tokens[None],
-                None,
-                None,
-                packed_seq_params=packed,
-                output_processor=head,
-            )
+            with self._replaying(part.batch):
+                out = module(
+                    part.batch.tokens[None],
+                    None,
+                    None,
+                    packed_seq_params=packed,
+                    output_processor=head,
+                )
             return out, partial(loss_func, part)
 
+        if self.routing:
+            self.routing.begin(
+                recomputes=self.layout.recompute in ("experts", "full") and not forward_only
+            )
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(parts) for _ in self.modules]
@@ -261,6 +290,38 @@ class Engine:
         if not self.config.sequence_parallel:
             return hidden
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+
+    def _replaying(self, batch: Batch) -> AbstractContextManager[None]:
+        """A forward pass in which the routers follow the batch's routes, if it has some."""
+        if self.routing is None:
+            return nullcontext()
+        routes = batch.columns.get(COLUMN)
+        if routes is not None and self.config.sequence_parallel:
+            ways, rank = self.layout.tensor, ps.get_tensor_model_parallel_rank()
+            routes = routes.chunk(ways)[rank]
+        return self.routing.replaying(routes)
+
+    def routes(self) -> list[dict[int, Tensor]]:
+        """What the routers of this rank's layers recorded since the last call: of each pass, layer
+        -> (tokens of the context-parallel rank, topk)."""
+        if self.routing is None:
+            return []
+        return [
+            {layer: self.gathered(found) for layer, found in layers.items()}
+            for layers in self.routing.passes()
+        ]
+
+    def _whole_routes(self, parts: Sequence[Part]) -> list[Tensor]:
+        """(T, layers * topk) of each micro-batch's tokens, of all stages' layers."""
+        mine = []
+        for part, layers in zip(parts, self.routes(), strict=False):  # fillers come last
+            mine.append({layer: part.whole(found).cpu() for layer, found in layers.items()})
+        stages = parallel.gather_over_pipeline([mine])
+        found = []
+        for passes in zip(*stages, strict=True):
+            layers = {layer: routes for stage in passes for layer, routes in stage.items()}
+            found.append(torch.cat([layers[i] for i in sorted(layers)], 1))
+        return found
 
     def _same_count(self, parts: list[Part]) -> tuple[list[Part], int]:
         """As many micro-batches on every rank (weightless repeats), and all ranks' tokens."""

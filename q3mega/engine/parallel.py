@@ -109,7 +109,7 @@ class Part:
         if _context_size() > 1:
             group = ps.get_context_parallel_group()
             (hidden,) = context_parallel.gather((hidden,), self.cu_seqlens, group)
-        return hidden[self.place]
+        return hidden[self.place.to(hidden.device)]
 
 
 def part(batch: Batch, *, sequence_parallel: bool, multiple: int = 1) -> Part:

@@ -6,6 +6,8 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Literal, Protocol
 
+from torch import Tensor
+
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.errors import UserError
 
@@ -27,7 +29,7 @@ EVALUATION = {
 class SamplingParams:
     """max_tokens: sampled tokens a completion. thinking_budget: tokens after which an open think
     block is closed with the text `stop_thinking` (None: never). n: completions a prompt. top_k = 0:
-    off.
+    off. routes: completions tell the experts that their tokens took.
     """
 
     max_tokens: int
@@ -38,6 +40,7 @@ class SamplingParams:
     stop_thinking: str = STOP_THINKING
     n: int = 1
     seed: int = 0
+    routes: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.n < 1:
@@ -58,7 +61,9 @@ class Completion:
     results); they stay out of every loss.
 
     finish_reason "abort": it was interrupted, and can be continued. weights: the versions that a
-    server sampled with, in order, each with its number of tokens that the model chose.
+    server sampled with, in order, each with its number of tokens that the model chose. routes:
+    (prompt + tokens - 1, layers * topk) of every token that was fed, as in q3mega.model.routing;
+    the last one was not.
     """
 
     tokens: list[int]
@@ -66,6 +71,7 @@ class Completion:
     mask: list[int]
     finish_reason: Literal["stop", "length", "abort"]
     weights: list[tuple[str, int]] = field(default_factory=list)
+    routes: Tensor | None = field(default=None, compare=False)
 
 
 class Sampler(Protocol):

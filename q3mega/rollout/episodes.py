@@ -12,6 +12,7 @@ from typing import Any
 from q3mega.data.chat import EMPTY_THINKING, render
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import parallel
+from q3mega.model.routing import continued
 from q3mega.rollout.base import Completion, Sampler, SamplingParams, joined
 from q3mega.rollout.tools import Environment
 
@@ -41,6 +42,7 @@ def run_episodes(
             _extend(done[i], new.tokens, new.logprobs, new.mask)
             done[i].finish_reason = new.finish_reason
             done[i].weights = joined(done[i].weights + new.weights)
+            done[i].routes = continued(done[i].routes, new.routes)
             whole = new.finish_reason == "stop"
             turns[i].append(tokenizer.decode(new.tokens[:-1] if whole else new.tokens))
             if whole:

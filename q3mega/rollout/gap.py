@@ -5,17 +5,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from q3mega.data.batch import Batch
 from q3mega.engine import Engine, Head
+from q3mega.model.routing import differing
 from q3mega.rollout.base import Completion, Sampler, SamplingParams
-from q3mega.rollout.logprobs import each_sequence, token_logprobs
+from q3mega.rollout.logprobs import each_sequence, routed_logprobs, token_logprobs
 
 
 @dataclass(frozen=True)
 class Gap:
     """mean, max: |delta log p| of a sampled token. kl: of the trainer from the sampler, nats a
-    token. flipped: share of tokens that the sampler ranks first and the trainer does not.
+    token. flipped: share of tokens that the sampler ranks first and the trainer does not. routes:
+    share of the sampler's experts that the trainer does not choose; None: not asked for.
     """
 
     tokens: int
@@ -23,22 +26,32 @@ class Gap:
     max: float
     kl: float
     flipped: float
+    routes: float | None = None
 
 
 def measure(
     engine: Engine, sampler: Sampler, prompts: Sequence[list[int]], params: SamplingParams
 ) -> Gap:
-    """Compare on what the sampler writes, at temperature 1 and, for `flipped`, greedily."""
+    """Compare on what the sampler writes, at temperature 1 and, for `flipped`, greedily; with
+    params.routes a mixture's experts, too."""
     even = replace(params, temperature=1.0, top_p=1.0, top_k=0)
     found = _pairs(prompts, sampler.generate(prompts, even))
-    trainer = token_logprobs(engine, [(p, c.tokens) for p, c in found])
+    pairs = [(p, c.tokens) for p, c in found]
+    routes = None
+    if params.routes:
+        trainer, own = map(list, zip(*routed_logprobs(engine, pairs), strict=True))
+        routes = _differing([c for _, c in found], own, engine.shape.topk)
+    else:
+        trainer = token_logprobs(engine, pairs)
     deltas = [
         a - b
         for own, (_, c) in zip(trainer, found, strict=True)
         for a, b, chosen in zip(own, c.logprobs, c.mask, strict=True)
         if chosen
     ]
-    greedy = _pairs(prompts, sampler.generate(prompts, replace(even, temperature=0.0, n=1)))
+    greedy = _pairs(
+        prompts, sampler.generate(prompts, replace(even, temperature=0.0, n=1, routes=False))
+    )
     best = each_sequence(engine, [p + c.tokens for p, c in greedy], _best)
     flips = [
         a != b
@@ -52,7 +65,15 @@ def measure(
         max=max(map(abs, deltas)),
         kl=sum(math.expm1(d) - d for d in deltas) / len(deltas),
         flipped=sum(flips) / len(flips),
+        routes=routes,
     )
+
+
+def _differing(found: Sequence[Completion], own: Sequence[Tensor], topk: int) -> float:
+    pairs = zip(found, own, strict=True)
+    counts = [differing(c.routes, routes, topk) for c, routes in pairs if c.routes is not None]
+    differ, of = (sum(each) for each in zip(*counts, strict=True))
+    return differ / of
 
 
 def _pairs(

@@ -5,6 +5,7 @@ cache lives in the core attention; this file only decides which token comes next
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -40,7 +41,12 @@ class InProcessSampler:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[list[Completion]]:
-        """See `Sampler`. A sequence's draws depend on its place in `prompts`, not its company."""
+        """See `Sampler`. A sequence's draws depend on its place in `prompts`, not its company.
+
+        Raises UserError for routes of a dense model.
+        """
+        if params.routes and self.engine.routing is None:
+            raise UserError("routes=True needs a model with experts, this is dense")
         queue = [list(p) for p in prompts for _ in range(params.n)]
         generator = torch.Generator().manual_seed(params.seed)
         stop_thinking = self.tokenizer.encode(params.stop_thinking)
@@ -68,8 +74,10 @@ class InProcessSampler:
         longest = max(map(len, prompts), default=1)
         cache = KVCache(longest + uniform.shape[1])
         state.cache = cache
+        routing = self.engine.routing
         try:
-            return self._decode(prompts, uniform, params, stop_thinking, cache)
+            with routing.recording() if params.routes and routing else nullcontext():
+                return self._decode(prompts, uniform, params, stop_thinking, cache)
         finally:
             state.cache = None
 
@@ -84,7 +92,12 @@ class InProcessSampler:
         # A rank without prompts goes along with the experts' other ranks, for a sequence of none.
         fed = prompts or [[self.tokenizer.eos]]
         batch = collate([Sample(p, [0.0] * len(p)) for p in fed])
-        [head] = self.engine.evaluate([batch], lambda head, _: head)
+        fed_routes: list[tuple[Tensor, Tensor]] = []
+        if params.routes:
+            [head], [routes] = self.engine.evaluate_routed([batch], lambda head, _: head)
+            fed_routes.append((batch.seq_ids if prompts else batch.seq_ids + IDLE, routes))
+        else:
+            [head] = self.engine.evaluate([batch], lambda head, _: head)
         ends = batch.cu_seqlens[1:].long() - 1
         logits = Head(head.hidden[ends], head.weight, head.tp_group).logits()
         out = [Completion([], [], [], "length") for _ in prompts]
@@ -130,14 +143,20 @@ class InProcessSampler:
                 if not finished[row]:
                     alive.append(i)
             if not parallel.most_of_experts(len(alive)):
-                return out
+                break
             if len(alive) < KEEP * len(rows):  # moving the cache costs more than a few idle rows
                 keep, kept = self._whole(rows, torch.tensor(alive or [0]))
                 if len(keep) < len(rows):
                     rows, tokens = kept, tokens[keep]
                     cache.keep(keep)
             logits = self._next(tokens, cache)
+            if params.routes:
+                [layers] = self.engine.routes()
+                fed_routes.append((rows, torch.cat(list(layers.values()), 1).cpu()))
             step += 1
+        if params.routes:
+            _hand_out(fed_routes, prompts, out)
+        return out
 
     def _whole(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Places to go on with and the sequences there, filled up to a number that can be cut: by
@@ -184,3 +203,15 @@ class InProcessSampler:
             tokens = torch.searchsorted(mass, target, right=True)[:, 0]
             tokens = tokens.clamp(max=logits.shape[-1] - 1)
         return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _hand_out(
+    fed: Sequence[tuple[Tensor, Tensor]], prompts: list[list[int]], out: list[Completion]
+) -> None:
+    """Each completion's routes, from (sequence (B,), routes (B, layers * topk)) of every pass; a
+    sequence that has ended may have been fed on."""
+    owner, routes = (torch.cat(parts) for parts in zip(*fed, strict=True))
+    counts = torch.bincount(owner - IDLE, minlength=len(prompts) + 1).tolist()
+    of_each = routes[owner.argsort(stable=True)].split(counts)[1:]
+    for prompt, completion, found in zip(prompts, out, of_each, strict=True):
+        completion.routes = found[: len(prompt) + len(completion.tokens) - 1].clone()

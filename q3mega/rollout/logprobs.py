@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from q3mega import ops
 from q3mega.data.batch import Batch, Sample, collate
 from q3mega.engine import Engine, Head
+from q3mega.model.routing import COLUMN, column
 
 CAPACITY = 8192  # tokens a forward pass
 ROWS = 1024  # positions whose logits are in memory at once
@@ -20,23 +23,48 @@ def each_sequence(
     engine: Engine, sequences: Sequence[list[int]], fn: Callable[[Head, Batch], list[_T]]
 ) -> list[_T]:
     """fn's results in the order of `sequences`; fn gives one result a document of its batch."""
-    return [r for part in engine.evaluate(_batches(sequences), fn) for r in part]
+    batches = _batches([Sample(s, [0.0] * len(s)) for s in sequences])
+    return [r for part in engine.evaluate(batches, fn) for r in part]
 
 
 def token_logprobs(
     engine: Engine, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0
 ) -> list[list[float]]:
     """Log-probability of each completion token, for (prompt, completion) pairs of ids."""
-
-    def score(head: Head, batch: Batch) -> list[list[float]]:
-        logprob, _ = ops.linear_logprob(
-            head.hidden, head.weight, batch.targets,
-            temperature=temperature, tp_group=head.tp_group,
-        )  # fmt: skip
-        return [part.tolist() for part in logprob.split(batch.cu_seqlens.diff().tolist())]
-
-    whole = each_sequence(engine, [p + c for p, c in sequences], score)
+    whole = each_sequence(engine, [p + c for p, c in sequences], partial(_score, temperature))
     return [row[len(p) - 1 : -1] for row, (p, _) in zip(whole, sequences, strict=True)]
+
+
+def routed_logprobs(
+    engine: Engine,
+    sequences: Sequence[tuple[list[int], list[int]]],
+    temperature: float = 1.0,
+    replayed: Sequence[Tensor] | None = None,
+) -> list[tuple[list[float], Tensor]]:
+    """`token_logprobs` of a mixture of experts, under `replayed` routes if given, and the routes
+    that its routers choose by themselves; both as in `Completion`."""
+    samples = [Sample(p + c, [0.0] * len(p + c)) for p, c in sequences]
+    if replayed is not None:
+        routes = map(column, replayed)
+        samples = [replace(s, columns={COLUMN: r}) for s, r in zip(samples, routes, strict=True)]
+    batches = _batches(samples)
+    scores, chosen = engine.evaluate_routed(batches, partial(_score, temperature))
+    own = [r for b, c in zip(batches, chosen, strict=True) for r in c.split(_lengths(b))]
+    return [
+        (row[len(p) - 1 : -1], r[:-1].clone())
+        for row, r, (p, _) in zip(chain.from_iterable(scores), own, sequences, strict=True)
+    ]
+
+
+def _score(temperature: float, head: Head, batch: Batch) -> list[list[float]]:
+    logprob, _ = ops.linear_logprob(
+        head.hidden, head.weight, batch.targets, temperature=temperature, tp_group=head.tp_group
+    )
+    return [part.tolist() for part in logprob.split(_lengths(batch))]
+
+
+def _lengths(batch: Batch) -> list[int]:
+    return batch.cu_seqlens.diff().tolist()
 
 
 def top_logprobs(
@@ -56,14 +84,14 @@ def top_logprobs(
     return engine.evaluate(batches, best)
 
 
-def _batches(sequences: Sequence[list[int]]) -> list[Batch]:
+def _batches(samples: Sequence[Sample]) -> list[Batch]:
     """Whole sequences in their order, as many as fit."""
     batches: list[list[Sample]] = []
     room = 0
-    for tokens in sequences:
-        if len(tokens) > room:
+    for sample in samples:
+        if len(sample) > room:
             batches.append([])
-            room = max(CAPACITY, len(tokens))
-        batches[-1].append(Sample(tokens, [0.0] * len(tokens)))
-        room -= len(tokens)
+            room = max(CAPACITY, len(sample))
+        batches[-1].append(sample)
+        room -= len(sample)
     return [collate(samples) for samples in batches]

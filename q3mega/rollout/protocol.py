@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import httpx2
+from torch import Tensor
 
 from q3mega.errors import UserError
 
@@ -41,6 +42,7 @@ class Sampled:
     logprobs: list[float]
     finish_reason: Literal["stop", "length", "abort"]
     versions: list[tuple[int, str]]
+    routes: Tensor | None = None  # of what was fed, where the server tells them; see `Completion`
 
 
 class EngineProtocol(Protocol):
@@ -49,6 +51,7 @@ class EngineProtocol(Protocol):
 
     RAW: str  # what to do when log-probabilities are at temperature 1
     LONGER: str  # what to do when sequences are cut
+    ROUTES: str  # what to do when routes are not told
 
     async def connect(self, client: httpx2.AsyncClient, urls: Sequence[str]) -> list[Server]: ...
 

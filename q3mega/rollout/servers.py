@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import httpx2
+import torch.nn.functional as F
 
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.errors import UserError
+from q3mega.model.routing import continued
 from q3mega.rollout import sglang_protocol, vllm_protocol
 from q3mega.rollout.base import Completion, SamplingParams, joined
 from q3mega.rollout.protocol import (
@@ -187,6 +189,9 @@ class ServerSampler:
                 break
             if more.finish_reason == "stop":
                 done.finish_reason = "stop"
+        if done.routes is not None:  # a stop text at the end was not fed: its experts are free
+            missing = len(prompt) + len(done.tokens) - 1 - len(done.routes)
+            done.routes = F.pad(done.routes, (0, 0, 0, missing))
         return done
 
     def _close(self, done: Completion, prompt: list[int], params: SamplingParams) -> None:
@@ -214,6 +219,11 @@ class ServerSampler:
             raise UserError(
                 f"max_tokens={params.max_tokens}: a server stopped after {len(prompt)} + "
                 f"{len(found.tokens)} tokens; {self.protocol.LONGER}"
+            )
+        if params.routes and found.routes is None and found.tokens:
+            raise UserError(
+                "routes=True (routing_replay: r3): the servers do not tell their experts; "
+                f"{self.protocol.ROUTES}"
             )
         return found
 
@@ -252,6 +262,7 @@ def _append(done: Completion, more: Sampled) -> None:
     done.tokens += more.tokens
     done.logprobs += more.logprobs
     done.mask += [1] * len(more.tokens)
+    done.routes = continued(done.routes, more.routes) if more.tokens else done.routes
 
 
 class _Batch:

@@ -28,6 +28,7 @@ from q3mega.rollout.protocol import (
 
 RAW = "start it without SGLANG_RETURN_ORIGINAL_LOGPROB"
 LONGER = "start it with a larger --context-length"
+ROUTES = "take vLLM's servers, whose routes are read"
 _REMEDIES = {
     401: "name the variable that holds the key in key_env",
     404: "is it an SGLang 0.5.23?",

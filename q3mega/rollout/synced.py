@@ -91,7 +91,7 @@ class SyncedSampler:
             )
 
 
-class Continued:
+class Interruptible:
     """A `Sampler` for threads of rank 0 that go on while all ranks train.
 
     New weights interrupt what is under way, which goes on under them from where it is.

@@ -4,12 +4,17 @@ Sampling stands on the token-level endpoint (--enable-scale-out), replacing weig
 points for reinforcement learning and on /collective_rpc (VLLM_SERVER_DEV_MODE=1).
 """
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import httpx2
+import numpy as np
+import torch
 from pydantic import BaseModel, Field, NonNegativeInt
+from torch import Tensor
 
 from q3mega.errors import UserError
 from q3mega.rollout.protocol import (
@@ -26,6 +31,7 @@ from q3mega.rollout.protocol import (
 
 RAW = "start it with --logprobs-mode processed_logprobs"
 LONGER = "start it with a larger --max-model-len"
+ROUTES = "start them with --enable-return-routed-experts"
 _GENERATE = "/inference/v1/generate"
 _REMEDIES = {
     401: "name the variable that holds the key in key_env",
@@ -53,6 +59,7 @@ class Choice(BaseModel):
     logprobs: _Tokens
     finish_reason: Literal["stop", "length", "abort"]
     weight_versions: list[_Span] = Field(min_length=1)
+    routed_experts: str | None = None  # .npy in base64: (fed tokens, layers, topk)
 
 
 class _Answer(BaseModel):
@@ -128,6 +135,7 @@ async def generate(client: httpx2.AsyncClient, server: Server, body: dict[str, A
         [t.logprob for t in choice.logprobs.content],
         choice.finish_reason,
         [(span.end, span.version) for span in choice.weight_versions],
+        routes_of(choice, len(body["token_ids"])) if choice.routed_experts else None,
     )
 
 
@@ -163,3 +171,21 @@ async def _ask(
     client: httpx2.AsyncClient, server: Server, path: str, body: dict[str, Any]
 ) -> httpx2.Response:
     return usable(await client.post(server.url + path, json=body), _REMEDIES)
+
+
+def routes_of(choice: Choice, prompt: int) -> Tensor:
+    """(prompt + tokens - 1, layers * topk) as `Completion` has them. Raises UserError where they
+    are not those of the tokens."""
+    try:
+        data = base64.b64decode(choice.routed_experts or "")
+        found = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"routed_experts of a server cannot be read: {in_brief(error)}") from None
+    fed = prompt + len(choice.token_ids) - 1
+    if found.ndim != 3 or len(found) != fed or found.dtype.kind not in "iu":
+        raise UserError(
+            f"routed_experts of a server are {found.shape} {found.dtype}, not integers "
+            f"(fed tokens={fed}, layers, topk)"
+        )
+    routes = torch.from_numpy(found.astype(np.int32)).flatten(1) + 1
+    return routes.to(torch.uint8) if routes.numel() and int(routes.max()) < 256 else routes

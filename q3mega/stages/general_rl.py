@@ -51,7 +51,8 @@ def run(stage: Stage) -> None:
         groups = [parallel.data_rank() + i * parallel.data_size() for i in range(len(mine))]
         problems = [p for p in mine for _ in range(config.rollouts)]
         seed = stage.seed("rollout", step, parallel.data_rank())
-        params = SamplingParams(config.max_tokens, config.temperature, seed=seed)
+        routes = config.routing_replay == "r3"
+        params = SamplingParams(config.max_tokens, config.temperature, seed=seed, routes=routes)
         episodes = played(stage, sampler, problems, params)
         verdicts = scorer(problems, [turns for *_, turns in episodes])
         return [

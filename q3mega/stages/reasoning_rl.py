@@ -20,7 +20,7 @@ from q3mega.errors import UserError
 from q3mega.rewards import Verdict, judge_answer
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.base import text_of
-from q3mega.rollout.synced import Continued, SyncedSampler
+from q3mega.rollout.synced import Interruptible, SyncedSampler
 from q3mega.settings import RLSettings, RolloutEngine
 from q3mega.stages.funnel import Funnel
 from q3mega.stages.stage import Stage
@@ -89,7 +89,7 @@ def schedule(
     if config.schedule != "asynchronous":
         return InTurn(own_share, staleness=int(config.schedule == "one_step_off"))
     assert isinstance(sampler, SyncedSampler)  # the recipe names servers
-    beside = Continued(sampler)
+    beside = Interruptible(sampler)
 
     def whole(step: int) -> list[Rollout]:
         return answered(stage, beside, batch(step), config, stage.seed("rollout", step))
@@ -121,6 +121,7 @@ def policy(stage: Stage, config: RLSettings) -> PolicySettings:
         correction=correction,
         temperature=config.temperature,
         max_gap=engine.max_gap if engine else None,
+        routing_replay=config.routing_replay,
     )
 
 
@@ -136,7 +137,10 @@ def answered(
         stage.tokenizer.encode(render(p.messages, tools=p.tools, add_generation_prompt=True))
         for _, p in batch
     ]
-    params = SamplingParams(config.max_tokens, config.temperature, n=config.rollouts, seed=seed)
+    params = SamplingParams(
+        config.max_tokens, config.temperature, n=config.rollouts, seed=seed,
+        routes=config.routing_replay == "r3",
+    )  # fmt: skip
     rollouts = []
     for (group, p), prompt, tries in zip(
         batch, prompts, sampler.generate(prompts, params), strict=True

@@ -23,7 +23,7 @@ from q3mega.model.attention import Positions
 from q3mega.model.huggingface import shape_of
 from q3mega.recipe import ModelSpec, Recipe
 from q3mega.rewards import own
-from q3mega.rollout import Sampler
+from q3mega.rollout import Sampler, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.servers import ServerSampler
 from q3mega.rollout.synced import SyncedSampler
@@ -144,6 +144,8 @@ class Stage:
             spec.urls, self.tokenizer, timeout=spec.timeout, retries=spec.retries,
             concurrency=max(1, spec.concurrency // parallel.data_size()), key_env=spec.key_env,
         )  # fmt: skip
+        if getattr(self.config, "routing_replay", None) == "r3":  # do they tell their experts?
+            servers.generate([[self.tokenizer.eos]], SamplingParams(1, routes=True))
         self.write("engines.json", servers.engines)
         return SyncedSampler(engine, servers, Path(spec.weights or self.dir / "weights"))
 

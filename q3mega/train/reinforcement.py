@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from q3mega.algorithms.correction import Correction
 from q3mega.algorithms.credit import group_advantages, overlong_penalty
@@ -16,13 +17,16 @@ from q3mega.algorithms.losses import normalise, policy_gradient
 from q3mega.data.batch import Sample
 from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
-from q3mega.rollout.logprobs import token_logprobs
+from q3mega.model.routing import COLUMN, column, differing
+from q3mega.rollout.logprobs import routed_logprobs, token_logprobs
 from q3mega.train.ledger import FILE as LEDGER
 from q3mega.train.ledger import Ledger
 from q3mega.train.log import Log, size
 from q3mega.train.rollouts import Batches, Rollout, pack, unpack
 from q3mega.train.schedule import Schedule
 from q3mega.train.supervised import shard
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class PolicySettings:
     correction: Correction | None = None
     temperature: float = 1.0  # of the sampler, whose distribution is the policy
     max_gap: float | None = None  # mean |delta log p| between sampler and trainer
+    # the experts that updates use: the routers', the trainer's before the updates, the sampler's
+    routing_replay: Literal["none", "r2", "r3"] = "none"
 
 
 def credit(
@@ -152,13 +158,12 @@ def train(
     engine.finish_saving()
 
 
-def _logprobs(
-    engine: Engine, rollouts: list[Rollout], places: Iterable[int], settings: PolicySettings
-) -> dict[int, list[float]]:
-    """Of each token of the completions at `places`, by an engine at the sampling temperature."""
+def _shared(
+    rollouts: list[Rollout], places: Iterable[int], work: Callable[[list[Rollout]], list[_T]]
+) -> dict[int, _T]:
+    """work's result for each rollout at `places`: every data-parallel rank does a share of it."""
     mine = list(places)[parallel.data_rank() :: parallel.data_size()]
-    pairs = [(rollouts[p].prompt, rollouts[p].completion.tokens) for p in mine]
-    found = token_logprobs(engine, pairs, settings.temperature)
+    found = work([rollouts[p] for p in mine])
     return dict(parallel.gather_over_data(list(zip(mine, found, strict=True))))
 
 
@@ -168,10 +173,11 @@ def _refer(
     samples: dict[int, Sample],
     settings: PolicySettings,
 ) -> None:
-    for place, found in _logprobs(reference, rollouts, samples, settings).items():
-        column = [0.0] * len(rollouts[place].prompt) + found
-        columns = {**samples[place].columns, "ref_logprobs": column}
-        samples[place] = replace(samples[place], columns=columns)
+    def work(mine: list[Rollout]) -> list[list[float]]:
+        return token_logprobs(reference, _pairs(mine), settings.temperature)
+
+    for place, found in _shared(rollouts, samples, work).items():
+        _add_columns(samples, place, ref_logprobs=[0.0] * len(rollouts[place].prompt) + found)
 
 
 def _correct(
@@ -184,27 +190,76 @@ def _correct(
     """Ratios become relative to the trainer as it is now, advantages weighted for the sampler.
 
     A completion without a trusted token is dropped, but stays a sample: it counts in the mean.
-    Returns the mean |difference of log-probabilities| and the mean trust a token.
+    Returns the mean |difference of log-probabilities| and the mean trust a token. With routing
+    replay samples get their routes; with R3 also returns the share of the sampler's that the
+    trainer would not take.
     """
-    if settings.correction is None or not samples:
+    replay = settings.routing_replay
+    for place in samples if replay == "r3" else ():
+        _add_columns(samples, place, **{COLUMN: column(_routes_of(rollouts[place]))})
+    if not samples or (settings.correction is None and replay != "r2"):
         return {}
-    own = _logprobs(engine, rollouts, samples, settings)
+    traced = _shared(rollouts, samples, lambda mine: _retrace(engine, mine, settings))
+    for place in samples if replay == "r2" else ():
+        _add_columns(samples, place, **{COLUMN: column(traced[place][1])})
+    if settings.correction is None:
+        return {}
     gaps, trusts = [], []
     for place, sample in list(samples.items()):
         completion, before = rollouts[place].completion, len(rollouts[place].prompt)
         chosen = np.array(completion.mask, dtype=bool)
-        trainer, sampler = np.array(own[place]), np.array(completion.logprobs)
+        own, _ = traced[place]
+        trainer, sampler = np.array(own), np.array(completion.logprobs)
         advantages = np.array(sample.columns["advantages"][before:])
         trust = settings.correction.trust(trainer[chosen], sampler[chosen], advantages[0])
         advantages[chosen] *= trust
         blank = [0.0] * before
-        columns = {"advantages": blank + advantages.tolist(), "old_logprobs": blank + own[place]}
-        samples[place] = replace(sample, columns={**sample.columns, **columns})
+        _add_columns(
+            samples, place, advantages=blank + advantages.tolist(), old_logprobs=blank + own
+        )
         if not trust.any():
             dropped[place] = "off-policy"
         gaps += np.abs(trainer - sampler)[chosen].tolist()
         trusts += trust.tolist()
-    return {"gap": statistics.fmean(gaps), "trust": statistics.fmean(trusts)}
+    metrics = {"gap": statistics.fmean(gaps), "trust": statistics.fmean(trusts)}
+    if replay == "r3":
+        differ, of = (sum(n) for n in zip(*(counts for _, counts in traced.values()), strict=True))
+        metrics["routes_differ"] = differ / max(of, 1)
+    return metrics
+
+
+def _retrace(
+    engine: Engine, rollouts: list[Rollout], settings: PolicySettings
+) -> list[tuple[list[float], Any]]:
+    """Each completion's log-probabilities, and with R2 its routes, with R3 how many of them differ
+    from the sampler's, of how many."""
+    pairs = _pairs(rollouts)
+    if settings.routing_replay == "none":
+        return [(row, None) for row in token_logprobs(engine, pairs, settings.temperature)]
+    if settings.routing_replay == "r2":
+        return list(routed_logprobs(engine, pairs, settings.temperature))
+    taken = [_routes_of(r) for r in rollouts]
+    found = routed_logprobs(engine, pairs, settings.temperature, taken)
+    topk = engine.shape.topk
+    return [(row, differing(t, o, topk)) for (row, o), t in zip(found, taken, strict=True)]
+
+
+def _pairs(rollouts: list[Rollout]) -> list[tuple[list[int], list[int]]]:
+    return [(r.prompt, r.completion.tokens) for r in rollouts]
+
+
+def _add_columns(samples: dict[int, Sample], place: int, **columns: list[float] | Tensor) -> None:
+    sample = samples[place]
+    samples[place] = replace(sample, columns={**sample.columns, **columns})
+
+
+def _routes_of(rollout: Rollout) -> Tensor:
+    if rollout.completion.routes is None:
+        raise UserError(
+            "routing_replay=r3: the sampler gave no routes; ask for them with "
+            "SamplingParams(routes=True)"
+        )
+    return rollout.completion.routes
 
 
 def _save(

@@ -61,8 +61,12 @@ def pack(batches: Batches) -> tuple[Rows, dict[str, Tensor]]:
             | {"step": step, "parts": dict(r.parts), "weights": completion.weights}
             | {"finish_reason": completion.finish_reason}
             | {"lengths": {name: len(values) for name, values in parts.items()}}
+            | {"routes": None if completion.routes is None else len(completion.routes)}
         )
-    return rows, {n: torch.tensor(columns[n], dtype=kind) for n, kind in _COLUMNS.items()}
+    tensors = {n: torch.tensor(columns[n], dtype=kind) for n, kind in _COLUMNS.items()}
+    found = (r.completion.routes for batch in batches.values() for r in batch)
+    routes = [each for each in found if each is not None]
+    return rows, tensors | ({"routes": torch.cat(routes)} if routes else {})
 
 
 def unpack(rows: Rows, tensors: Mapping[str, Tensor]) -> Batches:
@@ -72,6 +76,8 @@ def unpack(rows: Rows, tensors: Mapping[str, Tensor]) -> Batches:
         values = tensors[name].tolist()
         ends = accumulate((row["lengths"][name] for row in rows), initial=0)
         cut[name] = [values[a:b] for a, b in pairwise(ends)]
+    routed = [row["routes"] for row in rows if row["routes"] is not None]
+    routes = iter(tensors["routes"].split(routed) if routed else ())
     batches: Batches = {}
     for i, row in enumerate(rows):
         completion = Completion(
@@ -80,6 +86,7 @@ def unpack(rows: Rows, tensors: Mapping[str, Tensor]) -> Batches:
             cut["mask"][i],
             row["finish_reason"],
             [(version, n) for version, n in row["weights"]],
+            None if row["routes"] is None else next(routes).clone(),
         )
         plain = {name: row[name] for name in _PLAIN}
         rollout = Rollout(cut["prompt"][i], completion, parts=row["parts"], **plain)

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 from q3mega.engine import parallel
-from q3mega.rollout.synced import Continued
+from q3mega.rollout.synced import Interruptible
 from q3mega.train.rollouts import Batches, Rollout
 
 RollOut = Callable[[int], list[Rollout]]
@@ -66,7 +66,7 @@ class Beside:
     roll_out: samples and scores all prompts of a step, in a thread, without the other ranks.
     """
 
-    def __init__(self, sampler: Continued, roll_out: RollOut, staleness: int) -> None:
+    def __init__(self, sampler: Interruptible, roll_out: RollOut, staleness: int) -> None:
         self.sampler, self.roll_out, self.staleness = sampler, roll_out, staleness
         self.under_way: dict[int, Future[list[Rollout]]] = {}  # on rank 0
         self.updates: dict[str, int] = {}  # of a version

@@ -5,7 +5,9 @@ Tokens, log-probabilities, weights and their checksums are real; `fault` breaks 
 broadcast.
 """
 
+import base64
 import hashlib
+import io
 import json
 import os
 import sys
@@ -23,6 +25,7 @@ from types import SimpleNamespace
 from q3mega import device  # noqa: F401
 
 # isort: split
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -40,16 +43,23 @@ ONE_AT_A_TIME = threading.Lock()  # megatron's state is the process's
 class TokenServer:
     """fault(path, body, number) -> None, or "slow", "500", "400", "truncated", "aborted", "mixed",
     "kill", "die" (the process, with SIGKILL). tempered: log-probabilities at the sampling
-    temperature. hold: seconds before an answer; pace: and for each of its tokens."""
+    temperature. hold: seconds before an answer; pace: and for each of its tokens. routes: as with
+    --enable-return-routed-experts."""
 
     POSTS: tuple[str, ...]  # the first one samples
     PROMPT: str
 
     def __init__(
-        self, engine: Engine, fault: Callable | None, tempered: bool, hold: float, pace: float
+        self,
+        engine: Engine,
+        fault: Callable | None,
+        tempered: bool,
+        hold: float,
+        pace: float,
+        routes: bool,
     ) -> None:
         self.engine, self.fault, self.tempered = engine, fault, tempered
-        self.hold, self.pace = hold, pace
+        self.hold, self.pace, self.routes = hold, pace, routes
         self.version, self.paused, self.dead = "default", False, False
         self.asked: list[dict] = []  # bodies of generate
         self.paths: Counter = Counter()
@@ -81,8 +91,8 @@ class TokenServer:
 
     def sample(
         self, name: str, prompt: list[int], params: SamplingParams, stops: list[int]
-    ) -> tuple[list[int], list[float], str, str]:
-        """(tokens, log-probabilities, finish_reason, version)"""
+    ) -> tuple[list[int], list[float], str, str, torch.Tensor | None]:
+        """(tokens, log-probabilities, finish_reason, version, routes)"""
         assert not self.paused
         eos, eod = stops or (-1, -1)
         tokenizer = SimpleNamespace(
@@ -102,7 +112,8 @@ class TokenServer:
                 end, finish = i, "abort"
                 break
         del self.under_way[name]
-        return found.tokens[:end], logprobs[:end], finish, version
+        routes = None if found.routes is None else found.routes[: len(prompt) + end - 1]
+        return found.tokens[:end], logprobs[:end], finish, version, routes
 
     def best(self, prompt: list[int], heat: float) -> tuple[int, float]:
         """The likeliest next token and its log-probability."""
@@ -167,9 +178,10 @@ class Vllm(TokenServer):
         how, prompt = body["sampling_params"], body["token_ids"]
         heat = how["temperature"]
         params = SamplingParams(
-            how["max_tokens"], heat, how.get("top_p", 1.0), how.get("top_k", 0), seed=how["seed"]
-        )
-        tokens, logprobs, finish, version = self.sample(
+            how["max_tokens"], heat, how.get("top_p", 1.0), how.get("top_k", 0), seed=how["seed"],
+            routes=self.routes,
+        )  # fmt: skip
+        tokens, logprobs, finish, version, routes = self.sample(
             body["request_id"], prompt, params, how.get("stop_token_ids", [])
         )
         content = [{"token_id": t, "logprob": p} for t, p in zip(tokens, logprobs, strict=True)]
@@ -183,6 +195,11 @@ class Vllm(TokenServer):
             "finish_reason": finish,
             "weight_versions": [{"version": version, "start": 0, "end": len(tokens)}],
         }
+        if routes is not None:
+            with io.BytesIO() as file:
+                experts = routes.unflatten(1, (-1, self.engine.shape.topk)) - 1
+                np.save(file, experts.numpy())
+                choice["routed_experts"] = base64.b64encode(file.getvalue()).decode()
         return {"choices": [choice]}
 
     def spoil(self, answer: dict, fault: str) -> None:
@@ -282,7 +299,7 @@ class Sglang(TokenServer):
             seed=how["sampling_seed"],
         )  # fmt: skip
         stops = list(self.own) or how.get("stop_token_ids", [])
-        tokens, logprobs, finish, version = self.sample(body["rid"], prompt, params, stops)
+        tokens, logprobs, finish, version, _ = self.sample(body["rid"], prompt, params, stops)
         meta = {
             "output_token_logprobs": [[p, t, None] for t, p in zip(tokens, logprobs, strict=True)],
             "finish_reason": {"type": finish},
@@ -304,8 +321,10 @@ KINDS = {"vllm": Vllm, "sglang": Sglang}
 
 
 @contextmanager
-def token_server(engine, fault=None, *, kind="vllm", tempered=True, hold=0.0, pace=0.0):
-    state = KINDS[kind](engine, fault, tempered, hold, pace)
+def token_server(
+    engine, fault=None, *, kind="vllm", tempered=True, hold=0.0, pace=0.0, routes=False
+):
+    state = KINDS[kind](engine, fault, tempered, hold, pace, routes)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

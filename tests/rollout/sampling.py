@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parent.parent / "engine"))
 from tiny import LAYOUT, SHAPES, run_cases
 
 from q3mega.engine import Engine, parallel
-from q3mega.rollout import SamplingParams
+from q3mega.rollout import Completion, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 
 TOKENIZER = SimpleNamespace(
@@ -30,9 +30,16 @@ def sample(kind: str, layout: dict, weights: str, prompts: list) -> list:
     for parameter in engine.chunks[0].parameters():
         parameter.data *= 2  # away from uniform, so that some end early
     sampler = InProcessSampler(engine, TOKENIZER, max_batch=3)
-    params = SamplingParams(24, temperature=0, n=1, seed=1)
+    params = SamplingParams(24, temperature=0, n=1, seed=1, routes=kind == "moe")
     found = sampler.generate(prompts[parallel.data_rank()], params)
-    return parallel.gather_over_data([(c.tokens, c.logprobs) for (c,) in found])
+    return parallel.gather_over_data([(c.tokens, c.logprobs, experts(c)) for (c,) in found])
+
+
+def experts(completion: Completion) -> list | None:
+    """Of each fed token and layer, in one order."""
+    if completion.routes is None:
+        return None
+    return completion.routes.unflatten(1, (-1, SHAPES["moe"].topk)).sort(-1).values.tolist()
 
 
 if __name__ == "__main__":

@@ -46,14 +46,15 @@ def samples(torchrun, tmp_path_factory):
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_tokens_are_those_of_one_process(samples, case):
     found, alone = samples[0][case], samples[1][CASES[case][0]]
-    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in alone]
-    for (_, got), (_, expected) in zip(found, alone, strict=True):
+    assert [tokens for tokens, *_ in found] == [tokens for tokens, *_ in alone]
+    for (_, got, routes), (_, expected, own) in zip(found, alone, strict=True):
         assert got == pytest.approx(expected, abs=1e-4)
+        assert routes == own and (routes is None) == (CASES[case][0] != "moe")
 
 
 @pytest.mark.dist
 def test_some_end_before_others(samples):
-    assert len({len(tokens) for tokens, _ in samples[1]["dense"]}) > 1
+    assert len({len(tokens) for tokens, *_ in samples[1]["dense"]}) > 1
 
 
 @pytest.mark.dist

@@ -3,6 +3,8 @@
 The same against a vLLM in an environment of its own: docs/engines.md has the command.
 """
 
+import base64
+import io
 import json
 import math
 import socket
@@ -11,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -27,6 +30,7 @@ from q3mega.data import text
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
+from q3mega.model.routing import differing
 from q3mega.rollout import SamplingParams, protocol, servers, sglang_protocol, vllm_protocol
 from q3mega.rollout.gap import measure
 from q3mega.rollout.in_process import InProcessSampler
@@ -364,6 +368,51 @@ def test_what_goes_on_draws_anew(serve):
     (done,) = sampler.proceed([[9]], [tries], replace(params, n=len(tries)))
     same = sum(c.tokens[3:6] == c.tokens[:3] for c in done)
     assert same < len(done) / 4
+
+
+# -- routes ----------------------------------------------------------------------------------------
+
+
+def test_routes_are_those_in_process_and_the_gap_compares_them():
+    engine, params = made(5, "moe"), SamplingParams(8, temperature=0, routes=True)
+    own = InProcessSampler(engine, TOKENIZER)
+    with token_server(engine, routes=True) as server:
+        sampler = ServerSampler([server.url], TOKENIZER)
+        for budget in (None, 3, 8):  # one call, two, and a stop text that is never fed
+            asked = replace(params, thinking_budget=budget)
+            for (found,), (expected,), prompt in zip(
+                sampler.generate(PROMPTS, asked), own.generate(PROMPTS, asked), PROMPTS, strict=True
+            ):
+                same = differing(found.routes, expected.routes, 2)
+                assert found.tokens == expected.tokens and same[0] == 0
+                assert len(found.routes) == len(prompt) + len(found.tokens) - 1
+                fed = found.routes.any(1)
+                assert fed.all() or budget == 8
+        params = SamplingParams(8, n=2, seed=1, routes=True)
+        assert measure(engine, sampler, PROMPTS, params).routes == 0
+        assert measure(made(6, "moe"), sampler, PROMPTS, params).routes > 0.1
+        assert measure(engine, sampler, PROMPTS, replace(params, routes=False)).routes is None
+    with token_server(engine) as server, pytest.raises(UserError, match="return-routed-experts"):
+        ServerSampler([server.url], TOKENIZER).generate(PROMPTS, params)
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 2, 2), np.uint8), np.zeros((3, 4), np.uint8), None])
+def test_routes_of_other_tokens_are_refused(array):
+    """Of three fed tokens: too few, of another form, no array at all."""
+    file = io.BytesIO(b"")
+    if array is not None:
+        np.save(file, array)
+    choice = {
+        "token_ids": [1, 2],
+        "finish_reason": "stop",
+        "weight_versions": [{"version": "a", "end": 2}],
+    }
+    content = [{"token_id": t, "logprob": -1.0} for t in (1, 2)]
+    encoded = base64.b64encode(file.getvalue()).decode()
+    answer = choice | {"logprobs": {"content": content}, "routed_experts": encoded}
+    found = vllm_protocol.parsed(json.dumps({"choices": [answer]}).encode())
+    with pytest.raises(UserError, match="routed_experts of a server"):
+        vllm_protocol.routes_of(found, 2)
 
 
 # -- weights -----------------------------------------------------------------------------------

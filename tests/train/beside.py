@@ -25,7 +25,7 @@ from q3mega.engine import Engine, OptimizerSpec
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.logprobs import token_logprobs
 from q3mega.rollout.servers import ServerSampler
-from q3mega.rollout.synced import Continued, SyncedSampler
+from q3mega.rollout.synced import Interruptible, SyncedSampler
 from q3mega.train import reinforcement
 from q3mega.train.log import Log
 from q3mega.train.reinforcement import PolicySettings
@@ -42,7 +42,7 @@ def learn(folder: Path, staleness: int, kill: int, urls: list[str]) -> dict:
     spec = OptimizerSpec(lr=0.02, steps=UPDATES * STEPS)
     engine = Engine(SHAPES["dense"], layout, seed=5, optimizer=spec)
     servers = ServerSampler(urls, TOKENIZER, kind="sglang")
-    sampler = Continued(SyncedSampler(engine, servers, folder / "weights"))
+    sampler = Interruptible(SyncedSampler(engine, servers, folder / "weights"))
     copies: dict[str, list[torch.Tensor]] = {}
     sampled: Trained = []
     handed, trained, calls = sampler.sync, engine.train_step, count(1)

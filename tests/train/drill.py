@@ -37,7 +37,9 @@ PROMPTS, ROLLOUTS = 4, 4
 
 
 def run(folder: str, steps: int, settings: dict, kill: list | None) -> None:
-    engine = Engine(SHAPES["tied"], LAYOUT(), seed=3, optimizer=OptimizerSpec(lr=0.01, steps=20))
+    replay = settings.get("routing_replay")
+    shape = SHAPES["moe" if replay else "tied"]
+    engine = Engine(shape, LAYOUT(), seed=3, optimizer=OptimizerSpec(lr=0.01, steps=20))
     sampler = InProcessSampler(engine, TOKENIZER)
     trained, calls = engine.train_step, count(1)
 
@@ -52,7 +54,8 @@ def run(folder: str, steps: int, settings: dict, kill: list | None) -> None:
 
     def roll_out(step: int) -> list[Rollout]:
         prompts = [[step, i, i + 1] for i in range(PROMPTS)]
-        sampled = sampler.generate(prompts, SamplingParams(6, n=ROLLOUTS, seed=step))
+        params = SamplingParams(6, n=ROLLOUTS, seed=step, routes=replay == "r3")
+        sampled = sampler.generate(prompts, params)
         return [
             Rollout(p, c, group, problem=f"{step}-{group}",
                     # the last prompt of a batch never has a signal
