@@ -34,6 +34,10 @@ class _Tokens(BaseModel):
     content: list[_Token]
 
 
+class _Known(BaseModel):
+    logprob: float = Field(le=1e-3, gt=-9000)
+
+
 class _Span(BaseModel):
     version: str
 
@@ -43,10 +47,13 @@ class Choice(BaseModel):
     logprobs: _Tokens
     finish_reason: Literal["stop", "length"]  # what was aborted is asked for again
     weight_versions: list[_Span] = Field(min_length=1)
+    # of each token of the prompt, what the server would have said in its place: None of the first
+    prompt_logprobs: list[dict[int, _Known] | None] = Field([])
 
 
 class _Answer(BaseModel):
     choices: list[Choice] = Field(min_length=1, max_length=1)
+    prompt_logprobs: list[dict[int, _Known] | None] | None = None
 
 
 class Unusable(Exception):
@@ -172,12 +179,23 @@ async def generate(client: httpx2.AsyncClient, server: Server, body: dict[str, A
 def parsed(answer: bytes) -> Choice:
     """The one choice of an answer. Raises Unusable for what is none, or is not whole."""
     try:
-        (choice,) = _Answer.model_validate_json(answer).choices
+        whole = _Answer.model_validate_json(answer)
+        (choice,) = whole.choices
+        choice.prompt_logprobs = whole.prompt_logprobs or []
     except ValueError as error:
         raise Unusable(f"not an answer to use: {in_brief(error)}") from None
     if [t.token_id for t in choice.logprobs.content] != choice.token_ids:
         raise Unusable("log-probabilities are not those of the tokens")
     return choice
+
+
+async def ids_of(client: httpx2.AsyncClient, server: Server, text: str) -> list[int] | None:
+    """The server's token ids of a text; None when it has no tokenizer that it shows."""
+    try:
+        body = {"prompt": text, "add_special_tokens": False}
+        return (await client.post(f"{server.url}/tokenize", json=body)).json()["tokens"]
+    except (httpx2.HTTPError, ValueError, KeyError, TypeError):
+        return None
 
 
 async def best_logprob(

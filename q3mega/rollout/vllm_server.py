@@ -27,6 +27,7 @@ from q3mega.rollout.vllm_protocol import (
     best_logprob,
     connect,
     generate,
+    ids_of,
     in_brief,
     is_healthy,
     load,
@@ -95,6 +96,20 @@ class VllmSampler:
             for c in done:
                 c.logprobs = [math.nan if chosen else 0.0 for chosen in c.mask]
         return [done[i : i + params.n] for i in range(0, len(done), params.n)]
+
+    def ask_all(self, bodies: Sequence[dict[str, Any]]) -> list[Choice]:
+        """The answers to requests as they are, with the slots, retries and errors of `generate`."""
+
+        async def all_of(client: httpx2.AsyncClient) -> list[Choice]:
+            await look(client, self.servers, self.version)
+            batch = _Batch(client, self.servers, self.concurrency, self.retries, self.version)
+            return await asyncio.gather(*map(batch.ask, bodies))
+
+        return self._run(all_of)
+
+    def ids_of(self, text: str) -> list[int] | None:
+        """The first server's token ids of a text; None when it has no tokenizer."""
+        return self._run(lambda client: ids_of(client, self.servers[0], text))
 
     def load(self, folder: Path, version: str, norms: Mapping[str, set[str]]) -> None:
         """Have every server that is up read the Hugging Face folder, which it must see under this

@@ -1,0 +1,102 @@
+"""A teacher in a job of its own teaches what one in the student's process does."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from q3mega import device  # noqa: F401
+
+# isort: split
+from student import STUDENT, VOCABULARY, learn
+from tiny import LAYOUT, SHAPE
+
+from q3mega.data.tokenizer import train_tokenizer
+from q3mega.engine import Engine
+
+pytestmark = pytest.mark.dist
+HERE = Path(__file__).parent
+TEACHERS = {
+    "dense": SHAPE(tied=False, layers=4, hidden=64, vocab=VOCABULARY),
+    "moe": SHAPE(tied=False, experts=4, topk=2, moe_ffn=32, vocab=VOCABULARY),
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def taught(folder: Path, processes: int, *words: str, port: int = 0):
+    """The address of a teacher's job, and its process; killed at the end if it is still there."""
+    port = port or free_port()
+    log = folder / f"log-{port}"
+    command = [sys.executable, "-m", "torch.distributed.run", f"--master-port={free_port()}",
+               f"--nproc-per-node={processes}", "-m", "q3mega.cli", "teach", str(folder),
+               f"--port={port}", "--idle=120", *words]  # fmt: skip
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        until = time.monotonic() + 60
+        while "teaching at" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+            time.sleep(0.1)
+        yield f"tcp://127.0.0.1:{port}", process
+    finally:
+        process.terminate()  # torchrun ends its ranks
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """folder(name): a teacher's, with a tokenizer and the student that starts beside it."""
+    base = tmp_path_factory.mktemp("teachers")
+
+    def make(name):
+        path = base / name
+        if not path.exists():
+            train_tokenizer(["a"], 265, path)
+            Engine(TEACHERS[name], LAYOUT(), seed=2).save_hf(path, {})
+            Engine(STUDENT, LAYOUT(), seed=1).save_hf(path / "student", {})
+        return path
+
+    return make
+
+
+def in_process(folder, name):
+    teacher = Engine(TEACHERS[name], LAYOUT(), seed=0)
+    teacher.load_hf(folder)
+    return learn(teacher, LAYOUT(), folder / "student")
+
+
+def close(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1] == pytest.approx(expected[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dense", ["tensor=2"]),
+        pytest.param("dense", ["pipeline=2"], marks=pytest.mark.slow),
+        pytest.param("dense", ["context=2"], marks=pytest.mark.slow),
+        pytest.param("moe", ["expert=2"], marks=pytest.mark.slow),
+    ],
+)
+def test_two_jobs_of_different_layouts_are_one(folder, torchrun, name, words):
+    path = folder(name)
+    layouts = [{}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}, {"context": 2}]
+    with taught(path, 2, *words) as (at, _):
+        cases = [[layout, at, str(path)] for layout in layouts]  # one student after another
+        found = torchrun("../teacher/student.py", 2, json.dumps(cases))
+    expected = in_process(path, name)
+    assert expected[0][-1] < 0.9 * expected[0][0]  # it learns
+    for each in found:
+        close(each, expected)
