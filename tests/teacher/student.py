@@ -12,6 +12,8 @@ from q3mega import device  # noqa: F401
 
 # isort: split
 import torch.distributed as dist
+
+sys.path.append(str(Path(__file__).parent.parent / "engine"))
 from tiny import LAYOUT, SHAPE, documents, run_cases, weights
 
 from q3mega.data.tokenizer import Tokenizer
