@@ -36,6 +36,7 @@ class TokenServer:
     def __init__(self, engine: Engine, fault: Callable | None, tempered: bool, hold: float) -> None:
         self.engine, self.fault, self.tempered, self.hold = engine, fault, tempered, hold
         self.version, self.paused, self.dead = "default", False, False
+        self.tokenizer = None  # with one it answers /tokenize
         self.asked: list[dict] = []  # bodies of generate
         self.paths: Counter = Counter()
         self.at_once = self.most_at_once = 0
@@ -100,7 +101,18 @@ class TokenServer:
             "finish_reason": found.finish_reason,
             "weight_versions": [{"version": self.version, "start": 0, "end": len(found.tokens)}],
         }
+        if k := how.get("prompt_logprobs"):
+            return {"choices": [choice], "prompt_logprobs": self.best_of(prompt, k)}
         return {"choices": [choice]}
+
+    def best_of(self, prompt: list[int], k: int) -> list[dict | None]:
+        """The k best in each token's place and the token itself, as vLLM tells them."""
+        (logits,) = each_sequence(self.engine, [prompt], lambda head, _: [head.logits()])
+        rows = []
+        for logprobs, token in zip(logits.log_softmax(-1), prompt[1:], strict=False):
+            ids = [token, *logprobs.topk(k).indices.tolist()]
+            rows.append({str(i): {"logprob": float(logprobs[i]), "rank": 1} for i in ids})
+        return [None, *rows]
 
     def checksums(self) -> dict[str, str]:
         found = {}
@@ -133,6 +145,8 @@ def token_server(engine, fault=None, *, tempered=True, hold=0.0):
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if self.path == "/tokenize" and state.tokenizer:
+                return self._send(200, {"tokens": state.tokenizer.encode(body["prompt"])})
             if state.dead:
                 return self._hang_up()
             if self.path not in POSTS:
