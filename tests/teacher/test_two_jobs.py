@@ -16,8 +16,12 @@ from q3mega import device  # noqa: F401
 from student import STUDENT, VOCABULARY, learn
 from tiny import LAYOUT, SHAPE
 
-from q3mega.data.tokenizer import train_tokenizer
+from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
+from q3mega.errors import UserError
+from q3mega.teacher.remote import RemoteTeacher
+from q3mega.teacher.serve import serve
+from q3mega.try_out import teach
 
 pytestmark = pytest.mark.dist
 HERE = Path(__file__).parent
@@ -100,3 +104,45 @@ def test_two_jobs_of_different_layouts_are_one(folder, torchrun, name, words):
     assert expected[0][-1] < 0.9 * expected[0][0]  # it learns
     for each in found:
         close(each, expected)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_computed(folder, monkeypatch):
+    path = folder("dense")
+    Engine(STUDENT, LAYOUT(), seed=0)  # the process groups
+    digest = Tokenizer(path).digest()
+    monkeypatch.setenv("TEACHER_KEY", "open sesame")
+    with taught(path, 1, "--key-env=TEACHER_KEY") as (at, _):
+        key = b"open sesame"
+
+        def come(**how):
+            given = {"vocab": VOCABULARY, "tokenizer": digest, "key": key, "timeout": 20.0} | how
+            with RemoteTeacher(at, **given) as teacher:
+                return teacher.weight
+
+        with pytest.raises(UserError, match="lm_head has 272 rows, the student's 300"):
+            come(vocab=300)
+        with pytest.raises(UserError, match="its tokenizer gives other ids"):
+            come(tokenizer="0" * 64)
+        with pytest.raises(UserError, match=r"no teacher takes this student.*same key"):
+            come(key=b"guess")
+        weight = come()  # and still takes who fits
+        teacher = Engine(TEACHERS["dense"], LAYOUT(), seed=0)
+        teacher.load_hf(path)
+        assert weight.equal(teacher.chunks[0].output_layer.weight)
+    with pytest.raises(UserError, match=r"no teacher takes this student .*refused.*q3mega teach"):
+        come()
+
+
+def test_a_network_needs_a_key(folder):
+    with pytest.raises(UserError, match=r"--network .* --key-env"):
+        teach(folder("dense"), LAYOUT(), 0, network=True, key_env=None, idle=1.0)
+    with pytest.raises(UserError, match="--key-env=NOT_THERE: the environment has no such"):
+        teach(folder("dense"), LAYOUT(), 0, network=True, key_env="NOT_THERE", idle=1.0)
+
+
+def test_a_teacher_that_nobody_asks_ends(folder):
+    path = folder("dense")
+    engine = Engine(TEACHERS["dense"], LAYOUT(), seed=0)
+    started = time.monotonic()
+    serve(engine, Tokenizer(path).digest(), port=0, key=b"", network=False, idle=0.3)
+    assert 0.3 <= time.monotonic() - started < 10
