@@ -30,17 +30,21 @@ CONFIG = SimpleNamespace(divergence="reverse_kl", temperature=2.0, teacher_topk=
 STEPS = 3
 
 
-def learn(teacher, layout, start):
-    """[losses by step, the weights' norms after it] of a student from the folder `start`."""
+def learn(teacher, layout, start, folder=None, watch=None):
+    """[losses by step, the weights' norms after it] of a student from the folder `start`.
+
+    folder: where its checkpoints are, for one that is cut; None: anywhere.
+    """
     engine = Engine(STUDENT, layout, seed=0, optimizer=OptimizerSpec(lr=0.01, steps=STEPS))
     engine.load_hf(start)
     loss, prepare = taught_by(teacher, CONFIG)
-    box = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box)
-    folder = Path(box[0])
+    if folder is None:
+        box = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(box)
+        folder = Path(box[0])
     supervised.train(
         engine, lambda step: documents(step), steps=STEPS, capacity=64, folder=folder / "saved",
-        log=Log(folder, STEPS), save_every=STEPS, loss_fn=loss, prepare=prepare,
+        log=Log(folder, STEPS), save_every=1, loss_fn=loss, prepare=prepare, watch=watch,
     )  # fmt: skip
     dist.barrier()
     return [[row["loss"] for row in read(folder / "metrics.jsonl")], weights(engine)]

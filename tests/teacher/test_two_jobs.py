@@ -21,6 +21,7 @@ from q3mega.engine import Engine
 from q3mega.errors import UserError
 from q3mega.teacher.remote import RemoteTeacher
 from q3mega.teacher.serve import serve
+from q3mega.train.log import read
 from q3mega.try_out import teach
 
 pytestmark = pytest.mark.dist
@@ -42,8 +43,9 @@ def taught(folder: Path, processes: int, *words: str, port: int = 0):
     """The address of a teacher's job, and its process; killed at the end if it is still there."""
     port = port or free_port()
     log = folder / f"log-{port}"
-    command = [sys.executable, "-m", "torch.distributed.run", f"--master-port={free_port()}",
-               f"--nproc-per-node={processes}", "-m", "q3mega.cli", "teach", str(folder),
+    launcher = [] if processes == 1 else ["torch.distributed.run", f"--nproc-per-node={processes}",
+                                          f"--master-port={free_port()}", "-m"]  # fmt: skip
+    command = [sys.executable, "-m", *launcher, "q3mega.cli", "teach", str(folder),
                f"--port={port}", "--idle=120", *words]  # fmt: skip
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
@@ -54,7 +56,7 @@ def taught(folder: Path, processes: int, *words: str, port: int = 0):
             time.sleep(0.1)
         yield f"tcp://127.0.0.1:{port}", process
     finally:
-        process.terminate()  # torchrun ends its ranks
+        process.terminate()  # a torchrun ends its ranks
         process.wait(30)
 
 
@@ -146,3 +148,33 @@ def test_a_teacher_that_nobody_asks_ends(folder):
     started = time.monotonic()
     serve(engine, Tokenizer(path).digest(), port=0, key=b"", network=False, idle=0.3)
     assert 0.3 <= time.monotonic() - started < 10
+
+
+def test_a_teacher_that_dies_is_named_and_the_next_run_goes_on(folder, tmp_path):
+    path, port = folder("dense"), free_port()
+    Engine(STUDENT, LAYOUT(), seed=0)  # the process groups
+    digest = Tokenizer(path).digest()
+
+    def run(at, where, watch=None):
+        with RemoteTeacher(at, vocab=VOCABULARY, tokenizer=digest, timeout=30.0) as teacher:
+            return learn(teacher, LAYOUT(), path / "student", tmp_path / where, watch)
+
+    for where in ("uncut", "cut"):
+        (tmp_path / where).mkdir()
+    with taught(path, 1, port=port) as (at, process):
+        uncut = run(at, "uncut")
+
+        def kill(step):
+            if step == 2:
+                process.kill()
+                process.wait()
+
+        lost = f"teacher_at={at}: the teacher is gone .*start `q3mega teach` again"
+        with pytest.raises(UserError, match=lost):
+            run(at, "cut", kill)
+    steps = [row["step"] for row in read(tmp_path / "cut" / "metrics.jsonl")]
+    assert steps == [1, 2]
+    with taught(path, 1, port=port) as (at, _):
+        told = []
+        assert run(at, "cut", told.append) == uncut
+    assert told == [2, 3]  # from the checkpoint, which was that of step 1
