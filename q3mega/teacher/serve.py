@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 def serve(
     engine: Engine, tokenizer: str, *, port: int, key: bytes, network: bool, idle: float
 ) -> None:
-    """Teach until no student has come, or none has asked anything, for `idle` seconds.
+    """Teach until no student has come for `idle` seconds; one that is silent as long is gone.
 
     tokenizer: its digest. key: what both sides must hold. network: listen on all of the machine's
     networks, not to this machine alone; the door is at `port` of rank 0. Raises UserError for a
@@ -156,9 +156,12 @@ def _seat(desk: Listener, session: _Session, idle: float) -> list[_Asker]:
         try:
             wire = desk.accept(GLANCE, idle)
             seat = wire.receive(Seat)
-        except (TimeoutError, Gone) as error:
+        except Gone as error:
+            _log.warning("a stranger was turned away: %s", error)
+            continue
+        except TimeoutError:
             missing = ", ".join(str(i) for i in wanted if i not in found)
-            return [*found.values(), _Asker(None, f"student rank {missing} did not come: {error}")]
+            return [*found.values(), _Asker(None, f"its data-parallel rank {missing} did not come")]
         if seat.session == session.session and seat.asker in wanted:
             found[seat.asker] = _Asker(wire)
         else:  # a rank of a session that is over

@@ -13,12 +13,14 @@ import pytest
 from q3mega import device  # noqa: F401
 
 # isort: split
+import torch
 from student import STUDENT, VOCABULARY, learn
 from tiny import LAYOUT, SHAPE
 
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
+from q3mega.model.huggingface import dtype_of
 from q3mega.teacher.remote import RemoteTeacher
 from q3mega.teacher.serve import serve
 from q3mega.train.log import read
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.dist
 HERE = Path(__file__).parent
 TEACHERS = {
     "dense": SHAPE(tied=False, layers=4, hidden=64, vocab=VOCABULARY),
+    "bf16": SHAPE(tied=True, vocab=VOCABULARY),
     "moe": SHAPE(tied=False, experts=4, topk=2, moe_ffn=32, vocab=VOCABULARY),
 }
 
@@ -69,7 +72,8 @@ def folder(tmp_path_factory):
         path = base / name
         if not path.exists():
             train_tokenizer(["a"], 265, path)
-            Engine(TEACHERS[name], LAYOUT(), seed=2).save_hf(path, {})
+            dtype = torch.bfloat16 if name == "bf16" else torch.float32
+            Engine(TEACHERS[name], LAYOUT(), seed=2, dtype=dtype).save_hf(path, {})
             Engine(STUDENT, LAYOUT(), seed=1).save_hf(path / "student", {})
         return path
 
@@ -77,7 +81,7 @@ def folder(tmp_path_factory):
 
 
 def in_process(folder, name):
-    teacher = Engine(TEACHERS[name], LAYOUT(), seed=0)
+    teacher = Engine(TEACHERS[name], LAYOUT(), seed=0, dtype=dtype_of(folder))
     teacher.load_hf(folder)
     return learn(teacher, LAYOUT(), folder / "student")
 
@@ -106,6 +110,17 @@ def test_two_jobs_of_different_layouts_are_one(folder, torchrun, name, words):
     assert expected[0][-1] < 0.9 * expected[0][0]  # it learns
     for each in found:
         close(each, expected)
+
+
+def test_a_bf16_teacher_sends_what_it_has(folder):
+    path = folder("bf16")
+    expected = in_process(path, "bf16")
+    with (
+        taught(path, 1) as (at, _),
+        RemoteTeacher(at, vocab=VOCABULARY, tokenizer=Tokenizer(path).digest()) as teacher,
+    ):
+        assert teacher.weight.dtype == torch.bfloat16
+        assert learn(teacher, LAYOUT(), path / "student") == expected
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_computed(folder, monkeypatch):
