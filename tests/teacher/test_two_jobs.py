@@ -63,6 +63,13 @@ def taught(folder: Path, processes: int, *words: str, port: int = 0):
         process.wait(30)
 
 
+def made(shape, seed, dtype=torch.float32):
+    engine = Engine(shape, LAYOUT(), seed=seed, dtype=dtype)
+    for parameter in engine.chunks[0].parameters():  # away from uniform
+        parameter.data *= 3 if parameter.dim() > 1 else 1
+    return engine
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """folder(name): a teacher's, with a tokenizer and the student that starts beside it."""
@@ -73,8 +80,8 @@ def folder(tmp_path_factory):
         if not path.exists():
             train_tokenizer(["a"], 265, path)
             dtype = torch.bfloat16 if name == "bf16" else torch.float32
-            Engine(TEACHERS[name], LAYOUT(), seed=2, dtype=dtype).save_hf(path, {})
-            Engine(STUDENT, LAYOUT(), seed=1).save_hf(path / "student", {})
+            made(TEACHERS[name], 2, dtype).save_hf(path, {})
+            made(STUDENT, 1).save_hf(path / "student", {})
         return path
 
     return make
@@ -87,17 +94,19 @@ def in_process(folder, name):
 
 
 def close(found, expected):
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    # a KL is a difference of log-probabilities, some 6 nats here, in fp32
+    assert found[0] == pytest.approx(expected[0], rel=1e-5, abs=2e-6)
     assert found[1] == pytest.approx(expected[1], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("dense", ["tensor=2"]),
-        pytest.param("dense", ["pipeline=2"], marks=pytest.mark.slow),
-        pytest.param("dense", ["context=2"], marks=pytest.mark.slow),
-        pytest.param("moe", ["expert=2"], marks=pytest.mark.slow),
+        ("dense", ["pipeline=2"]),
+        ("dense", ["context=2"]),
+        ("moe", ["expert=2"]),
     ],
 )
 def test_two_jobs_of_different_layouts_are_one(folder, torchrun, name, words):
@@ -165,6 +174,7 @@ def test_a_teacher_that_nobody_asks_ends(folder):
     assert 0.3 <= time.monotonic() - started < 10
 
 
+@pytest.mark.slow
 def test_a_teacher_that_dies_is_named_and_the_next_run_goes_on(folder, tmp_path):
     path, port = folder("dense"), free_port()
     Engine(STUDENT, LAYOUT(), seed=0)  # the process groups
