@@ -14,13 +14,14 @@ from token_server import token_server
 
 from q3mega.algorithms.losses import distillation_topk
 from q3mega.data.batch import Sample, collate
+from q3mega.data.teacher_topk import TeacherTopK
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
 from q3mega.rollout import SamplingParams, vllm_server
 from q3mega.rollout.logprobs import top_logprobs
 from q3mega.rollout.served_teacher import ServedTeacher
-from q3mega.stages.distill import taught_by
+from q3mega.stages.distill import keep_topk, taught_by
 
 SHAPE = SHAPES["dense"]
 TOKENIZER = SimpleNamespace(
@@ -122,3 +123,25 @@ def test_it_writes_text(engine):
         teacher = ServedTeacher(server.url, TOKENIZER, SHAPE)
         [[found]] = teacher.generate([[1, 2, 3]], SamplingParams(4, seed=0))
     assert 1 <= len(found.tokens) <= 4
+
+
+def test_it_fills_the_store_of_off_policy_distillation(engine, batches, tmp_path):
+    samples = [Sample(b.tokens[:7].tolist(), [0.1] * 7) for b in batches]
+
+    def stored(name, **teacher):
+        settings = {"teacher_topk": K, "teacher_timeout": 30.0, "teacher_key_env": None}
+        stage = SimpleNamespace(
+            data=tmp_path / name, leads=True, prepared=lambda _: False, barrier=lambda: None,
+            tokenizer=TOKENIZER, config=SimpleNamespace(**settings, **teacher),
+            recipe=SimpleNamespace(model=None), shape=lambda _: SHAPE,
+        )  # fmt: skip
+        keep_topk(stage, samples)
+        return TeacherTopK(stage.data / "topk")
+
+    with token_server(engine) as server:
+        found = stored("served", teacher_at=server.url, teacher_serves=True)
+    for i, (ids, logprobs) in enumerate(top_logprobs(engine, [collate([s]) for s in samples], K)):
+        kept, values = found[i]
+        assert torch.equal(kept[:-1], ids[:-1])  # nothing is learnt after the last token
+        torch.testing.assert_close(values[:-1], logprobs[:-1], rtol=0, atol=1.1e-3)
+    assert len(found) == len(samples)
