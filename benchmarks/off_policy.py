@@ -3,10 +3,10 @@
     python benchmarks/off_policy.py RUN/04-cold_start/hf [--batches 32] [--runs runs/off_policy]
 
 Reasoning RL of examples/laptop.yaml from the same checkpoint, again and again, on as many rollouts:
-on-policy (one update a batch; and the same as many updates as off-policy, from batches of an eighth),
-off-policy with clipping and correction, with clipping alone, with neither; from a mixture of experts
-also with routing replay. Prints accuracy on held-out problems before and after, and the share of the
-first one's gain. A run that is there is not run again.
+on-policy (one update a batch; and as many updates as off-policy, from batches of an eighth), and
+off-policy with clipping and correction, with clipping alone, with neither; from a mixture of
+experts also with routing replay. Prints accuracy on held-out problems before and after, and the
+share of the first one's gain. A run that is there is not run again.
 """
 
 import argparse

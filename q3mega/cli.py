@@ -97,6 +97,20 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("overrides", nargs="*", metavar="axis=ways", help="tensor=2; torchrun")
     convert.add_argument("--verify", action="store_true", help="compare logits with transformers")
 
+    teach = commands.add_parser("teach", help="a teacher for students of other jobs; torchrun")
+    teach.set_defaults(command=_teach)
+    teach.add_argument("checkpoint", type=Path, help="a Hugging Face folder")
+    teach.add_argument("overrides", nargs="*", metavar="axis=ways", help="tensor=8 expert=8")
+    teach.add_argument("--port", type=int, required=True, help="of rank 0, where students come")
+    teach.add_argument(
+        "--network", action="store_true",
+        help="take students of other machines, on a network that you trust; needs --key-env",
+    )  # fmt: skip
+    teach.add_argument("--key-env", help="the environment variable that holds the students' key")
+    teach.add_argument(
+        "--idle", type=float, default=3600.0, help="seconds without a student that end it"
+    )
+
     for name, command, purpose in (
         ("generate", _generate, "one answer of a checkpoint"),
         ("chat", _chat, "talk to a checkpoint; an empty line ends it"),
@@ -245,6 +259,16 @@ def _convert(arguments: argparse.Namespace) -> int:
     layout = layout_of(a.overrides, processes=int(os.environ.get("WORLD_SIZE", 1)))
     move = hf_to_mcore if a.direction == "hf-to-mcore" else mcore_to_hf
     move(a.source, a.target, layout, check=a.verify)
+    return 0
+
+
+def _teach(arguments: argparse.Namespace) -> int:
+    from q3mega.layout import layout_of
+    from q3mega.try_out import teach
+
+    a = arguments
+    layout = layout_of(a.overrides, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    teach(a.checkpoint, layout, a.port, network=a.network, key_env=a.key_env, idle=a.idle)
     return 0
 
 

@@ -87,7 +87,11 @@ def _planned(recipe: Recipe, name: str, card: Card) -> Planned:
     if isinstance(config, RLSettings):
         takes["train"] *= config.updates
         sampled = replace(sampled, sequences=config.prompts * config.rollouts)
-    in_process = getattr(config, "engine", None) is None
+    elsewhere = getattr(config, "teacher_at", None) is not None
+    # a student samples for itself, and off-policy its teacher, who may be a server
+    in_process = getattr(config, "engine", None) is None and not (
+        isinstance(config, DistillOffPolicy) and elsewhere
+    )
     if sampled.tokens and in_process:
         more["kv_cache"] = sampled.cache()
     if isinstance(config, RLSettings | DistillOnPolicy) and in_process:  # every step
@@ -100,9 +104,9 @@ def _planned(recipe: Recipe, name: str, card: Card) -> Planned:
     elif isinstance(config, RLSettings) and config.kl_coef:
         more["reference"] = memory(job)["weights"]
     teacher = replace(job, shape=recipe.model.shape(vocab))
-    if isinstance(config, DistillOffPolicy | DistillOnPolicy):
+    if isinstance(config, DistillOffPolicy | DistillOnPolicy) and not elsewhere:
         more["teacher"] = memory(teacher)["weights"]
-    if isinstance(config, DistillOnPolicy):
+    if isinstance(config, DistillOnPolicy) and not elsewhere:
         takes["teacher"] = step(teacher).seconds / 3
     return Planned(name, job, [part | more for part in by_stage(job)], takes)
 

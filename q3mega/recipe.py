@@ -165,7 +165,9 @@ class Recipe(Section):
                 )
             if stage.trains == "student" and self.student is None:
                 raise UserError(f"stages.{name} trains a student: add a student section")
-            for role in dict.fromkeys(("model", stage.trains)):  # the model is a student's teacher
+            elsewhere = getattr(stage, "teacher_at", None) is not None
+            here = (stage.trains,) if elsewhere else ("model", stage.trains)
+            for role in dict.fromkeys(here):  # the model is a student's teacher
                 try:
                     check_layout(stage.layout, getattr(self, role).shape())
                 except UserError as error:

@@ -273,34 +273,85 @@ class GeneralRL(StageConfig, RLSettings):
     engine: RolloutEngine | None = None
 
 
-class DistillOffPolicy(SFT):
-    """The student learns from the teacher's samples, in both modes."""
+class TeacherSettings(Section):
+    """Where the teacher is, and what of it the student learns from: docs/distillation.md."""
+
+    teacher: str | None = None  # a Hugging Face folder; None: the latest stage of the model
+    # the teacher elsewhere: tcp://host:port of a q3mega teach, http://host:port of a vLLM server
+    teacher_at: Annotated[str, Field(pattern=r"^(tcp://[^/]+:\d+|https?://.+)$")] | None = None
+    teacher_key_env: str | None = None  # the environment variable that holds the key of teacher_at
+    teacher_timeout: PositiveFloat = 1800.0  # seconds until teacher_at says something
+    teacher_topk: NonNegativeInt = 0  # its best tokens of each position; 0: see the stage
+
+    @property
+    def teacher_serves(self) -> bool:
+        """Is the teacher a server of tokens and log-probabilities?"""
+        return self.teacher_at is not None and self.teacher_at.startswith("http")
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> Self:
+        if self.teacher_at is None:
+            return self
+        at = f"teacher_at={self.teacher_at}"
+        if self.teacher is not None:
+            raise UserError(f"{at} and teacher={self.teacher}: give one of them")
+        if self.teacher_serves != (self.teacher_topk > 0):
+            raise UserError(
+                f"{at}, teacher_topk={self.teacher_topk}: a server (http) tells its best tokens, "
+                "so give teacher_topk; a q3mega teach (tcp) its whole distribution, so leave it 0"
+            )
+        return self
+
+
+class DistillOffPolicy(SFT, TeacherSettings):
+    """The student learns from the teacher's samples, in both modes; with teacher_topk, from its
+    best tokens at each of their positions."""
 
     trains = "student"
 
-    teacher: str | None = None  # a Hugging Face folder; None: the latest stage of the model
     student_pretraining: PretrainSettings | None = None  # before distillation; needs no init
     student_lr: PositiveFloat = 0.02
     queries: PositiveInt
     max_tokens: PositiveInt
-    teacher_topk: NonNegativeInt = 0  # its best tokens of each position; 0: its text alone
+
+    @model_validator(mode="after")
+    def _teacher_writes(self) -> Self:
+        if self.teacher_at is not None and not self.teacher_serves:
+            raise UserError(
+                f"teacher_at={self.teacher_at}: a q3mega teach (tcp) writes no text, and the "
+                "student learns from it here: give teacher, or a server (http)"
+            )
+        return self
 
 
-class DistillOnPolicy(StageConfig):
-    """The student learns from the teacher's distribution on its own samples."""
+class DistillOnPolicy(StageConfig, TeacherSettings):
+    """The student learns from the teacher's distribution on its own samples: from the whole of it,
+    or with teacher_topk from its best tokens."""
 
     trains = "student"
 
-    teacher: str | None = None
     steps: PositiveInt
     prompts: PositiveInt  # a step, one sample each
     max_tokens: PositiveInt
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
     temperature: PositiveFloat = 1.0
-    teacher_topk: NonNegativeInt = 0  # its best tokens of each position; 0: its whole distribution
     compare_rl: RLSettings | None = None  # Table 21: RL from the same start
     compare_rl_lr: PositiveFloat = 3e-4
     compare_sft_samples: NonNegativeInt = 0  # and more off-policy data from the same start
+
+    @model_validator(mode="after")
+    def _teacher_can(self) -> Self:
+        if self.teacher_serves and self.temperature != 1:
+            raise UserError(
+                f"temperature={self.temperature}: a server tells log-probabilities at temperature "
+                "1; leave it there, or run the teacher by q3mega teach"
+            )
+        if self.teacher_at and not self.teacher_serves and self.compare_sft_samples:
+            raise UserError(
+                f"compare_sft_samples={self.compare_sft_samples}: teacher_at={self.teacher_at} "
+                "writes no text; set it to 0"
+            )
+        return self
 
 
 STAGES: dict[str, type[StageConfig]] = {

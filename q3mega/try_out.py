@@ -1,4 +1,4 @@
-"""Trying a checkpoint by hand: generate, chat, evaluate; one process, a Hugging Face folder."""
+"""A Hugging Face folder at work by hand: generate, chat, evaluate; teach other jobs."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,13 +12,15 @@ from q3mega.data.tasks.reasoning import REASONING
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
-from q3mega.layout import Layout
+from q3mega.layout import Layout, check_layout
 from q3mega.model.huggingface import dtype_of, shape_of
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
 from q3mega.rollout.gap import Gap, measure
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.servers import ServerSampler
+from q3mega.teacher.serve import serve
+from q3mega.teacher.wire import key_of
 
 TASKS = (*REASONING, "capabilities")
 
@@ -90,6 +92,20 @@ def gap_to(
     drawn = Pool().held_out(problems)
     prompts = [tokenizer.encode(render(p.messages, add_generation_prompt=True)) for p in drawn]
     return measure(engine, servers, prompts, params)
+
+
+def teach(
+    folder: Path, layout: Layout, port: int, *, network: bool, key_env: str | None, idle: float
+) -> None:
+    """Be the teacher of other jobs' students: every rank of this job calls. See `serve`."""
+    if network and not key_env:
+        raise UserError("--network lets other machines in: name a key's variable in --key-env")
+    key, shape = key_of("--key-env", key_env), shape_of(folder)
+    digest = Tokenizer(folder).digest()
+    check_layout(layout, shape)
+    engine = Engine(shape, layout, seed=0, dtype=dtype_of(folder))
+    engine.load_hf(folder)
+    serve(engine, digest, port=port, key=key, network=network, idle=idle)
 
 
 def _summary(

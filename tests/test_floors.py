@@ -12,7 +12,7 @@ FLOORS = [  # from the ground up; rooms of one floor may import each other
     {"kernels", "_data", "_cpu", "_cuda"},
     {"ops"},
     {"model", "data", "device"},
-    {"algorithms", "rewards", "rollout", "engine"},
+    {"algorithms", "rewards", "rollout", "engine", "teacher"},
     {"train"},
     {"stages", "evaluate", "claims", "figures", "report"},
     {"driver", "slurm", "try_out", "plan", "cost", "throughput", "convert", "mixtures", "cli"},

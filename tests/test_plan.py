@@ -102,3 +102,24 @@ def test_a_reference_policy_takes_room(stage: str) -> None:
         return next(p for p in stages(recipe, CARDS["h100"]) if p.stage == stage).needed[0]
 
     assert needed(0.1) > needed(0.0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "at", "parts"),
+    [
+        ("distill_on_policy", "teacher_at=tcp://node9:29600", ("teacher",)),
+        ("distill_off_policy", "teacher_at=http://node9:8000", ("teacher", "kv_cache")),
+    ],
+)
+def test_a_teacher_elsewhere_takes_no_room_here(
+    stage: str, at: str, parts: tuple[str, ...]
+) -> None:
+    def planned(*overrides: str) -> Any:
+        given = [f"{stage}.{word}" for word in overrides]
+        recipe = Recipe.load(EXAMPLES / "laptop.yaml", given)
+        return next(p for p in stages(recipe, CARDS["h100"]) if p.stage == stage)
+
+    k = "teacher_topk=64" if "http" in at else "compare_sft_samples=0"
+    here, elsewhere = planned(), planned(at, k)
+    assert here.memory[0].keys() - elsewhere.memory[0].keys() == set(parts)
+    assert "teacher" not in elsewhere.seconds

@@ -15,9 +15,8 @@ from q3mega.model.sizes import QWEN3
 from q3mega.recipe import ModelSpec, Recipe
 from q3mega.settings import PRESETS, STAGES
 
-LAPTOP = yaml.safe_load(
-    (Path(__file__).resolve().parent.parent / "examples" / "laptop.yaml").read_text()
-)
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+LAPTOP = yaml.safe_load((EXAMPLES / "laptop.yaml").read_text())
 MODEL = {"layers": 4, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 128}
 CHANGES: dict[str, dict[str, Any]] = {
     "pretrain_general": {"lr": 1e-3, "optimizer": "muon"},
@@ -268,7 +267,7 @@ def test_distillation_needs_a_student(tmp_path: Path) -> None:
 
 
 def test_every_example_loads() -> None:
-    for path in (Path(__file__).resolve().parent.parent / "examples").glob("*.yaml"):
+    for path in EXAMPLES.glob("*.yaml"):
         assert Recipe.load(path).stages
 
 
@@ -334,3 +333,37 @@ def test_policy_settings_are_refused_in_one_line(tiny: Path) -> None:
     assert "name them in its `engine`, or take one_step_off" in said
     dense = refusal(tiny, "reasoning_rl.routing_replay=r2")
     assert "reasoning_rl: routing_replay=r2 needs a model with experts, this is dense" in dense
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["teacher_at=node9:29600"], r"teacher_at='node9:29600' is not allowed"),
+        (["teacher_at=tcp://node9"], r"teacher_at='tcp://node9' is not allowed"),
+        (["teacher_at=http://node9:8000"], "teacher_topk=0: a server .* so give teacher_topk"),
+        (["teacher_at=tcp://node9:1", "teacher_topk=8"], "teacher_topk=8: .* so leave it 0"),
+        (["teacher_at=tcp://node9:1", "teacher=x"], "teacher_at=tcp://node9:1 and teacher=x: give"),
+        (
+            ["teacher_at=http://node9:8000", "teacher_topk=8", "temperature=2"],
+            "temperature=2.0: a server tells log-probabilities at temperature 1",
+        ),
+        (["teacher_at=tcp://node9:1"], "compare_sft_samples=.*writes no text; set it to 0"),
+    ],
+)
+def test_teachers_that_do_not_go_together(words: list[str], told: str) -> None:
+    given = [f"distill_on_policy.{word}" for word in words]
+    with pytest.raises(UserError, match=told):
+        Recipe.load(EXAMPLES / "laptop.yaml", given)
+
+
+def test_a_teacher_elsewhere_need_not_fit_the_layout_of_its_student(tmp_path: Path) -> None:
+    given = ["model.layers=3", "student.layers=4", "layout.processes=2"]
+    path = tmp_path / "only.yaml"
+    only = {"distill_on_policy": LAPTOP["stages"]["distill_on_policy"]}
+    path.write_text(yaml.safe_dump(LAPTOP | {"stages": only}))
+    given += ["distill_on_policy.compare_sft_samples=0", "distill_on_policy.layout.pipeline=2"]
+    with pytest.raises(UserError, match=r"distill_on_policy \(model\): .*divides neither layers=3"):
+        Recipe.load(path, given)
+    Recipe.load(path, [*given, "distill_on_policy.teacher_at=tcp://node9:29600"])
+    with pytest.raises(UserError, match=r"a q3mega teach \(tcp\) writes no text"):
+        Recipe.load(EXAMPLES / "laptop.yaml", ["distill_off_policy.teacher_at=tcp://node9:1"])

@@ -4,6 +4,7 @@ Digits and signs stand alone, so that arithmetic reads the same wherever it occu
 their leading space along. The folder is an ordinary Hugging Face one, chat template included.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -88,6 +89,12 @@ class Tokenizer:
         self.vocab_size = self._tokenizer.get_vocab_size()
         self.eod, self.eos = self.id("<|endoftext|>"), self.id("<|im_end|>")
         self.think_open, self.think_close = self.id("<think>"), self.id("</think>")
+
+    def digest(self) -> str:
+        """SHA-256 of what each id stands for: equal where ids mean the same, however a folder is
+        written."""
+        vocabulary = sorted(self._tokenizer.get_vocab(with_added_tokens=True).items())
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
     def id(self, token: str) -> int:
         """The id of one token; UserError when the vocabulary lacks it."""

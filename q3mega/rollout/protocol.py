@@ -3,7 +3,7 @@ are the two modules that are an `EngineProtocol`."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -43,6 +43,8 @@ class Sampled:
     finish_reason: Literal["stop", "length", "abort"]
     versions: list[tuple[int, str]]
     routes: Tensor | None = None  # of what was fed, where the server tells them; see `Completion`
+    # of each token of the prompt, what could have stood in its place; none of the first
+    prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
 
 
 class EngineProtocol(Protocol):

@@ -130,6 +130,16 @@ class ServerSampler:
                 c.logprobs = [math.nan if chosen else 0.0 for chosen in c.mask]
         return [done[i : i + params.n] for i in range(0, len(done), params.n)]
 
+    def ask_all(self, requests: Mapping[str, dict[str, Any]]) -> list[Sampled]:
+        """The answers to requests, by name; slots, retries and errors are those of `generate`."""
+
+        async def all_of(client: httpx2.AsyncClient) -> list[Sampled]:
+            await look(self.protocol, client, self.servers, self.version)
+            batch = _Batch(self, client)
+            return await asyncio.gather(*(batch.ask(*item) for item in requests.items()))
+
+        return self.run(all_of)
+
     def interrupt(self) -> None:
         """End the calls that are under way early: see `proceed`. From any thread."""
         for batch in list(self.batches):

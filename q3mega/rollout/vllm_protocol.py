@@ -49,6 +49,10 @@ class _Tokens(BaseModel):
     content: list[_Token]
 
 
+class _Known(BaseModel):
+    logprob: float = Field(le=1e-3, gt=-9000)
+
+
 class _Span(BaseModel):
     version: str
     end: NonNegativeInt
@@ -60,10 +64,13 @@ class Choice(BaseModel):
     finish_reason: Literal["stop", "length", "abort"]
     weight_versions: list[_Span] = Field(min_length=1)
     routed_experts: str | None = None  # .npy in base64: (fed tokens, layers, topk)
+    # of each token of the prompt, what the server would have said in its place: None of the first
+    prompt_logprobs: list[dict[int, _Known] | None] = Field([])
 
 
 class _Answer(BaseModel):
     choices: list[Choice] = Field(min_length=1, max_length=1)
+    prompt_logprobs: list[dict[int, _Known] | None] | None = None
 
 
 async def connect(client: httpx2.AsyncClient, urls: Sequence[str]) -> list[Server]:
@@ -136,6 +143,7 @@ async def generate(client: httpx2.AsyncClient, server: Server, body: dict[str, A
         choice.finish_reason,
         [(span.end, span.version) for span in choice.weight_versions],
         routes_of(choice, len(body["token_ids"])) if choice.routed_experts else None,
+        [{i: t.logprob for i, t in row.items()} for row in choice.prompt_logprobs if row],
     )
 
 
@@ -159,7 +167,9 @@ async def best_logprob(
 def parsed(answer: bytes) -> Choice:
     """The one choice of an answer. Raises Unusable for what is none, or is not whole."""
     try:
-        (choice,) = _Answer.model_validate_json(answer).choices
+        whole = _Answer.model_validate_json(answer)
+        (choice,) = whole.choices
+        choice.prompt_logprobs = whole.prompt_logprobs or []
     except ValueError as error:
         raise Unusable(f"not an answer to use: {in_brief(error)}") from None
     if [t.token_id for t in choice.logprobs.content] != choice.token_ids:
@@ -171,6 +181,15 @@ async def _ask(
     client: httpx2.AsyncClient, server: Server, path: str, body: dict[str, Any]
 ) -> httpx2.Response:
     return usable(await client.post(server.url + path, json=body), _REMEDIES)
+
+
+async def ids_of(client: httpx2.AsyncClient, server: Server, text: str) -> list[int] | None:
+    """The server's token ids of a text; None when it has no tokenizer that it shows."""
+    try:
+        body = {"prompt": text, "add_special_tokens": False}
+        return (await client.post(f"{server.url}/tokenize", json=body)).json()["tokens"]
+    except (httpx2.HTTPError, ValueError, KeyError, TypeError):
+        return None
 
 
 def routes_of(choice: Choice, prompt: int) -> Tensor:

@@ -8,12 +8,14 @@ the same start, all against the FLOPs of sampling, teacher and training.
 
 import json
 import random
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from q3mega import evaluate
 from q3mega.algorithms.losses import distillation, distillation_topk
@@ -22,16 +24,22 @@ from q3mega.data.chat import render
 from q3mega.data.sft import chat_sample, epochs, steps_of
 from q3mega.data.tasks import Problem
 from q3mega.data.teacher_topk import TeacherTopK, TopKWriter, WithTeacher
-from q3mega.engine import Engine, LossFn, parallel
+from q3mega.data.tokenizer import Tokenizer
+from q3mega.engine import Engine, Head, LossFn, parallel
 from q3mega.errors import UserError
 from q3mega.evaluate import Mode, flagged
 from q3mega.model import Qwen3Shape
-from q3mega.rollout import SamplingParams
+from q3mega.model.huggingface import shape_of
+from q3mega.rollout import Sampler, SamplingParams
 from q3mega.rollout.logprobs import top_logprobs
+from q3mega.rollout.served_teacher import ServedTeacher
 from q3mega.settings import DistillOnPolicy
 from q3mega.stages import pretrain, reasoning_rl
 from q3mega.stages.fine_tune import fine_tune
 from q3mega.stages.stage import Stage
+from q3mega.teacher.remote import RemoteTeacher
+from q3mega.teacher.serve import head_weight
+from q3mega.teacher.wire import key_of
 from q3mega.train import supervised
 from q3mega.train.log import Log, read
 
@@ -61,23 +69,22 @@ def distill_off_policy(stage: Stage) -> None:
 def distill_on_policy(stage: Stage) -> None:
     config = stage.config
     source = stage.start()
-    teacher = stage.engine(teacher_folder(stage))
-    engine = stage.engine(source, steps=config.steps)
-    teach = topk_of_teacher if config.teacher_topk else hidden_of_teacher
-    loss, add_teacher = teach(teacher, config)
-    sampler, log = stage.sampler(engine), stage.log(config.steps)
-    supervised.train(
-        engine,
-        lambda step: own_answers(stage, sampler, step),
-        steps=config.steps,
-        capacity=config.micro_batch_tokens,
-        folder=stage.dir / "checkpoints" / "on_policy",
-        log=log,
-        save_every=config.save_every,
-        loss_fn=loss,
-        prepare=add_teacher,
-        watch=watcher(stage, engine, log, config.steps),
-    )
+    with teacher_of(stage, shape_of(source).vocab) as teacher:
+        engine = stage.engine(source, steps=config.steps)
+        loss, add_teacher = taught_by(teacher, config)
+        sampler, log = stage.sampler(engine), stage.log(config.steps)
+        supervised.train(
+            engine,
+            lambda step: own_answers(stage, sampler, step),
+            steps=config.steps,
+            capacity=config.micro_batch_tokens,
+            folder=stage.dir / "checkpoints" / "on_policy",
+            log=log,
+            save_every=config.save_every,
+            loss_fn=loss,
+            prepare=add_teacher,
+            watch=watcher(stage, engine, log, config.steps),
+        )
     results: dict[str, Any] = pass_rates(stage, engine)
     student, strong = engine.shape, teacher.shape
     curves = {
@@ -113,7 +120,40 @@ def teacher_folder(stage: Stage) -> Path:
             f"stages.{stage.name}.teacher={folder}: no checkpoint there; run a stage of the model "
             "before, or name a Hugging Face folder"
         )
+    theirs = Tokenizer(folder) if (folder / "tokenizer.json").exists() else stage.tokenizer
+    if theirs.digest() != stage.tokenizer.digest():
+        raise UserError(
+            f"stages.{stage.name}.teacher={folder}: its tokenizer gives other ids than "
+            f"{stage.tokenizer.path}'s; teacher and student must share one"
+        )
     return folder
+
+
+Teacher = Engine | RemoteTeacher | ServedTeacher
+
+
+@contextmanager
+def teacher_of(stage: Stage, vocabulary: int) -> Iterator[Teacher]:
+    """The teacher, here or elsewhere, of a student whose lm_head has so many rows."""
+    config = stage.config
+    if config.teacher_at is None:
+        yield stage.engine(teacher_folder(stage))
+    elif config.teacher_serves:
+        yield served_teacher(stage)
+    else:
+        key = key_of("teacher_key_env", config.teacher_key_env)
+        how = {"key": key, "timeout": config.teacher_timeout}
+        digest = stage.tokenizer.digest()
+        with RemoteTeacher(config.teacher_at, vocab=vocabulary, tokenizer=digest, **how) as teacher:
+            yield teacher
+
+
+def served_teacher(stage: Stage) -> ServedTeacher:
+    config = stage.config
+    return ServedTeacher(
+        config.teacher_at, stage.tokenizer, stage.shape(stage.recipe.model),
+        timeout=config.teacher_timeout, key_env=config.teacher_key_env,
+    )  # fmt: skip
 
 
 def student_base(stage: Stage) -> Path:
@@ -152,8 +192,11 @@ def problems(stage: Stage, n: int, purpose: str) -> list[tuple[Problem, Mode]]:
 
 def teacher_samples(stage: Stage, n: int, purpose: str) -> list[Sample]:
     """The teacher's answers to n problems in both modes, as it gave them."""
-    teacher = stage.engine(teacher_folder(stage))
-    sampler, out = stage.sampler(teacher), []
+    if stage.config.teacher_serves:
+        sampler: Sampler = served_teacher(stage)
+    else:
+        sampler = stage.sampler(stage.engine(teacher_folder(stage)))
+    out = []
     asked = problems(stage, n, purpose)
     params = SamplingParams(stage.config.max_tokens, 0.6, seed=stage.seed(purpose, "sample"))
     for mode in ("think", "no_think"):
@@ -183,6 +226,14 @@ def own_answers(stage: Stage, sampler: Any, step: int) -> list[Sample]:
 Teaching = tuple[LossFn, Callable[[list[Batch]], None]]  # a loss, and what it needs in a batch
 
 
+def taught_by(teacher: Teacher, config: DistillOnPolicy) -> Teaching:
+    if isinstance(teacher, RemoteTeacher):
+        return hidden_of_job(teacher, config)
+    if isinstance(teacher, ServedTeacher) or config.teacher_topk:
+        return topk_of_teacher(teacher, config)
+    return hidden_of_teacher(teacher, config)
+
+
 def hidden_of_teacher(teacher: Engine, config: DistillOnPolicy) -> Teaching:
     """The teacher's hidden states join the batch, its lm_head the loss: the whole distribution
     without a logit of it in memory."""
@@ -192,19 +243,39 @@ def hidden_of_teacher(teacher: Engine, config: DistillOnPolicy) -> Teaching:
         for batch, states in zip(batches, hidden, strict=True):
             batch.columns["teacher_hidden"] = states
 
-    loss = distillation(_head_weight(teacher), config.divergence, config.temperature)
+    loss = distillation(head_weight(teacher), config.divergence, config.temperature)
     return loss, prepare
 
 
-def topk_of_teacher(teacher: Engine, config: DistillOnPolicy) -> Teaching:
+def hidden_of_job(teacher: RemoteTeacher, config: DistillOnPolicy) -> Teaching:
+    """The same of a teacher in another job, whose states come when a micro-batch's loss is due."""
+    exact = distillation(teacher.weight, config.divergence, config.temperature)
+
+    def loss(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        states = teacher.states(batch.columns["teacher_row"])
+        return exact(head, replace(batch, columns={"teacher_hidden": states}))
+
+    return loss, teacher.ask
+
+
+def topk_of_teacher(teacher: Engine | ServedTeacher, config: DistillOnPolicy) -> Teaching:
     """The teacher's best tokens join the batch."""
 
     def prepare(batches: list[Batch]) -> None:
-        found = top_logprobs(teacher, batches, config.teacher_topk, config.temperature)
+        found = best_of(teacher, batches, config.teacher_topk, config.temperature)
         for batch, (ids, logprobs) in zip(batches, found, strict=True):
             batch.columns |= {"teacher_ids": ids.float(), "teacher_logprobs": logprobs}
 
     return distillation_topk(config.divergence, config.temperature), prepare
+
+
+def best_of(
+    teacher: Engine | ServedTeacher, batches: list[Batch], k: int, temperature: float = 1.0
+) -> list[tuple[Tensor, Tensor]]:
+    """See `top_logprobs`; a server's temperature is 1."""
+    if isinstance(teacher, ServedTeacher):
+        return teacher.top_logprobs(batches, k)
+    return top_logprobs(teacher, batches, k, temperature)
 
 
 def keep_topk(stage: Stage, samples: list[Sample]) -> None:
@@ -212,7 +283,11 @@ def keep_topk(stage: Stage, samples: list[Sample]) -> None:
     folder, k = stage.data / "topk", stage.config.teacher_topk
     if stage.prepared("topk/topk.json"):
         return
-    teacher = stage.engine(teacher_folder(stage))
+    teacher: Engine | ServedTeacher
+    if stage.config.teacher_serves:
+        teacher = served_teacher(stage)
+    else:
+        teacher = stage.engine(teacher_folder(stage))
     rank, size = parallel.data_rank(), parallel.data_size()
     with ExitStack() as leader:
         vocabulary = teacher.shape.vocab
@@ -220,21 +295,12 @@ def keep_topk(stage: Stage, samples: list[Sample]) -> None:
         store = leader.enter_context(writer) if writer else None
         for first in range(0, len(samples), KEPT_AT_ONCE):
             part = list(enumerate(samples[first : first + KEPT_AT_ONCE]))[rank::size]
-            found = top_logprobs(teacher, [collate([sample]) for _, sample in part], k)
+            found = best_of(teacher, [collate([sample]) for _, sample in part], k)
             own = [(i, *best) for (i, _), best in zip(part, found, strict=True)]
             for _, ids, logprobs in sorted(parallel.gather_over_data(own), key=itemgetter(0)):
                 if store:
                     store.add(ids, logprobs)
     stage.barrier()
-
-
-def _head_weight(engine: Engine) -> Any:
-    model = engine.chunks[-1]
-    return (
-        model.shared_embedding_or_output_weight()
-        if engine.shape.tied
-        else model.output_layer.weight
-    )
 
 
 # -- the comparison of Table 21 ------------------------------------------------------------------

@@ -61,6 +61,7 @@ class TokenServer:
         self.engine, self.fault, self.tempered = engine, fault, tempered
         self.hold, self.pace, self.routes = hold, pace, routes
         self.version, self.paused, self.dead = "default", False, False
+        self.tokenizer = None  # with one it answers /tokenize
         self.asked: list[dict] = []  # bodies of generate
         self.paths: Counter = Counter()
         self.at_once = self.most_at_once = 0
@@ -200,7 +201,19 @@ class Vllm(TokenServer):
                 experts = routes.unflatten(1, (-1, self.engine.shape.topk)) - 1
                 np.save(file, experts.numpy())
                 choice["routed_experts"] = base64.b64encode(file.getvalue()).decode()
+        if k := how.get("prompt_logprobs"):
+            return {"choices": [choice], "prompt_logprobs": self.best_of(prompt, k)}
         return {"choices": [choice]}
+
+    def best_of(self, prompt: list[int], k: int) -> list[dict | None]:
+        """The k best in each token's place and the token itself, as vLLM tells them."""
+        with ONE_AT_A_TIME:
+            (logits,) = each_sequence(self.engine, [prompt], lambda head, _: [head.logits()])
+        rows = []
+        for logprobs, token in zip(logits.log_softmax(-1), prompt[1:], strict=False):
+            ids = [token, *logprobs.topk(k).indices.tolist()]
+            rows.append({str(i): {"logprob": float(logprobs[i]), "rank": 1} for i in ids})
+        return [None, *rows]
 
     def spoil(self, answer: dict, fault: str) -> None:
         (choice,) = answer["choices"]
@@ -337,6 +350,8 @@ def token_server(
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if self.path == "/tokenize" and state.tokenizer:
+                return self._send(200, {"tokens": state.tokenizer.encode(body["prompt"])})
             if state.dead:
                 return self._hang_up()
             if self.path == "/test":  # of a server in a process of its own

@@ -23,7 +23,7 @@ from q3mega import device  # noqa: F401
 
 # isort: split
 from tiny import LAYOUT, SHAPES
-from token_server import token_server
+from token_server import ONE_AT_A_TIME, token_server
 
 from q3mega.cli import main
 from q3mega.data import text
@@ -325,7 +325,8 @@ def test_a_batch_is_interrupted_and_gone_on_with(serve, engine):
     sampler, servers = serve(None, None, pace=0.02, concurrency=3)
     for budget in (None, 4, 12):
         params = SamplingParams(12, temperature=0, thinking_budget=budget, n=2)
-        whole = InProcessSampler(engine, TOKENIZER).generate(PROMPTS, params)
+        with ONE_AT_A_TIME:
+            whole = InProcessSampler(engine, TOKENIZER).generate(PROMPTS, params)
         begun = sampler.proceed(PROMPTS, None, params, seconds=0.1)
         cut = [c for group in begun for c in group if c.finish_reason == "abort"]
         assert cut and all(len(c.tokens) == len(c.logprobs) == len(c.mask) for c in cut)

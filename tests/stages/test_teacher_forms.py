@@ -15,10 +15,11 @@ from tiny import LAYOUT, SHAPES
 from q3mega.algorithms.losses import distillation_topk
 from q3mega.data.batch import Sample, collate
 from q3mega.data.teacher_topk import TeacherTopK, TopKWriter, WithTeacher
+from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
 from q3mega.rollout.logprobs import top_logprobs
-from q3mega.stages.distill import hidden_of_teacher, topk_of_teacher
+from q3mega.stages.distill import hidden_of_teacher, teacher_folder, topk_of_teacher
 
 VOCABULARY = SHAPES["tied"].vocab
 
@@ -88,3 +89,18 @@ def test_a_store_of_other_samples_is_refused(tmp_path):
         store.add(torch.tensor([[0, 1]]), torch.tensor([[-0.1, -3.0]]))
     with pytest.raises(UserError, match="a store of 1 documents for 3 samples"):
         WithTeacher(samples(), TeacherTopK(tmp_path))
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(tmp_path):
+    for name, size in (("ours", 265), ("theirs", 268)):
+        train_tokenizer(["12+345 12+345 useruser"], size, tmp_path / name)
+        (tmp_path / name / "config.json").write_text("{}")
+    stage = SimpleNamespace(
+        name="distill_on_policy",
+        tokenizer=Tokenizer(tmp_path / "ours"),
+        config=SimpleNamespace(teacher=str(tmp_path / "ours")),
+    )
+    assert teacher_folder(stage) == tmp_path / "ours"
+    stage.config.teacher = str(tmp_path / "theirs")
+    with pytest.raises(UserError, match=r"teacher=.*theirs: its tokenizer gives other ids"):
+        teacher_folder(stage)

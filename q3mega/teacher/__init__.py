@@ -1,0 +1,1 @@
+"""A teacher in a job of its own: hidden states between two jobs' ranks."""
