@@ -175,7 +175,8 @@ def _teach(engine: Engine, askers: Sequence[_Asker], block: int) -> None:
         _send_head(engine, askers, block)
     replica = parallel.data_rank()
     while True:
-        asked = [asker.ask(engine.shape.vocab) for asker in askers]
+        whole = not any(asker.gone for asker in askers)  # else the others may never ask
+        asked = [asker.ask(engine.shape.vocab) for asker in askers] if whole else []
         said = (replica, asked, next((a.gone for a in askers if a.gone), ""))
         rounds = parallel.gather_over_all([said] if _is_first_of_last_stage() else [])
         if gone := next((g for _, _, g in rounds if g), ""):
