@@ -18,7 +18,7 @@ from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
 from q3mega.rollout.gap import Gap, measure
 from q3mega.rollout.in_process import InProcessSampler
-from q3mega.rollout.servers import ServerSampler
+from q3mega.rollout.servers import Kind, ServerSampler
 
 TASKS = (*REASONING, "capabilities")
 
@@ -75,7 +75,7 @@ class Checkpoint:
 
 
 def gap_to(
-    folder: str | Path, urls: Sequence[str], problems: int, max_tokens: int, seed: int
+    folder: str | Path, kind: Kind, urls: Sequence[str], problems: int, max_tokens: int, seed: int
 ) -> Gap:
     """The gap between a checkpoint, computed here in its own precision, and servers that hold it.
 
@@ -83,7 +83,7 @@ def gap_to(
     """
     params = SamplingParams(max_tokens, seed=seed)
     tokenizer = Tokenizer(folder)
-    servers = ServerSampler(urls, tokenizer)
+    servers = ServerSampler(urls, tokenizer, kind=kind)
     engine = Engine(shape_of(folder), Layout(processes=1), seed=0, dtype=dtype_of(folder))
     engine.load_hf(folder)
     drawn = Pool().held_out(problems)
