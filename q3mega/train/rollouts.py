@@ -58,7 +58,7 @@ def pack(rollouts: Sequence[Rollout]) -> tuple[Rows, dict[str, Tensor]]:
         rows.append(
             {name: getattr(r, name) for name in _PLAIN}
             | {"parts": dict(r.parts), "finish_reason": r.completion.finish_reason}
-            | {"weights": r.completion.weights}
+            | {"weights": r.completion.weights, "spans": r.completion.versions}
             | {"lengths": {name: len(values) for name, values in parts.items()}}
         )
     return rows, {n: torch.tensor(columns[n], dtype=kind) for n, kind in _COLUMNS.items()}
@@ -80,6 +80,7 @@ def unpack(rows: Rows, tensors: Mapping[str, Tensor]) -> list[Rollout]:
                 cut["mask"][i],
                 row["finish_reason"],
                 row["weights"],
+                [(end, version) for end, version in row["spans"]],
             ),
             ref_logprobs=cut["ref_logprobs"][i] or None,
             parts=row["parts"],

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,6 +153,20 @@ def test_a_transfer_that_is_cut_is_made_again(trainer, processes, one_by_one, mo
     again = synced(trainer, processes)  # as a run that was killed and goes on
     found = again.generate(PROMPTS, GREEDY)
     assert drawn(found) == drawn(InProcessSampler(trainer, TOKENIZER).generate(PROMPTS, GREEDY))
+
+
+@pytest.mark.dist
+def test_rank_0_sends_what_all_ranks_hold(trainer, processes, torchrun, tmp_path):
+    trainer.save_hf(tmp_path, {})
+    groups = InProcessSampler(trainer, TOKENIZER).generate(PROMPTS, replace(GREEDY, max_tokens=12))
+    layouts: list[dict] = [{"tensor": 2}, {"pipeline": 2}, {}]
+    cases = [
+        ({"processes": 2, **way}, str(tmp_path), processes[0].at, None, PROMPTS) for way in layouts
+    ]
+    found = torchrun(str(Path(__file__).with_name("syncing.py")), 2, json.dumps(cases))
+    for got in found:
+        assert all(tokens == drawn(groups)[i] for i, tokens, _ in got)
+        assert len({version for *_, version in got}) == 1
 
 
 def test_one_that_dies_in_a_transfer_does_not_hold_up_the_others(trainer, processes, one_by_one):

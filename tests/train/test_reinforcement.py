@@ -42,7 +42,14 @@ def rollouts(draw: st.DrawFn) -> Rollout:
     end = draw(st.sampled_from(["stop", "length"]))
     return Rollout(
         prompt=draw(st.lists(ids, max_size=3)),
-        completion=Completion(tokens, draw(column), mask, end, draw(st.none() | st.text())),
+        completion=Completion(
+            tokens,
+            draw(column),
+            mask,
+            end,
+            draw(st.none() | st.text()),
+            draw(st.lists(st.tuples(st.integers(0), st.text()), max_size=2)),
+        ),
         group=draw(st.integers(0, 9)),
         reward=draw(finite),
         task=draw(st.text()),
