@@ -18,7 +18,15 @@ from q3mega.errors import UserError
 if TYPE_CHECKING:
     from q3mega.rollout.base import SamplingParams
 
-_PACKAGES = ("torch", "megatron-core", "transformers", "triton", "transformer-engine", "vllm")
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformers",
+    "triton",
+    "transformer-engine",
+    "vllm",
+    "sglang",
+)
 
 # The heavy imports stand inside the commands, so that --help and errors come at once.
 
@@ -155,7 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     gap = commands.add_parser("gap", help="log-probabilities: a checkpoint here against servers")
     gap.set_defaults(command=_gap)
     gap.add_argument("checkpoint", help="the Hugging Face folder that the servers hold")
-    gap.add_argument("--engine", nargs="+", required=True, metavar="URL", help="vLLM servers")
+    gap.add_argument("--engine", nargs="+", required=True, metavar="URL", help="servers")
+    gap.add_argument("--kind", choices=("vllm", "sglang"), default="vllm", help="of the servers")
     gap.add_argument("--threshold", type=float, help="of mean |delta log p|: fail above it")
     gap.add_argument("--problems", type=int, default=64, help="prompts, of generated problems")
     gap.add_argument(
@@ -339,7 +348,9 @@ def _gap(arguments: argparse.Namespace) -> int:
     a = arguments
     if a.problems < 1:
         raise UserError(f"--problems={a.problems} must be 1 or more")
-    found = gap_to(a.checkpoint, a.engine, a.problems, a.max_tokens, a.seed, a.routes)
+    found = gap_to(
+        a.checkpoint, a.kind, a.engine, a.problems, a.max_tokens, a.seed, routes=a.routes
+    )
     print(f"tokens                {found.tokens}")
     print(f"mean |delta log p|    {found.mean:.3g}")
     print(f"max |delta log p|     {found.max:.3g}")

@@ -201,14 +201,26 @@ class RLSettings(Section):
 class RolloutEngine(Section):
     """Servers that sample instead of the training processes: docs/engines.md."""
 
-    kind: Literal["vllm"]
+    kind: Literal["vllm", "sglang"]
     urls: Annotated[tuple[Annotated[str, Field(pattern="^https?://.")], ...], Field(min_length=1)]
     concurrency: PositiveInt = 256  # sequences under way on each server
     timeout: PositiveFloat = 3600.0  # seconds a request
     retries: NonNegativeInt = 3  # of a sequence
     key_env: str | None = None  # the environment variable that holds the servers' key
     max_gap: PositiveFloat | None = 0.1  # mean |delta log p| to the trainer that ends the run
+    sync: Literal["folder", "broadcast"] = "folder"  # how the servers get the weights
     weights: str | None = None  # this stage's own folder for them; None: in the stage's folder
+
+    @model_validator(mode="after")
+    def _can_sync(self) -> Self:
+        if self.sync == "broadcast" and self.kind != "sglang":
+            raise UserError(
+                f"sync=broadcast is not there for kind={self.kind}, whose servers take part in no "
+                "torch process group: take sync: folder, or kind: sglang"
+            )
+        if self.sync == "broadcast" and self.weights is not None:
+            raise UserError(f"weights={self.weights} is for sync: folder; leave one of them out")
+        return self
 
 
 class Selection(Section):

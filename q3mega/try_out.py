@@ -18,7 +18,7 @@ from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
 from q3mega.rollout.gap import Gap, measure
 from q3mega.rollout.in_process import InProcessSampler
-from q3mega.rollout.servers import ServerSampler
+from q3mega.rollout.servers import Kind, ServerSampler
 from q3mega.teacher.serve import serve
 from q3mega.teacher.wire import key_of
 
@@ -77,7 +77,14 @@ class Checkpoint:
 
 
 def gap_to(
-    folder: str | Path, urls: Sequence[str], problems: int, max_tokens: int, seed: int, routes: bool
+    folder: str | Path,
+    kind: Kind,
+    urls: Sequence[str],
+    problems: int,
+    max_tokens: int,
+    seed: int,
+    *,
+    routes: bool,
 ) -> Gap:
     """The gap between a checkpoint, computed here in its own precision, and servers that hold it.
 
@@ -86,7 +93,7 @@ def gap_to(
     """
     params = SamplingParams(max_tokens, seed=seed, routes=routes)
     tokenizer = Tokenizer(folder)
-    servers = ServerSampler(urls, tokenizer)
+    servers = ServerSampler(urls, tokenizer, kind=kind)
     engine = Engine(shape_of(folder), Layout(processes=1), seed=0, dtype=dtype_of(folder))
     engine.load_hf(folder)
     drawn = Pool().held_out(problems)

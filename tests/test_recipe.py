@@ -119,7 +119,15 @@ def test_model_by_size_and_derived_from_it() -> None:
             ["stages.reasoning_rl.engine.urls.0='node7'", "https?://"],
         ),
         ("reasoning_rl.engine={kind: vllm, urls: []}", ["engine.urls=[]", "at least 1"]),
-        ("reasoning_rl.engine={kind: sglang, urls: [http://a]}", ["engine.kind", "'vllm'"]),
+        ("reasoning_rl.engine={kind: tgi, urls: [http://a]}", ["engine.kind", "'sglang'"]),
+        (
+            "reasoning_rl.engine={kind: vllm, urls: [http://a], sync: broadcast}",
+            ["sync=broadcast", "kind: sglang"],
+        ),
+        (
+            "reasoning_rl.engine={kind: sglang, urls: [http://a], sync: broadcast, weights: w}",
+            ["weights=w", "sync: folder"],
+        ),
         (
             "reasoning_rl.engine={kind: vllm, urls: [http://a], url: b}",
             ["nearest is stages.reasoning_rl.engine.urls"],

@@ -5,6 +5,7 @@ Only SGLang's servers can join one: vLLM's take part in a bare NCCL communicator
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import socket
@@ -62,23 +63,21 @@ class Broadcast:
 
         return self.servers.run(ask)
 
-    def send(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> bool:
+    def send(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Have the servers hold these weights, under Hugging Face names, as `version`.
 
-        tensors: all are consumed, as other ranks have a part in them. False: it broke; who broke
-        it is left out of the next try. Raises EngineFailed when no server is left, and for one
-        whose norms are others than ours afterwards.
+        tensors: all are consumed, as other ranks have a part in them. Where it breaks, the log says
+        so, and who broke it is left out of the next try. Raises EngineFailed when no server is
+        left, and for one whose norms are others than ours afterwards.
         """
         left = iter(tensors)
         try:
             self.servers.run(lambda client: self._send(client, left, version))
         except Unusable as error:
             _log.warning("%s did not reach all servers: %s", version, error)
-            return False
         finally:
             for _ in left:
                 pass
-        return True
 
     def _up(self) -> list[Server]:
         up = [s for s in self.servers.servers if s.alive]
@@ -124,6 +123,10 @@ class Broadcast:
 
     async def _join(self, client: httpx2.AsyncClient, servers: list[Server]) -> None:
         self._leave()
+        for server in set(servers) & set(self.members):  # which hold memory for the old one
+            path, body = "/destroy_weights_update_group", {"group_name": self.name}
+            with contextlib.suppress(Unusable):
+                await sglang_protocol.order(client, server, path, body)
         self.name = f"q3mega-{uuid.uuid4().hex[:8]}"
         world = 1 + sum(s.ranks for s in servers)
         store = dist.TCPStore("0.0.0.0", 0, world, True, PATIENCE, wait_for_workers=False)

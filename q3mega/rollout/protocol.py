@@ -24,7 +24,7 @@ class Unusable(Exception):
     """An answer that another try may better."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Server:
     url: str
     engine: str  # its version

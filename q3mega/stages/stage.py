@@ -141,13 +141,14 @@ class Stage:
         if spec is None:
             return InProcessSampler(engine, self.tokenizer, max_batch=self.config.sample_batch)
         servers = ServerSampler(
-            spec.urls, self.tokenizer, timeout=spec.timeout, retries=spec.retries,
+            spec.urls, self.tokenizer, kind=spec.kind, timeout=spec.timeout, retries=spec.retries,
             concurrency=max(1, spec.concurrency // parallel.data_size()), key_env=spec.key_env,
         )  # fmt: skip
         if getattr(self.config, "routing_replay", None) == "r3":  # do they tell their experts?
             servers.generate([[self.tokenizer.eos]], SamplingParams(1, routes=True))
         self.write("engines.json", servers.engines)
-        return SyncedSampler(engine, servers, Path(spec.weights or self.dir / "weights"))
+        folder = Path(spec.weights or self.dir / "weights") if spec.sync == "folder" else None
+        return SyncedSampler(engine, servers, folder)
 
     @property
     def answer_tokens(self) -> int:

@@ -1,12 +1,14 @@
 """Every layout is the same model: losses, gradient norms and weights against one process."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from q3mega import device  # noqa: F401
 
 # isort: split
+from safetensors.torch import load_file
 from tiny import LAYOUT, SHAPES
 
 from q3mega.engine import Engine
@@ -82,3 +84,23 @@ def test_a_layout_is_the_same_model(results, kind, layout, ranks, loss):
 def test_a_wrong_normaliser_is_seen(results):
     got = results[name("dense", {}, 2, "supervised", wrong=True)]
     assert not close(got, results[name("dense", {}, 1, "supervised")], 1e-2)
+
+
+@pytest.mark.dist
+def test_rank_0_gets_every_tensor_whole_from_every_layout(torchrun, tmp_path):
+    layouts = [
+        ("dense", {"tensor": 2}),
+        ("deep", {"pipeline": 2}),
+        ("tied", {"pipeline": 2}),
+        ("moe", {"expert": 2}),
+        ("moe", {"tensor": 2, "expert": 2, "sequence_parallel": True}),
+        ("dense", {}),
+    ]
+    counts = {}
+    for kind in ("dense", "deep", "tied", "moe"):
+        Engine(SHAPES[kind], LAYOUT(), seed=3).save_hf(tmp_path / kind, {})
+        counts[kind] = len(load_file(tmp_path / kind / "model.safetensors"))
+    cases = [(kind, layout, str(tmp_path / kind)) for kind, layout in layouts]
+    script = str(Path(__file__).with_name("whole.py"))
+    found = torchrun(script, 2, json.dumps(cases))
+    assert found == [[counts[kind], [], []] for kind, _ in layouts]

@@ -28,7 +28,7 @@ from q3mega import device  # noqa: F401
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import _new_process_group_helper
 
@@ -279,8 +279,7 @@ class Sglang(TokenServer):
                 with tempfile.TemporaryDirectory() as folder:
                     self.engine.save_hf(folder, {})
                     held = Path(folder) / "model.safetensors"
-                    if received:
-                        save_file(received, held, metadata={"format": "pt"})
+                    save_file(load_file(held) | received, held, metadata={"format": "pt"})
                     self.load(folder)
         return {"success": True}
 
@@ -375,7 +374,7 @@ def token_server(
                 return self._send(int(fault), {"error": f"told to answer {fault}"})
             try:
                 answer = state.post(self.path, body)
-            except (AssertionError, KeyError, RuntimeError) as error:
+            except Exception as error:
                 return self._send(400, {"success": False, "message": repr(error)})
             if fault in ("aborted", "mixed"):
                 state.spoil(answer, fault)

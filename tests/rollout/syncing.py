@@ -21,10 +21,12 @@ TOKENIZER = SimpleNamespace(
 )
 
 
-def sample(layout: dict, weights: str, url: str, folder: str, prompts: list) -> list:
+def sample(layout: dict, weights: str, url: str, folder: str | None, prompts: list) -> list:
+    """folder: that hands weights over to a vLLM; None: they are broadcast to an SGLang."""
     engine = Engine(SHAPES["dense"], LAYOUT(**layout), seed=3)
     engine.load_hf(weights)
-    sampler = SyncedSampler(engine, ServerSampler([url], TOKENIZER), Path(folder))
+    servers = ServerSampler([url], TOKENIZER, kind="vllm" if folder else "sglang")
+    sampler = SyncedSampler(engine, servers, Path(folder) if folder else None)
     mine = list(range(len(prompts)))[parallel.data_rank() :: parallel.data_size()]
     found = sampler.generate([prompts[i] for i in mine], SamplingParams(12, temperature=0))
     return parallel.gather_over_all(

@@ -104,6 +104,17 @@ def test_tokens_budgets_and_log_probabilities_are_the_trainers(engine, started):
     sampler.generate(PROMPTS, SamplingParams(4, 0.6))  # the server's mode is the one that we need
 
 
+def test_a_batch_is_interrupted_and_gone_on_with(started):
+    sampler = ServerSampler([started[0]], TOKENIZER)
+    params = SamplingParams(300, temperature=0, n=4)
+    whole = sampler.generate(PROMPTS, params)
+    begun = sampler.proceed(PROMPTS, None, params, seconds=0.5)
+    cut = [c for group in begun for c in group if c.finish_reason == "abort"]
+    print([len(c.tokens) for c in cut])
+    assert any(c.tokens for c in cut)
+    assert drawn(sampler.proceed(PROMPTS, begun, params)) == drawn(whole)
+
+
 def test_it_samples_from_weights_that_change(started, tmp_path):
     trainer = made(6)
     servers = ServerSampler([started[0]], TOKENIZER)

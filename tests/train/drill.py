@@ -1,7 +1,9 @@
 """RL on a tiny model under a real axe: `python drill.py CASES`, run by test_ledger.py.
 
 CASES is JSON: lists of [folder, steps, settings, kill], one after the other, each in a process of
-its own. kill: null, or ["before" or "after", n]: with SIGKILL, around the process's nth update.
+its own. kill: null, or ["before" or "after", n]: with SIGKILL, around the process's nth update;
+["loading", n]: when its servers have loaded weights for the nth time, and do not say so yet.
+settings may name servers: {"kind": ..., "urls": [...]}.
 Prints how each case ended, as JSON.
 """
 
@@ -12,6 +14,7 @@ import sys
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from q3mega import device  # noqa: F401
 
@@ -25,6 +28,8 @@ from q3mega.algorithms.entropy import EntropyController
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
+from q3mega.rollout.servers import ServerSampler
+from q3mega.rollout.synced import SyncedSampler
 from q3mega.train import reinforcement
 from q3mega.train.log import Log
 from q3mega.train.rollouts import Rollout
@@ -37,10 +42,22 @@ PROMPTS, ROLLOUTS = 4, 4
 
 
 def run(folder: str, steps: int, settings: dict, kill: list | None) -> None:
+    settings, root = dict(settings), Path(folder)
     replay = settings.get("routing_replay")
     shape = SHAPES["moe" if replay else "tied"]
     engine = Engine(shape, LAYOUT(), seed=3, optimizer=OptimizerSpec(lr=0.01, steps=20))
-    sampler = InProcessSampler(engine, TOKENIZER)
+    sampler: Any = InProcessSampler(engine, TOKENIZER)
+    if urls := settings.pop("urls", None):
+        servers = ServerSampler(urls, TOKENIZER, kind=settings.pop("kind"))
+        sampler = SyncedSampler(engine, servers, root / "weights")
+        loads, check = count(1), servers.protocol.check_norms
+
+        def checked(*given):
+            if kill == ["loading", next(loads)]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            check(*given)
+
+        servers.protocol.check_norms = checked
     trained, calls = engine.train_step, count(1)
 
     def train_step(*given):
@@ -65,7 +82,6 @@ def run(folder: str, steps: int, settings: dict, kill: list | None) -> None:
         ]  # fmt: skip
 
     engine.train_step = train_step  # type: ignore[method-assign]
-    root = Path(folder)
     root.mkdir(exist_ok=True)
     reinforcement.train(
         engine,

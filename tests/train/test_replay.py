@@ -76,8 +76,8 @@ def test_a_saved_batch_keeps_its_routes() -> None:
         for r in routes
     ]
     batch.insert(1, Rollout([1], Completion([2], [0.0], [1], "stop"), 0))
-    rows, tensors = pack(batch)
-    found = unpack(json.loads(json.dumps(rows)), load(save(tensors)))
+    rows, tensors = pack({1: batch})
+    found = unpack(json.loads(json.dumps(rows)), load(save(tensors)))[1]
     assert torch.equal(found[0].completion.routes, routes[0])
     assert found[1].completion.routes is None
     assert torch.equal(found[2].completion.routes, routes[1])
