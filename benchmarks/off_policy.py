@@ -2,11 +2,11 @@
 
     python benchmarks/off_policy.py RUN/04-cold_start/hf [--batches 32] [--runs runs/off_policy]
 
-Reasoning RL of examples/laptop.yaml from the same checkpoint, again and again, on as many rollouts in as
-many updates: on-policy (an eighth of the prompts, eight times as often), and off-policy with
-clipping and correction, with clipping alone, with neither; from a mixture of experts also with
-routing replay. Prints accuracy on held-out problems before and after, and the share of the
-on-policy gain. A run that is there is not run again.
+Reasoning RL of examples/laptop.yaml from the same checkpoint, always on as many rollouts in as many
+updates: on-policy (an eighth of the prompts, eight times as often), and off-policy with clipping
+and correction, with clipping alone, with neither; from a mixture of experts with routing replay,
+too. Prints accuracy on held-out problems before and after, and the share of the on-policy gain. A
+run that is there is not run again.
 """
 
 import argparse
