@@ -57,8 +57,8 @@ class Completion:
     """tokens include the stop token. logprobs: of each token at the sampling temperature, before
     top-p and top-k. mask: 0 marks tokens that the model did not choose (the stop text, tool
     results); they stay out of every loss. weights: the version that a server sampled with.
-    routes: (prompt + tokens - 1, layers * topk) of every token that was fed, as in q3mega.model
-    .routing; the last one was not.
+    routes: (prompt + tokens - 1, layers * topk), the experts of every token that was fed, which the
+    last one was not; in the form of model/routing.py.
     """
 
     tokens: list[int]
