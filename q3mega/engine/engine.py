@@ -304,15 +304,17 @@ class Engine:
     def routes(self) -> list[dict[int, Tensor]]:
         """What the routers of this rank's layers recorded since the last call: of each pass, layer
         -> (tokens of the context-parallel rank, topk)."""
-        if self.routing is None:
-            return []
+        assert self.routing is not None
         return [
             {layer: self.gathered(found) for layer, found in layers.items()}
             for layers in self.routing.passes()
         ]
 
     def _whole_routes(self, parts: Sequence[Part]) -> list[Tensor]:
-        """(T, layers * topk) of each micro-batch's tokens, of all stages' layers."""
+        """(T, layers * topk) of each micro-batch's tokens, of all stages' layers; none where
+        nothing is recorded."""
+        if self.routing is None or self.routing.recorded is None:
+            return []
         mine = []
         for part, layers in zip(parts, self.routes(), strict=False):  # fillers come last
             mine.append({layer: part.whole(found).cpu() for layer, found in layers.items()})

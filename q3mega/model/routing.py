@@ -70,8 +70,7 @@ class Routing:
     def passes(self) -> list[dict[int, Tensor]]:
         """What was recorded since the last call: of each pass, layer -> (tokens held here, topk),
         as in a column of routes."""
-        if not self.recorded:
-            return []
+        assert self.recorded is not None
         found, self.recorded = self.recorded, {}
         rows = zip(*found.values(), strict=True)
         return [dict(zip(found, row, strict=True)) for row in rows]

@@ -183,6 +183,25 @@ def without_routes(generate):
     return call
 
 
+@pytest.mark.dist
+def test_the_loop_is_the_same_on_two_processes(torchrun, tmp_path: Path) -> None:
+    mixture().save_hf(tmp_path / "hf", {})
+    tensor = {"tensor": 2, "sequence_parallel": True}
+    runs = [("r2", {}), ("r3", {"expert": 2}), ("r3", tensor)]
+
+    def case(ranks: int, replay: str, layout: dict) -> list:
+        folder = tmp_path / "-".join((str(ranks), replay, *layout))
+        return [{"processes": ranks, **layout}, str(tmp_path / "hf"), replay, str(folder)]
+
+    script = str(Path(__file__).with_name("replaying.py"))
+    alone = torchrun(script, 1, json.dumps([case(1, replay, {}) for replay in ("r2", "r3")]))
+    found = torchrun(script, 2, json.dumps([case(2, *run) for run in runs]))
+    for rows, (replay, _) in zip(found, runs, strict=True):
+        for got, want in zip(rows, alone[replay == "r3"], strict=True):
+            assert got == pytest.approx(want, rel=1e-3, abs=1e-5)
+            assert want["grad_norm"] > 1e-3 and ("routes_differ" in want) == (replay == "r3")
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_routes_of_the_batch_that_is_ahead(tmp_path: Path) -> None:
     settings = {"one_step_off": True, "routing_replay": "r3"}
