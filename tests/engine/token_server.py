@@ -100,7 +100,7 @@ class TokenServer:
             if aborted.wait(self.pace) and i < end:
                 end, finish = i, "abort"
                 break
-        del self.under_way[name]
+        self.under_way.pop(name, None)  # two ranks may have given one name
         return found.tokens[:end], logprobs[:end], finish, version
 
     def best(self, prompt: list[int], heat: float) -> tuple[int, float]:
