@@ -112,7 +112,7 @@ class TokenServer:
             if aborted.wait(self.pace) and i < end:
                 end, finish = i, "abort"
                 break
-        del self.under_way[name]
+        self.under_way.pop(name, None)  # two ranks may have given one name
         routes = None if found.routes is None else found.routes[: len(prompt) + end - 1]
         return found.tokens[:end], logprobs[:end], finish, version, routes
 

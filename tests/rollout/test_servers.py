@@ -9,6 +9,7 @@ import json
 import math
 import socket
 import threading
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
@@ -349,10 +350,16 @@ def test_a_batch_is_interrupted_and_gone_on_with(serve, engine):
 
 def test_an_interrupt_comes_from_any_thread(serve):
     sampler, servers = serve(None, None, pace=0.05, concurrency=2)
-    timer = threading.Timer(0.3, sampler.interrupt)
-    timer.start()
+
+    def later():
+        while not any(s.under_way for s in servers):
+            time.sleep(0.05)
+        sampler.interrupt()
+
+    thread = threading.Thread(target=later)
+    thread.start()
     begun = sampler.generate(PROMPTS, SamplingParams(200, n=4, temperature=0))
-    timer.join()
+    thread.join()
     assert all(s.at_once == 0 for s in servers)
     cut = [c for group in begun for c in group if c.finish_reason == "abort"]
     assert any(c.tokens for c in cut) and any(not c.tokens for c in cut)  # under way, and waiting

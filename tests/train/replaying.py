@@ -24,6 +24,7 @@ from q3mega.rollout.in_process import InProcessSampler
 from q3mega.train.log import Log, read
 from q3mega.train.reinforcement import PolicySettings, train
 from q3mega.train.rollouts import Rollout
+from q3mega.train.schedule import InTurn
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10]]
 
@@ -50,7 +51,7 @@ def learn(layout: dict, weights: str, replay: str, folder: str) -> list[dict]:
     root.mkdir(exist_ok=True)
     train(
         engine,
-        roll_out,
+        InTurn(roll_out),
         PolicySettings(2, 64, 8, correction=Correction("tis"), routing_replay=replay),
         EntropyController(0.0, 0.0, 0.0),
         steps=2,

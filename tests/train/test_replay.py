@@ -28,6 +28,7 @@ from q3mega.rollout.logprobs import routed_logprobs, token_logprobs
 from q3mega.train.log import Log, read
 from q3mega.train.reinforcement import PolicySettings, train
 from q3mega.train.rollouts import Rollout, pack, unpack
+from q3mega.train.schedule import InTurn
 
 TOKENIZER = SimpleNamespace(
     eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
@@ -111,7 +112,7 @@ def learn(folder: Path, monkeypatch, foreign: bool = False, steps: int = 1, **se
     folder.mkdir()
     train(
         engine,
-        roll_out,
+        InTurn(roll_out),
         PolicySettings(2, 256, 8, **settings),
         EntropyController(0.0, 0.0, 0.0),
         steps=steps,
@@ -204,7 +205,7 @@ def test_the_loop_is_the_same_on_two_processes(torchrun, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_routes_of_the_batch_that_is_ahead(tmp_path: Path) -> None:
-    settings = {"one_step_off": True, "routing_replay": "r3"}
+    settings = {"staleness": 1, "routing_replay": "r3"}
     plan = [("uncut", None), ("cut", ["before", 7]), ("cut", None)]
     cases = [[str(tmp_path / name), 5, settings, kill] for name, kill in plan]
     drill = Path(__file__).with_name("drill.py")
