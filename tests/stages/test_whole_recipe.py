@@ -34,6 +34,7 @@ from q3mega.try_out import Checkpoint
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
 KILLS = 5
+STEPS = "drawn", "without a held-out question", "of these, different ones"
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
 
@@ -90,6 +91,11 @@ def test_curation_says_what_it_dropped(uncut):
     for name in ("cold_start", "reasoning_rl", "mode_fusion"):
         drops = json.loads((folders(uncut)[name] / "data" / "drops.json").read_text())
         assert sum(drops.values()) > 0, name
+    for name in ("pretrain_general", "pretrain_reasoning", "pretrain_long"):
+        steps = json.loads((folders(uncut)[name] / "data" / "funnel.json").read_text())
+        for kind in Recipe.load(RECIPE).stages[name].mixture:
+            drawn, clean, different = (steps[f"{kind}: {step}"] for step in STEPS)
+            assert drawn == clean >= different > 0, (name, kind)
     queries = json.loads((folders(uncut)["cold_start"] / "data" / "queries.json").read_text())
     problems = json.loads((folders(uncut)["reasoning_rl"] / "data" / "problems.json").read_text())
     assert not {q["id"] for q in queries} & {p["id"] for p in problems}  # rule 1 of the selection
