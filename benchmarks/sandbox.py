@@ -1,8 +1,8 @@
-"""Runs a second of model-written programs, by confinement and by kind of test.
+"""Runs a second of model-written programs, by confinement and by kind of test, and of math-verify.
 
     python benchmarks/sandbox.py [--seconds 5]
 
-Each row keeps as many programs going as the machine has cores.
+Each row keeps as many programs going as the machine has cores; math-verify has one worker.
 """
 
 import argparse
@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from q3mega.rewards import sandbox, score
+from q3mega.rewards.algebra import Algebra
 
 FUNCTION = {"entry_point": "f", "calls": [{"arguments": [3], "result": 9}]}
 OUTPUT = {"cases": [{"stdin": "3", "stdout": "9"}]}
 
 
-def rate(work: Callable[[], object], seconds: float) -> float:
-    """Calls of `work` a second, on all cores for so long."""
+def rate(work: Callable[[], object], seconds: float, threads: int = os.cpu_count() or 1) -> float:
+    """Calls of `work` a second, from so many threads for so long."""
     end = time.monotonic() + seconds
 
     def repeat(_: int) -> int:
@@ -31,8 +32,8 @@ def rate(work: Callable[[], object], seconds: float) -> float:
         return done
 
     begun = time.monotonic()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = sum(pool.map(repeat, range(os.cpu_count() or 1)))
+    with ThreadPoolExecutor(threads) as pool:
+        done = sum(pool.map(repeat, range(threads)))
     return done / (time.monotonic() - begun)
 
 
@@ -46,6 +47,11 @@ def main() -> None:
             run = partial(sandbox.run, "print(6 * 7)", level=level)
             run()
             print(f"| programs, {level} | {rate(run, seconds):.0f} |")
+    for level in sandbox.LEVELS:
+        with contextlib.suppress(RuntimeError), Algebra(level=level).session() as same:
+            same("x", "x")  # the worker has started
+            judged = rate(partial(same, "2x+2", "2(x+1)"), seconds, threads=1)
+            print(f"| comparisons by math-verify, {level} | {judged:.0f} |")
     for name, program, tests in (
         ("by output", "print(int(input()) ** 2)", OUTPUT),
         ("by function", "def f(n):\n    return n ** 2", FUNCTION),

@@ -108,6 +108,8 @@ class Recipe(Section):
     seed: NonNegativeInt
     problems: tuple[str, ...] = ()  # files of reasoning problems; none: the generated families
     rewards: tuple[str, ...] = ()  # Python files of rewards of one's own, run in every process
+    # Held-out problems of an evaluation; of a general task half as many.
+    evaluated: Annotated[int, Field(ge=2)] = 400
     tokenizer: TokenizerSpec
     model: ModelSpec  # also the teacher's
     student: ModelSpec | None = None

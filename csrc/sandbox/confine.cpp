@@ -3,16 +3,17 @@
 // output.
 //
 //   confine --level namespaces --memory BYTES --cpu S --wall S --file BYTES --scratch BYTES
-//           [--read PATH]... --program FD --report FD -- COMMAND ARGUMENT...
+//           [--read PATH]... [--program FD] [--report FD] -- COMMAND ARGUMENT...
 //
-// The command finds the program at descriptor 3. The report is one line: "exit CODE", "signal N",
-// each with the peak memory in KiB and the CPU time in ms, or "refused WHY" when it was not
-// started. Wall time is kept by an alarm: it ends this process, and with it all others.
+// The command finds the program, if one is given, at descriptor 3. The report is one line: "exit
+// CODE", "signal N", each with the peak memory in KiB and the CPU time in ms, or "refused WHY" when
+// it was not started (on standard error where there is no report). Wall time is kept by an alarm:
+// it ends this process, and with it all others.
 //
 // Levels. namespaces: a root of its own that holds --read and /scratch, its own process ids,
 // network and IPC. landlock: where a container forbids user namespaces; the kernel's Landlock lets
-// it read
-// --read and write nothing, so there is no scratch folder. none: system calls and limits alone.
+// it read --read and write nothing but /dev/null, so there is no scratch folder. none: system calls
+// and limits alone.
 // All have the same list of allowed system calls (seccomp).
 #include <fcntl.h>
 #include <linux/audit.h>
@@ -115,7 +116,7 @@ void parse(int argc, char** argv) {
   }
   errno = EINVAL;
   const bool level = job.level == "namespaces" || job.level == "landlock" || job.level == "none";
-  must(level && job.memory && job.cpu && job.wall > 0 && job.program >= 0, "options");
+  must(level && job.memory && job.cpu && job.wall > 0, "options");
   must(i + 1 < argc, "no command after --");
   job.command = argv + i + 1;
 }
@@ -207,7 +208,7 @@ void landlock() {
   constexpr long SYS_landlock_create_ruleset = 444, SYS_landlock_add_rule = 445,
                  SYS_landlock_restrict_self = 446;
 #endif
-  constexpr uint64_t kExecute = 1, kReadFile = 4, kReadFolder = 8;
+  constexpr uint64_t kExecute = 1, kWriteFile = 2, kReadFile = 4, kReadFolder = 8;
   const long version = syscall(SYS_landlock_create_ruleset, nullptr, 0, 1);
   must(version >= 1, "landlock");
   uint64_t handled = (1 << 13) - 1;      // version 1: reading, writing, making and removing files
@@ -216,17 +217,19 @@ void landlock() {
   if (version >= 5) handled |= 1 << 15;  // ioctl of devices
   const int rules = syscall(SYS_landlock_create_ruleset, &handled, sizeof handled, 0);
   must(rules >= 0, "landlock rules");
-  for (const auto& path : job.read) {
+  const auto allow = [rules](const std::string& path, uint64_t allowed) {
     struct __attribute__((packed)) {
       uint64_t allowed;
       int32_t parent;
-    } rule = {kExecute | kReadFile, open(path.c_str(), O_PATH | O_CLOEXEC)};
+    } rule = {allowed, open(path.c_str(), O_PATH | O_CLOEXEC)};
     struct stat found;
-    if (rule.parent < 0 || fstat(rule.parent, &found) != 0) continue;
+    if (rule.parent < 0 || fstat(rule.parent, &found) != 0) return;
     if (S_ISDIR(found.st_mode)) rule.allowed |= kReadFolder;
     must(syscall(SYS_landlock_add_rule, rules, /*path beneath*/ 1, &rule, 0) == 0, path);
     close(rule.parent);
-  }
+  };
+  for (const auto& path : job.read) allow(path, kExecute | kReadFile);
+  allow("/dev/null", kReadFile | kWriteFile);
   must(syscall(SYS_landlock_restrict_self, rules, 0) == 0, "landlock");
   must(chdir("/") == 0, "/");
 }
@@ -438,9 +441,12 @@ void limit(int what, rlim_t soft, rlim_t hard) {
 }
 
 [[noreturn]] void run_program() {
-  job.report = fcntl(job.report, F_DUPFD_CLOEXEC, 16);  // out of the way of descriptor 3
-  must(job.report >= 0 && dup2(job.program, kProgram) == kProgram, "program");
-  for (int fd = kProgram + 1; fd < 1024; ++fd) {
+  if (job.report >= 0) {
+    job.report = fcntl(job.report, F_DUPFD_CLOEXEC, 16);  // out of the way of descriptor 3
+    must(job.report >= 0, "report");
+  }
+  if (job.program >= 0) must(dup2(job.program, kProgram) == kProgram, "program");
+  for (int fd = kProgram + (job.program >= 0); fd < 1024; ++fd) {
     if (fd != job.report) close(fd);
   }
   setsid();
@@ -462,7 +468,8 @@ void limit(int what, rlim_t soft, rlim_t hard) {
   limit(RLIMIT_AS, job.memory, job.memory);
   filter_calls();
   char language[] = "LANG=C.UTF-8", home[] = "HOME=/scratch", path[] = "PATH=/usr/bin:/bin";
-  char* environment[] = {language, home, path, nullptr};
+  char seed[] = "PYTHONHASHSEED=0";  // the order of a set, for who heeds it
+  char* environment[] = {language, home, path, seed, nullptr};
   execve(job.command[0], job.command, environment);
   refuse(job.command[0]);
 }

@@ -7,7 +7,9 @@ batch of any step, a pure function of the step, so that a resumed run reads on w
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
@@ -41,14 +43,28 @@ VALUES = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of pass keys
 CHORES = (*general.GENERAL, "calculator", "lookup")
 
 
+@dataclass
+class Funnel:
+    """What came to each step of a corpus's curation, and what each rule dropped; documents."""
+
+    steps: Counter[str] = field(default_factory=Counter)
+    drops: Counter[str] = field(default_factory=Counter)
+
+
 @functools.cache
-def _real_text(kind: str) -> list[str]:
+def _real_text(kind: str) -> tuple[list[str], Funnel]:
     names = [s.name for s in text.sources().values() if s.kind == kind]
     texts = [d for name in names for d in _first(MOST_TEXT // len(names), text.documents(name))]
     random.Random(kind).shuffle(texts)
-    kept, _ = text.deduplicate(texts)
+    distinct, copies = text.deduplicate(texts)
     questions = [p.question for f in REASONING for p in generate(f, 100, seed=0, heldout=True)]
-    return text.decontaminate(kept, questions)[0]
+    kept, contaminated = text.decontaminate(distinct, questions)
+    steps = {"read": len(texts), "no copy, nor near one": len(distinct), "no question": len(kept)}
+    drops = {"copy or near copy": copies, "words of a held-out question": contaminated}
+    return kept, Funnel(
+        Counter({f"{kind}: {step}": n for step, n in steps.items()}),
+        Counter({f"{kind}: {rule}": n for rule, n in drops.items() if n}),
+    )
 
 
 def _first(characters: int, texts: Iterator[str]) -> Iterator[str]:
@@ -64,7 +80,7 @@ def real_text(kind: str, heldout: bool = False) -> list[str]:
 
     Near-duplicates and whatever holds an evaluation question are dropped; one in ten is held out.
     """
-    kept = _real_text(kind)
+    kept, _ = _real_text(kind)
     return kept[::10] if heldout else [d for i, d in enumerate(kept) if i % 10]
 
 
@@ -187,9 +203,15 @@ def curated(kind: str) -> str | None:
 
 
 def _token_documents(
-    kind: str, seed: int, sequence: int, tokenizer: Tokenizer
+    kind: str,
+    seed: int,
+    sequence: int,
+    tokenizer: Tokenizer,
+    held_out: Sequence[str],
+    books: Funnel,
 ) -> Iterator[list[list[int]]]:
-    """Documents of one kind in batches, each with its end, without end."""
+    """Documents of one kind in batches, each with its end, without end; none holds a question of
+    `held_out`, to the letter."""
     if folder := curated(kind):
         data = Curated(folder)
         data.check_tokenizer(tokenizer.path)
@@ -197,9 +219,17 @@ def _token_documents(
         while True:
             yield list(itertools.islice(stream, 64))
     source = documents(kind, seed, sequence=sequence)
+    distinct: set[int] = set()
     while True:
-        texts = tokenizer.encode_batch(list(itertools.islice(source, 64)))
-        yield [[*ids, tokenizer.eod] for ids in texts]
+        drawn = list(itertools.islice(source, 64))
+        clean = [d for d in drawn if not any(question in d for question in held_out)]
+        distinct.update(map(hash, clean))
+        books.steps[f"{kind}: drawn"] += len(drawn)
+        books.steps[f"{kind}: without a held-out question"] += len(clean)
+        books.steps[f"{kind}: of these, different ones"] = len(distinct)
+        if len(clean) < len(drawn):
+            books.drops[f"{kind}: a held-out question"] += len(drawn) - len(clean)
+        yield [[*ids, tokenizer.eod] for ids in tokenizer.encode_batch(clean)]
 
 
 def _prefix(folder: Path, kind: str) -> str:
@@ -217,16 +247,24 @@ def build(
     tokenizer: Tokenizer,
     seed: int,
     folder: Path,
-) -> None:
+    held_out: Sequence[str] = (),
+) -> Funnel:
     """Write one indexed dataset a kind, with enough documents for its share of `tokens`.
 
     Documents longer than `sequence` are cut into pieces of that length; each ends in <|endoftext|>.
+    held_out: questions that no document may hold. Word n-grams, which real text is searched by,
+    would not do here: they leave out the signs, and 2+7-8 is not 2-7+8. Returns what came and went
+    of all kinds but the curated ones, whose folders have books of their own.
     """
-    total = sum(mixture.values())
+    total, books = sum(mixture.values()), Funnel()
     for kind, weight in mixture.items():
         builder = IndexedDatasetBuilder(f"{_prefix(folder, kind)}.bin", dtype=np.int32)
         wanted, have = int(tokens * weight / total) + sequence, 0
-        batches = _token_documents(kind, seed, sequence, tokenizer)
+        if kind in TEXTS:
+            _, read = _real_text(kind)
+            books.steps += read.steps
+            books.drops += read.drops
+        batches = _token_documents(kind, seed, sequence, tokenizer, held_out, books)
         while have < wanted:
             for ids in next(batches):
                 for i in range(0, len(ids), sequence):
@@ -234,6 +272,7 @@ def build(
                     builder.add_document(torch.tensor(piece), [len(piece)])
                 have += len(ids)
         builder.finalize(f"{_prefix(folder, kind)}.idx")
+    return books
 
 
 class Mixture:

@@ -1,7 +1,8 @@
 """math-verify in a process of its own, which the parent starts, times and kills.
 
 sympy's parsers may evaluate what they read, can run for hours and fill the memory, so a model's
-text never reaches them in the process that trains. One line of JSON asks, one answers.
+text never reaches them in the process that trains, and the one that they are in is confined as the
+sandbox's programs are. One line of JSON asks, one answers.
 """
 
 import atexit
@@ -9,32 +10,49 @@ import json
 import os
 import select
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+
+from q3mega.rewards import sandbox
 
 SECONDS = 5.0  # for one answer, all of its pieces; the worker's start comes on top
 START_SECONDS = 60.0  # it imports sympy, from a slow disk perhaps
 _MAIN = Path(__file__).with_name("algebra_worker.py")
-# By path, so that nothing of this package is imported. -P: this folder is not on its path, -s: nor
-# is the user's.
-COMMAND = (sys.executable, "-P", "-s", str(_MAIN))
-# All the worker sees of the environment. Verdicts do not depend on the order of hashes; the path of
-# shared libraries is what some Pythons need to start.
-_ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
-_INHERITED = ("LD_LIBRARY_PATH",)
+# It reads these folders besides the standard library.
+_PACKAGES = tuple(
+    dict.fromkeys(
+        str(Path(spec.origin).parents[1])
+        for name in ("math_verify", "latex2sympy2_extended", "antlr4", "sympy", "mpmath")
+        if (spec := find_spec(name)) and spec.origin
+    )
+)
+# By path, so that nothing of this package is imported. -P: this folder is not on its path, -s and
+# -S: nor are the user's packages and the environment's, but for those named.
+_FLAGS = "-P", "-s", "-S", "-B", "-X", "utf8"
+COMMAND = (sandbox.interpreter(), *_FLAGS, str(_MAIN), *_PACKAGES)
+# It writes nothing and sees to its own CPU time (algebra_worker.py); the other limits never cut.
+_LIMITS = sandbox.Limits(cpu=10**9, wall=1e9, memory=2 << 30, output=0, scratch=1 << 12)
 
 Same = Callable[[str, str], bool]
 
 
 class Algebra:
-    """One worker, started when first needed. Any thread may ask; a forked child gets its own."""
+    """One worker, started when first needed. Any thread may ask; a forked child gets its own.
 
-    def __init__(self, command: Sequence[str] = COMMAND, seconds: float = SECONDS) -> None:
-        self._command, self._seconds = command, seconds
+    level: one of sandbox.LEVELS, by default `sandbox.confinement()`.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str] = COMMAND,
+        seconds: float = SECONDS,
+        level: str | None = None,
+    ) -> None:
+        self._command, self._seconds, self._level = command, seconds, level
         self._worker: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         atexit.register(self.close)
@@ -42,7 +60,7 @@ class Algebra:
 
     @property
     def pid(self) -> int | None:
-        """The worker's process id, None where none runs."""
+        """The process id of the worker's launcher, which it ends with; None where none runs."""
         return self._worker.pid if self._worker else None
 
     @contextmanager
@@ -50,7 +68,8 @@ class Algebra:
         """`same(reference, given)` of two pieces of LaTeX; all calls of a session share the limit,
         past which everything is unequal. Waiting for other threads does not count.
 
-        Raises RuntimeError when the worker cannot start.
+        Raises RuntimeError when the worker cannot start, UserError where nothing confines it
+        (`sandbox.confinement`).
         """
         with self._lock:
             left = self._seconds
@@ -83,15 +102,16 @@ class Algebra:
         if self._worker and self._worker.poll() is None:
             return self._worker
         self.close()
-        inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+        read = (str(_MAIN), *_PACKAGES)
+        launcher = sandbox.launcher(self._level or sandbox.confinement(), _LIMITS, read)
         pipe = subprocess.PIPE
         try:
             self._worker = subprocess.Popen(
-                self._command,
+                [*launcher, "--", *self._command],
                 stdin=pipe,
                 stdout=pipe,
                 stderr=pipe,
-                env=inherited | _ENVIRONMENT,
+                env={},
                 bufsize=0,
                 start_new_session=True,  # Ctrl-C is the parent's to handle
             )

@@ -1,7 +1,8 @@
 """The worker of `algebra`: reads [reference, given] a line, writes true or false a line.
 
-Run by path in a process of its own, so it imports nothing of this package. It limits its memory,
-and its processor time for each question: a parent that was killed cannot stop it any more.
+Run by path in a process of its own, confined, so it imports nothing of this package; its arguments
+are the folders of the packages that it needs. It limits its processor time for each question: a
+parent that was killed cannot stop it any more.
 """
 
 import json
@@ -11,15 +12,14 @@ import resource
 import sys
 from typing import Any
 
-MEMORY = 2 << 30  # bytes of address space
 SOFT_SECONDS = 2  # math-verify's own limit, by signals, for parsing each side and for comparing
 CPU_SECONDS = 20  # for one question; the parent's limit is what cuts, this one ends an orphan
 DIGITS = 40
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.path += sys.argv[1:]
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
     answers = os.fdopen(os.dup(1), "w")
     import math_verify  # noqa: F401  (a second; a failure is told on stderr, while it is heard)
 
@@ -32,7 +32,7 @@ def main() -> None:
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
         seconds = int(used.ru_utime + used.ru_stime) + CPU_SECONDS
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
         print(json.dumps(same(*json.loads(line))), file=answers, flush=True)
 
 

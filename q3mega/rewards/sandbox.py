@@ -13,7 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,21 +121,11 @@ def started(
         report, stderr = (files.enter_context(_memory_file()) for _ in range(2))
         given = files.enter_context(_memory_file(stdin)) if isinstance(stdin, str) else stdin
         printed = files.enter_context(_memory_file()) if stdout is None else None
-        numbers = {
-            "memory": limits.memory,
-            "cpu": limits.cpu,
-            "wall": limits.wall,
-            "file": limits.output,
-            "scratch": limits.scratch,
-            "program": source.fileno(),
-            "report": report.fileno(),
-        }
-        options = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
-        options += [word for path in _readable() for word in ("--read", path)]
-        command = [_interpreter(), "-I", "-S", "-B", "-X", "utf8", "-c", _BOOTSTRAP]
+        given_files = ["--program", str(source.fileno()), "--report", str(report.fileno())]
+        command = [interpreter(), "-I", "-S", "-B", "-X", "utf8", "-c", _BOOTSTRAP]
         begun = time.monotonic()
         process = subprocess.Popen(
-            [CONFINE, "--level", level, *options, "--", *command],
+            [*launcher(level, limits), *given_files, "--", *command],
             stdin=given,
             stdout=printed or stdout,
             stderr=stderr,
@@ -148,6 +138,20 @@ def started(
         finally:
             process.kill()  # the keeper, and with it the program, end with their launcher
             process.wait()
+
+
+def launcher(level: str, limits: Limits, read: Iterable[str] = ()) -> list[str]:
+    """The words before `--` and a command; read: more paths than the interpreter's own."""
+    numbers = {
+        "memory": limits.memory,
+        "cpu": limits.cpu,
+        "wall": limits.wall,
+        "file": limits.output,
+        "scratch": limits.scratch,
+    }
+    options = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+    options += [word for path in (*_readable(), *read) for word in ("--read", path)]
+    return [str(CONFINE), "--level", level, *options]
 
 
 @functools.cache
@@ -173,9 +177,9 @@ def confinement() -> str:
             return level
         problems.append(f"{level}: {found.reason}")
     raise UserError(
-        "nothing here confines the programs that a model writes "
+        "nothing here confines what a model writes "
         f"({'; '.join(problems)}): allow user namespaces or Landlock, or set "
-        f"{UNCONFINED}=1 to run them all the same, at your own risk"
+        f"{UNCONFINED}=1 to run it all the same, at your own risk"
     )
 
 
@@ -212,7 +216,8 @@ def _read(file: BinaryIO) -> str:
 
 
 @functools.cache
-def _interpreter() -> str:
+def interpreter() -> str:
+    """This Python, out of its virtual environment."""
     return os.path.realpath(sys.executable)
 
 
@@ -220,6 +225,6 @@ def _interpreter() -> str:
 def _readable() -> tuple[str, ...]:
     """The interpreter, its standard library, and the C library with its loader."""
     base = Path(sys.base_prefix)
-    own = (base / "lib", sysconfig.get_paths()["stdlib"], _interpreter())
+    own = (base / "lib", sysconfig.get_paths()["stdlib"], interpreter())
     system = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
     return tuple(dict.fromkeys(map(str, (*own, *system))))

@@ -207,8 +207,9 @@ def both_modes(stage: Stage, engine: Engine) -> dict[str, Any]:
     results["no_think_accuracy"] = evaluate.accuracy(silent)
     if stage.pool.generated:
         results |= evaluate.capabilities(
-            sampler, tokenizer, stage.seed("capabilities"), stage.answer_tokens
-        )
+            sampler, tokenizer, stage.seed("capabilities"), stage.answer_tokens,
+            per_family=stage.recipe.evaluated // 2,
+        )  # fmt: skip
     return results
 
 

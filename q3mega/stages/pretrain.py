@@ -53,7 +53,12 @@ def learn(stage: Stage, engine: Engine, settings: PretrainSettings, part: str = 
         if stage.leads:
             folder.mkdir(exist_ok=True)
             seed = stage.seed("corpus", part)
-            corpus.build(settings.mixture, tokens, settings.sequence, stage.tokenizer, seed, folder)
+            held_out = [problem.question for problem in stage.held_out()]
+            books = corpus.build(
+                settings.mixture, tokens, settings.sequence, stage.tokenizer, seed, folder, held_out
+            )
+            stage.write(f"data/{part}/funnel.json", books.steps)
+            stage.write(f"data/{part}/drops.json", books.drops)
             (folder / "READY").touch()
         stage.barrier()
     supervised.train(

@@ -30,7 +30,6 @@ from q3mega.rollout.synced import SyncedSampler
 from q3mega.settings import RolloutEngine
 from q3mega.train.log import Log
 
-EVALUATED = 400  # held-out problems
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -82,7 +81,7 @@ class Stage:
 
     def held_out(self) -> list[Problem]:
         """What every stage evaluates on."""
-        return self.pool.held_out(EVALUATED)
+        return self.pool.held_out(self.recipe.evaluated)
 
     def cold_start_queries(self) -> list[Problem]:
         """What this run's cold start was built on; none when it had no cold start."""

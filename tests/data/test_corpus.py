@@ -8,6 +8,8 @@ import pytest
 from q3mega import device  # noqa: F401
 
 # isort: split
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
 from q3mega.data import corpus
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.settings import Kind
@@ -66,3 +68,29 @@ def test_a_document_has_one_pass_key_and_asks_for_it_again_and_again():
 
 def test_a_recipe_may_name_the_kinds_that_there_are():
     assert sorted(get_args(Kind)) == sorted([*corpus.TEXTS, *corpus.KINDS, "retrieval_long"])
+
+
+def test_a_document_with_a_held_out_question_is_dropped_and_counted(built, tmp_path):
+    _, tokenizer = built
+    drawn = list(itertools.islice(corpus.documents("worked", 0), 64))
+    question = drawn[3].split("\n")[0]
+    held = sum(question in text for text in drawn)
+    sizes = []
+    for held_out in ([], [question]):
+        books = corpus.build({"worked": 1.0}, 100, 64, tokenizer, 0, tmp_path, held_out)
+        sizes.append(books.steps["worked: drawn"] - books.drops["worked: a held-out question"])
+        stored = IndexedDataset(str(tmp_path / "worked"))
+        texts = [tokenizer.decode(stored[i].tolist()) for i in range(len(stored))]
+        assert any(question in text for text in texts) == (not held_out)
+    assert sizes == [64, 64 - held] and books.drops == {"worked: a held-out question": held}
+    assert books.steps["worked: without a held-out question"] == 64 - held
+
+
+def test_real_text_says_what_it_left_out(built, tmp_path):
+    _, tokenizer = built
+    books = corpus.build({"prose": 1.0}, 500, 64, tokenizer, 0, tmp_path)
+    read, distinct, kept = (
+        books.steps[f"prose: {step}"] for step in ("read", "no copy, nor near one", "no question")
+    )
+    assert read > distinct >= kept > 0
+    assert books.drops["prose: copy or near copy"] == read - distinct

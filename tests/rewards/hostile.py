@@ -156,7 +156,8 @@ PROGRAMS = {
     "memory by proc": Hostile("open('/proc/self/mem', 'r+b')\nprint('ESCAPED')", reason="Error"),
     "the parent's environment": Hostile("print('ESCAPED', open('/proc/PARENT/environ').read())"),
     "environment": Hostile(
-        "import os\nif set(os.environ) - {'LANG', 'HOME', 'PATH', 'LC_CTYPE'}: print('ESCAPED')",
+        "import os\nif set(os.environ) - {'LANG', 'HOME', 'PATH', 'LC_CTYPE', 'PYTHONHASHSEED'}:"
+        " print('ESCAPED')",
         ("ok",),
     ),
     "devices": Hostile("open('/dev/mem', 'rb')\nprint('ESCAPED')", reason="Error"),

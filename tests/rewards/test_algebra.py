@@ -8,11 +8,14 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
-from q3mega.rewards import algebra, equality
+from q3mega.errors import UserError
+from q3mega.rewards import algebra, equality, sandbox
 from q3mega.rewards.algebra import Algebra
 
+PYTHON = sandbox.interpreter(), "-S", "-c"
 RUNAWAY = "9^{9^{9^{9}}}x"  # a power in one C call, which no signal handler interrupts
 
 
@@ -26,6 +29,11 @@ def worker():
 def ask(worker, reference="2x+2", given="2(x+1)"):
     with worker.session() as same:
         return same(reference, given)
+
+
+def python(worker):
+    """The process that has read the text: under its launcher, and that one's keeper."""
+    return psutil.Process(worker.pid).children(recursive=True)[-1]
 
 
 def test_the_worker_is_kept(worker):
@@ -59,17 +67,17 @@ def test_one_session_shares_one_limit():
 
 def test_a_killed_worker_is_replaced(worker):
     assert ask(worker)
-    for _ in range(3):
+    for whom in (python, python, lambda worker: psutil.Process(worker.pid)):
         first = worker.pid
-        os.kill(first, signal.SIGKILL)
+        whom(worker).kill()
         assert ask(worker) and worker.pid != first
 
 
 def test_a_worker_killed_while_it_works_is_asked_again(worker):
     assert ask(worker)
-    first = worker.pid
-    os.kill(first, signal.SIGSTOP)
-    killer = threading.Timer(0.3, os.kill, (first, signal.SIGKILL))
+    first, process = worker.pid, python(worker)
+    process.suspend()
+    killer = threading.Timer(0.3, process.kill)
     killer.start()
     assert ask(worker) and worker.pid != first
     killer.join()
@@ -77,7 +85,7 @@ def test_a_worker_killed_while_it_works_is_asked_again(worker):
 
 def test_memory_and_processor_time_are_limited(worker):
     assert ask(worker)
-    lines = Path(f"/proc/{worker.pid}/limits").read_text().splitlines()
+    lines = Path(f"/proc/{python(worker).pid}/limits").read_text().splitlines()
     soft = {line[:26].strip(): line[26:].split()[0] for line in lines}
     assert soft["Max address space"] == str(2 << 30)
     assert 20 <= int(soft["Max cpu time"]) <= 30  # of the question it was asked, and its start
@@ -131,9 +139,9 @@ def test_a_fork_while_the_worker_is_busy(worker):
     ("command", "said"),
     [
         (["/nonexistent/python"], "No such file"),
-        ([sys.executable, "-c", "raise ImportError('no math here')"], "no math here"),
-        (["true"], "no reply"),
-        ([sys.executable, "-c", "print('hello')"], "no reply"),
+        ([*PYTHON, "raise ImportError('no math here')"], "no math here"),
+        ([*PYTHON, ""], "no reply"),
+        ([*PYTHON, "print('hello')"], "no reply"),
     ],
 )
 def test_a_worker_that_cannot_start_is_an_error(monkeypatch, command, said):
@@ -148,11 +156,66 @@ def test_the_worker_sees_no_secrets_and_loads_no_torch(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     worker = Algebra()
     assert ask(worker)
-    entries = Path(f"/proc/{worker.pid}/environ").read_text().split("\0")
-    names = {entry.split("=")[0] for entry in entries if entry}
-    assert names <= {"PYTHONHASHSEED", "PYTHONUTF8", "LD_LIBRARY_PATH"}
-    assert "torch" not in Path(f"/proc/{worker.pid}/maps").read_text()
+    process = python(worker)
+    assert set(process.environ()) == {"LANG", "HOME", "PATH", "PYTHONHASHSEED"}
+    assert process.environ()["PYTHONHASHSEED"] == "0"
+    assert not any("torch" in part.path for part in process.memory_maps())
     worker.close()
+
+
+# What a parser that evaluates could be made to run, in place of a comparison.
+HOSTILE = """
+import runpy, sys
+worker = sys.argv.pop(1)
+space = runpy.run_path(worker)
+def same(reference, given):
+    try:
+        exec(given, {})
+    except OSError as error:
+        return bool(error.errno)
+    return False
+space["main"].__globals__["same"] = same
+space["main"]()
+"""
+
+
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_what_gets_out_of_the_parsers_is_shut_in(level, tmp_path):
+    """Each deed ends in an error of the system where the worker is confined, and not where not."""
+    try:
+        sandbox.run("", level=level)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    kept = tmp_path / "kept.txt"
+    kept.write_text("mine")
+    script = str(Path(algebra.__file__).with_name("algebra_worker.py"))
+    folders = algebra.COMMAND[algebra.COMMAND.index(script) + 1 :]
+    deeds = (
+        f"open({str(kept)!r}, 'w').write('theirs')",
+        f"open({str(kept)!r}).read()",
+        "import socket; socket.create_connection(('127.0.0.1', 9), 1)",
+        "import os; os.fork()",
+        "import os; os.kill(os.getppid() or 2, 9)",
+        f"import os; os.unlink({script!r})",
+        "open('big', 'w').write('x' * (1 << 16))",
+    )
+    worker = Algebra([*PYTHON, HOSTILE, script, *folders], level=level)
+    for deed in deeds:
+        assert ask(worker, given=deed), deed
+    assert not ask(worker, given="1 + 1")  # who does no harm meets no error
+    assert kept.read_text() == "mine"
+    worker.close()
+
+
+def test_without_confinement_nothing_is_parsed(monkeypatch):
+    def refused():
+        raise UserError("nothing here confines what a model writes")
+
+    monkeypatch.setattr(sandbox, "confinement", refused)
+    worker = Algebra()
+    with pytest.raises(UserError, match="nothing here confines"):
+        ask(worker)
+    assert worker.pid is None
 
 
 def test_the_worker_ends_with_its_parent():
@@ -177,5 +240,6 @@ def test_the_worker_ends_with_its_parent():
 
 
 def test_its_command_is_this_python_and_nothing_of_the_package():
-    assert algebra.COMMAND[0] == sys.executable
-    assert "q3mega" not in Path(algebra.COMMAND[-1]).read_text()
+    assert algebra.COMMAND[0] == os.path.realpath(sys.executable)
+    [script] = [word for word in algebra.COMMAND if word.endswith(".py")]
+    assert "q3mega" not in Path(script).read_text()
