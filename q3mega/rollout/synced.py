@@ -35,7 +35,7 @@ class SyncedSampler:
         self.engine, self.servers, self.folder = engine, servers, folder
         # No other process, an earlier one of this run included, ever gave a version this name.
         self.name, *_ = parallel.gather_over_all([uuid.uuid4().hex[:8]])
-        self.written: Path | None = None
+        self.written = ""
         self.broadcast = Broadcast(servers) if folder is None else None
 
     def generate(
@@ -48,20 +48,27 @@ class SyncedSampler:
     def sync(self) -> str:
         """Hand the weights over; their version. Also when they are the same: a server may have come
         back without them."""
-        version = f"weights-{self.name}-{self.engine.changes}"
         if self.folder is not None:
-            self._load(self.folder / version)
+            self.write()
+            self._load(self.folder / self.version)
         elif self.broadcast is not None:
-            self._send(self.broadcast, version)
+            self._send(self.broadcast, self.version)
         dist.barrier()
-        self.servers.version = version
-        return version
+        self.servers.version = self.version
+        return self.version
+
+    @property
+    def version(self) -> str:
+        return f"weights-{self.name}-{self.engine.changes}"
+
+    def write(self) -> None:
+        """Write the weights into the folder, if there is one and they are not there."""
+        if self.folder is not None and self.version != self.written:
+            # vLLM on a CPU loads no lm_head again that is tied, so it is served untied there
+            self.engine.save_hf(self.folder / self.version, {}, lm_head=True)
+            self.written = self.version
 
     def _load(self, path: Path) -> None:
-        if path != self.written:
-            # vLLM on a CPU loads no lm_head again that is tied, so it is served untied there
-            self.engine.save_hf(path, {}, lm_head=True)
-            self.written = path
         if dist.get_rank() == 0:
             started = time.monotonic()
             self.servers.load(path, path.name, norms(path))
@@ -121,6 +128,7 @@ class Interruptible:
 
     def sync(self) -> str:
         """See `SyncedSampler.sync`: all ranks call it."""
+        self.synced.write()  # which the servers need not wait for
         with self.turn:
             self.handing_over = True
             while not self.turn.wait_for(lambda: self.calls == 0, GLIMPSE):
