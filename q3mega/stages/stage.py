@@ -139,9 +139,12 @@ class Stage:
         spec: RolloutEngine | None = getattr(self.config, "engine", None)
         if spec is None:
             return InProcessSampler(engine, self.tokenizer, max_batch=self.config.sample_batch)
+        callers = parallel.data_size()
+        if self.config.schedule == "asynchronous":  # rank 0, for so many batches at once
+            callers = self.config.staleness + 1
         servers = ServerSampler(
             spec.urls, self.tokenizer, kind=spec.kind, timeout=spec.timeout, retries=spec.retries,
-            concurrency=max(1, spec.concurrency // parallel.data_size()), key_env=spec.key_env,
+            concurrency=max(1, spec.concurrency // callers), key_env=spec.key_env,
         )  # fmt: skip
         if getattr(self.config, "routing_replay", None) == "r3":  # do they tell their experts?
             servers.generate([[self.tokenizer.eos]], SamplingParams(1, routes=True))
