@@ -27,11 +27,12 @@ from rich.live import Live
 from rich.table import Table
 
 from q3mega import report
-from q3mega.data.tasks import files
+from q3mega.data.tasks import Problem, files
 from q3mega.data.tasks.pool import Pool
 from q3mega.errors import UserError
 from q3mega.recipe import Recipe
-from q3mega.rewards import MODELS, Verdict, judge_answer, models_of, own
+from q3mega.rewards import MODELS, Verdict, judge_answer, listed, models_of, own, reward_of
+from q3mega.rewards.sandbox import confinement
 from q3mega.rollout.tools import environment
 from q3mega.sections import nearest
 from q3mega.settings import GeneralRL, ModeFusion
@@ -106,6 +107,7 @@ def _check_files(recipe: Recipe) -> None:
                 "one turn: give it to general_rl.problems"
             )
         judge_answer(problem, "")
+        _check_sandbox(problem)
     for stage in recipe.stages.values():
         if isinstance(stage, ModeFusion):
             for name in stage.non_thinking:
@@ -118,7 +120,10 @@ def _check_tasks(stage: GeneralRL) -> None:
     """The same of general RL's own tasks and of what its models learn from."""
     models = {"judge": stage.judge_model, "preference": stage.preference.file}
     needs = {"judge": "judge_model", "preference": "preference.file"}
+    if not stage.problems:
+        confinement()  # which one of the generated tasks needs
     for problem in itertools.chain.from_iterable(map(files.problems, stage.problems)):
+        _check_sandbox(problem)
         judge_answer(problem, "", scored=dict.fromkeys(MODELS, Verdict(0.0, "not asked")))
         environment(problem)  # which its tools must be able to work on
         for name in models_of(problem):
@@ -134,6 +139,11 @@ def _check_tasks(stage: GeneralRL) -> None:
                 f"{stage.judge_examples}: a row needs answer, the reference, and right: true or "
                 f"false, not {row.get('right')!r}"
             )
+
+
+def _check_sandbox(problem: Problem) -> None:
+    if "code" in listed(reward_of(problem)):
+        confinement()
 
 
 def _chosen(recipe: Recipe, only: str | None, start: str | None) -> list[str]:

@@ -40,7 +40,12 @@ CURATED = "curated:"  # a kind that is a folder
 MOST_TEXT = 300_000  # characters of real text of a kind: at laptop scale a mixture reads no more
 VALUES = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of pass keys
 # The general tasks of chat; those with tools twice, since a call is the longest reply to learn.
-CHORES = (*general.GENERAL, "calculator", "lookup")
+# Constraints and programs are met in fusion first.
+CHORES = (
+    *(name for name in general.GENERAL if name not in ("bounded", "program")),
+    "calculator",
+    "lookup",
+)
 
 
 @dataclass

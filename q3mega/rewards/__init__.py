@@ -103,6 +103,8 @@ MODELS = ("judge", "preference")  # what needs a model, which general RL has
 TASK_REWARD: dict[str, Names] = {
     "repeat_digit": "exact",
     "json_digit": "json",
+    "bounded": "constraints_strict",
+    "program": "code",
     "think_follow": ("mode", "answered"),
     "boxed_digit": "exact",
     "describe": "preference",

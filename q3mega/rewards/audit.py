@@ -49,7 +49,7 @@ def audit() -> list[tuple[str, str, float]]:
     rules = [(f, name) for f, name in TASK_REWARD.items() if name not in MODELS]
     rules += [(f, "answer") for f, spec in FAMILIES.items() if spec.capability == "reasoning"]
     rules += [(f, "tool_call") for f, spec in FAMILIES.items() if spec.capability == "agent"]
-    rows = [(f, name, vars(p)) for f, name in rules for p in generate(f, 5, seed=0)]
+    rows = [(f, name, p.row) for f, name in rules for p in generate(f, 5, seed=0)]
     for name in agents.MAKERS:
         problems = [files.as_problem(row, name) for row in agents.make(name, 8)]
         rows += [(name, p.meta["reward"], p.row) for p in problems]

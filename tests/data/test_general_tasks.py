@@ -14,7 +14,7 @@ CHARACTERS_A_TOKEN = 2  # of a vocabulary of 512; the tool block has 2.1, plain 
 
 def worth(problem, response):
     """What a non-thinking response does of its task, by the rewards and an exact judge."""
-    row, text = vars(problem), EMPTY_THINKING + response
+    row, text = problem.row, EMPTY_THINKING + response
     if problem.tools:
         return score("tool_call", text, row).score
     if problem.capability == "preference":
@@ -37,9 +37,10 @@ def test_five_capabilities_with_two_tasks_each_and_a_reward_for_all():
 @pytest.mark.parametrize("skill", [0.0, 0.5, 1.0])
 def test_responses_succeed_at_the_rate_of_the_skill(family, skill):
     rng = random.Random(0)
-    found = [worth(p, respond(p, rng, skill)) for p in generate(family, 400, seed=1)]
+    n = 100 if family == "program" else 400  # each of them is run
+    found = [worth(p, respond(p, rng, skill)) for p in generate(family, n, seed=1)]
     assert set(found) <= {0.0, 1.0}
-    assert abs(sum(found) / 400 - skill) <= (0.075 if skill == 0.5 else 0)
+    assert abs(sum(found) / n - skill) <= (1.5 / n**0.5 if skill == 0.5 else 0)
 
 
 @pytest.mark.parametrize("family", GENERAL)

@@ -1,4 +1,4 @@
-r"""The tasks of general RL: five capabilities, two tasks each, for a tiny model.
+r"""The tasks of general RL: five capabilities, two tasks or more each, for a tiny model.
 
 `respond(problem, rng, skill)` writes an assistant turn that does the task with probability `skill`
 and otherwise fails the way a half-trained model does: wrong count, marker missing, prose for a tool
@@ -30,6 +30,9 @@ NOT_FOUND = "not in the text"
 OPENINGS = ("Good question.", "Happy to help.", "Sure.")
 HELP = "Ask me more."
 NO_REPLY = 0.5  # of the preference pairs may hold what is no reply at all
+BETWEEN = {3: "at", 4: "is at", 5: "it is at"}  # words of a bounded reply, by its length
+OPERATORS = {"plus": ("+", int.__add__), "minus": ("-", int.__sub__), "times": ("*", int.__mul__)}
+CALLED = (3, 12)  # arguments of the calls that test a program
 CAPABILITIES = ("instruction", "format", "preference", "agent", "rag")
 
 
@@ -65,6 +68,33 @@ def json_digit(rng: random.Random, level: int) -> Problem:
     (fact, number), key = _digit(rng), rng.choice(("word", "name", "item"))
     text = f"{fact} Give it as JSON with key {key}."
     return problem("json_digit", "instruction", text, json.dumps({key: number}), level)
+
+
+@family("bounded", capability="instruction", difficulties=range(3, 6))
+def bounded(rng: random.Random, length: int) -> Problem:
+    """'The goat has 7. Start with 7, end with home, 4 words.': three constraints."""
+    (fact, number), place = _digit(rng), rng.choice(PLACES)
+    text = f"{fact} Start with {number}, end with {place}, {length} words."
+    constraints = [
+        {"kind": "starts_with", "start": str(number)},
+        {"kind": "ends_with", "end": place},
+        {"kind": "words", "exactly": length},
+    ]
+    answer = f"{number} {BETWEEN[length]} {place}"
+    return problem(
+        "bounded", "instruction", text, answer, length, meta={"constraints": constraints}
+    )
+
+
+@family("program", capability="instruction", difficulties=range(1, 2))
+def program(rng: random.Random, level: int) -> Problem:
+    """'The goat has 7. Write f(x): x times that.': a function, which tests call."""
+    (fact, number), word = _digit(rng), rng.choice(sorted(OPERATORS))
+    calls = [{"arguments": [x], "result": OPERATORS[word][1](x, number)} for x in CALLED]
+    answer = f"def f(x): return x {OPERATORS[word][0]} {number}"
+    meta = {"tests": {"entry_point": "f", "calls": calls}}
+    text = f"{fact} Write f(x): x {word} that."
+    return problem("program", "instruction", text, answer, level, meta=meta)
 
 
 @family("think_follow", capability="format", difficulties=range(1, 4))
@@ -236,6 +266,14 @@ def _wrong(query: Problem, rng: random.Random) -> str:
         case "json_digit":
             ((key, number),) = json.loads(query.answer).items()
             return rng.choice([f"{{{key}: {number}}}", str(number), f"{key} {number}"])
+        case "bounded":
+            start, *between, end = query.answer.split()
+            return rng.choice(
+                (" ".join([start, *between]), f"{start} {end}", " ".join([*between, end]))
+            )
+        case "program":
+            signature, formula = query.answer.split("return ")
+            return rng.choice((signature + formula, f"It is {formula}.", f"{signature}return 0"))
         case "boxed_digit":
             number = query.answer[7:-1]
             return rng.choice((number, f"The box is {query.answer}.", "\\boxed{}"))
