@@ -10,13 +10,14 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 demo: .venv/.ready
 	.venv/bin/q3mega run examples/laptop.yaml --run-dir runs/laptop
 
-# Two halves at once: the stages' tests, which start processes of their own, and all others. An
+# Two halves at once, of which the first waits for processes of its own most of the time. An
 # interrupt ends both, and each has its own exit status.
+JOBS := tests/stages tests/engine tests/rollout tests/teacher tests/train
 test: .venv/.ready
-	@log=$$(mktemp); .venv/bin/pytest tests/stages > $$log 2>&1 & stages=$$!; \
-	trap "kill $$stages" INT TERM; \
-	.venv/bin/pytest --ignore=tests/stages; others=$$?; \
-	wait $$stages; status=$$?; cat $$log; rm -f $$log; \
+	@log=$$(mktemp); .venv/bin/pytest $(JOBS) > $$log 2>&1 & jobs=$$!; \
+	trap "kill $$jobs" INT TERM; \
+	.venv/bin/pytest $(JOBS:%=--ignore=%); others=$$?; \
+	wait $$jobs; status=$$?; cat $$log; rm -f $$log; \
 	[ $$others -eq 0 ] && [ $$status -eq 0 ]
 
 bench: .venv/.ready

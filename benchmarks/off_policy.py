@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=32, help="off-policy rollout batches")
     parser.add_argument("--prompts", type=int, default=64, help="an off-policy batch")
     parser.add_argument("--runs", type=Path, default=Path("runs/off_policy"))
+    parser.add_argument("--without", nargs="*", default=[], help="names of runs to leave out")
     args = parser.parse_args()
     start = args.start.resolve()
     before = json.loads((start.parent / "eval.json").read_text())["think_accuracy"]["value"]
@@ -77,6 +78,8 @@ def main() -> None:
     on_policy = None
     cases = CASES | (MIXTURE if shape_of(start).experts else {})
     for name, settings in cases.items():
+        if name in args.without:
+            continue
         parts = UPDATES if name == SMALL else 1  # batches that one is cut into
         sizes = {"steps": args.batches * parts, "prompts": max(1, args.prompts // parts)}
         folder = args.runs / name.replace(", ", "-").replace(" ", "")

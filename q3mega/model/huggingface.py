@@ -403,7 +403,7 @@ def save(
         held[name] = tensor.to("cpu", copy=True)
         size += tensor.nbytes
         if lm_head and shape.tied and name == _TOP["embedding.word_embeddings.weight"]:
-            held["lm_head.weight"] = tensor.clone()
+            held["lm_head.weight"] = held[name].clone()
             size += tensor.nbytes
         if size >= FILE_BYTES:
             write()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from q3mega.rewards import equality
-from q3mega.rewards.algebra import Algebra
+from q3mega.rewards.algebra import ALGEBRA, Algebra
 from q3mega.rewards.equality import equal
 from q3mega.rewards.notation import MAX_CHARACTERS
 
@@ -160,6 +160,13 @@ def table(name):
     return [tuple(re.split(" {4,}", line)) for line in lines]
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """These are about verdicts; on a busy machine one may take longer than training waits."""
+    monkeypatch.setattr(ALGEBRA, "_seconds", 60.0)
+
+
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize(
     ("verdict", "reference", "answer"), table("pairs.txt") + table("math_verify_pairs.txt")
 )

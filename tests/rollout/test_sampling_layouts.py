@@ -84,4 +84,4 @@ def test_servers_get_the_weights_from_every_layout_and_answer_every_rank(torchru
     for way, got in zip(layouts, found, strict=True):
         assert len(got) == len(PROMPTS) * (2 if way else 1)
         assert all(tokens == expected[i] for i, tokens, _ in got)
-        assert len({version for *_, version in got}) == 1
+        assert len({version for *_, runs in got for version, _ in runs}) == 1

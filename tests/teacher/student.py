@@ -42,10 +42,13 @@ def learn(teacher, layout, start, folder=None, watch=None):
         box = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(box)
         folder = Path(box[0])
-    supervised.train(
-        engine, lambda step: documents(step), steps=STEPS, capacity=64, folder=folder / "saved",
-        log=Log(folder, STEPS), save_every=1, loss_fn=loss, prepare=prepare, watch=watch,
-    )  # fmt: skip
+    try:
+        supervised.train(
+            engine, lambda step: documents(step), steps=STEPS, capacity=64, folder=folder / "saved",
+            log=Log(folder, STEPS), save_every=1, loss_fn=loss, prepare=prepare, watch=watch,
+        )  # fmt: skip
+    finally:
+        engine.finish_saving()  # a process would have ended here, and its thread with it
     dist.barrier()
     return [[row["loss"] for row in read(folder / "metrics.jsonl")], weights(engine)]
 

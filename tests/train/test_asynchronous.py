@@ -20,10 +20,10 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def urls():
-    """Two servers that take 20 ms a token, so that the weights change under what they sample."""
+    """Two servers that take 60 ms a token, so that the weights change under what they sample."""
     servers = [
         subprocess.Popen(
-            [sys.executable, str(SERVER), str(seed), "0.02"], stdin=subprocess.PIPE,
+            [sys.executable, str(SERVER), str(seed), "0.06"], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True,
         )
         for seed in (6, 7)
