@@ -162,8 +162,12 @@ def _parser() -> argparse.ArgumentParser:
 
     gap = commands.add_parser("gap", help="log-probabilities: a checkpoint here against servers")
     gap.set_defaults(command=_gap)
-    gap.add_argument("checkpoint", help="the Hugging Face folder that the servers hold")
-    gap.add_argument("--engine", nargs="+", required=True, metavar="URL", help="servers")
+    gap.add_argument("checkpoint", type=Path, help="a Hugging Face folder, which the servers hold")
+    gap.add_argument("overrides", nargs="*", metavar="axis=ways", help="tensor=2; torchrun")
+    other = gap.add_mutually_exclusive_group(required=True)
+    other.add_argument("--engine", nargs="+", metavar="URL", help="servers to compare with")
+    other.add_argument("--record", type=Path, metavar="FILE", help="keep what this layout computes")
+    other.add_argument("--against", type=Path, metavar="FILE", help="compare with such a file")
     gap.add_argument("--kind", choices=("vllm", "sglang"), default="vllm", help="of the servers")
     gap.add_argument("--threshold", type=float, help="of mean |delta log p|: fail above it")
     gap.add_argument("--problems", type=int, default=64, help="prompts, of generated problems")
@@ -343,14 +347,22 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _gap(arguments: argparse.Namespace) -> int:
-    from q3mega.try_out import gap_to
+    from q3mega.layout import layout_of
+    from q3mega.try_out import gap_of_layouts, gap_to
 
     a = arguments
     if a.problems < 1:
         raise UserError(f"--problems={a.problems} must be 1 or more")
-    found = gap_to(
-        a.checkpoint, a.kind, a.engine, a.problems, a.max_tokens, a.seed, routes=a.routes
+    layout = layout_of(a.overrides, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    if a.engine and layout.processes > 1:
+        raise UserError("--engine compares servers with one process: leave torchrun out")
+    found = (
+        gap_to(a.checkpoint, a.kind, a.engine, a.problems, a.max_tokens, a.seed, routes=a.routes)
+        if a.engine
+        else gap_of_layouts(a.checkpoint, layout, a.problems, keep=a.record, against=a.against)
     )
+    if found is None or os.environ.get("RANK", "0") != "0":
+        return 0
     print(f"tokens                {found.tokens}")
     print(f"mean |delta log p|    {found.mean:.3g}")
     print(f"max |delta log p|     {found.max:.3g}")
@@ -361,7 +373,7 @@ def _gap(arguments: argparse.Namespace) -> int:
     if a.threshold is not None and not found.mean <= a.threshold:
         print(
             f"error: mean |delta log p|={found.mean:.3g} is above --threshold {a.threshold:g}: do "
-            "the servers hold these weights, in the same dtype?",
+            "both hold these weights, in the same dtype?",
             file=sys.stderr,
         )
         return 1

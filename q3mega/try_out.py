@@ -4,11 +4,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from q3mega import evaluate
 from q3mega.data.chat import render
 from q3mega.data.tasks import files
 from q3mega.data.tasks.pool import Pool
 from q3mega.data.tasks.reasoning import REASONING
+from q3mega.data.tasks.solutions import solve, thinking_text
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
@@ -16,7 +19,7 @@ from q3mega.layout import Layout, check_layout
 from q3mega.model.huggingface import dtype_of, shape_of
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
-from q3mega.rollout.gap import Gap, measure
+from q3mega.rollout.gap import Gap, Record, between, measure, record
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.servers import Kind, ServerSampler
 from q3mega.teacher.serve import serve
@@ -99,6 +102,35 @@ def gap_to(
     drawn = Pool().held_out(problems)
     prompts = [tokenizer.encode(render(p.messages, add_generation_prompt=True)) for p in drawn]
     return measure(engine, servers, prompts, params)
+
+
+def gap_of_layouts(
+    folder: Path, layout: Layout, problems: int, *, keep: Path | None, against: Path | None
+) -> Gap | None:
+    """A checkpoint's log-probabilities of solved problems under a layout, kept in a file, or
+    compared with such a file's. Every rank calls.
+
+    Raises UserError for a file that is no record, or one of other tokens.
+    """
+    known = None
+    if against:
+        try:
+            known = Record.model_validate_json(against.read_bytes())
+        except (OSError, ValueError) as error:
+            said = str(error).splitlines()[0]
+            raise UserError(f"--against {against} is no record of gap --record: {said}") from None
+    shape, tokenizer = shape_of(folder), Tokenizer(folder)
+    check_layout(layout, shape)
+    engine = Engine(shape, layout, seed=0, dtype=dtype_of(folder))
+    engine.load_hf(folder)
+    texts = [
+        render(p.messages, add_generation_prompt=True) + thinking_text(solve(p)) + p.answer
+        for p in Pool().held_out(problems)
+    ]
+    found = record(engine, tokenizer.encode_batch(texts))
+    if keep and dist.get_rank() == 0:
+        keep.write_text(found.model_dump_json())
+    return between(found, known, shape.topk) if known else None
 
 
 def teach(

@@ -1,24 +1,31 @@
-"""The gap between trainer and sampler: what each thinks of the same tokens."""
+"""The gap between trainer and sampler, or two layouts: what each thinks of the same tokens."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypeVar
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from q3mega.data.batch import Batch
 from q3mega.engine import Engine, Head
+from q3mega.errors import UserError
 from q3mega.model.routing import differing
 from q3mega.rollout.base import Completion, Sampler, SamplingParams
 from q3mega.rollout.logprobs import each_sequence, routed_logprobs, token_logprobs
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Gap:
     """mean, max: |delta log p| of a sampled token. kl: of the trainer from the sampler, nats a
     token. flipped: share of tokens that the sampler ranks first and the trainer does not. routes:
-    share of the sampler's experts that the trainer does not choose; None: not asked for.
+    share of the sampler's experts that the trainer does not choose; None: not asked for. Between
+    layouts the tokens are given ones, and the recorded layout stands in the sampler's place.
     """
 
     tokens: int
@@ -40,7 +47,7 @@ def measure(
     routes = None
     if params.routes:
         trainer, own = map(list, zip(*routed_logprobs(engine, pairs), strict=True))
-        routes = _differing([c for _, c in found], own, engine.shape.topk)
+        routes = _differing([c.routes for _, c in found], own, engine.shape.topk)
     else:
         trainer = token_logprobs(engine, pairs)
     deltas = [
@@ -59,6 +66,53 @@ def measure(
         for a, b, chosen in zip(own[len(p) - 1 : -1], c.tokens, c.mask, strict=True)
         if chosen
     ]
+    return _gap(deltas, flips, routes)
+
+
+class Record(BaseModel):
+    """What a layout thinks of documents: of each token but a document's first its log-probability
+    and the likeliest token in its place; routes: of each token that was fed, with experts.
+    """
+
+    documents: list[list[int]] = Field(min_length=1)
+    logprobs: list[list[float]]
+    best: list[list[int]]
+    routes: list[list[list[int]]] | None = None
+
+
+def record(engine: Engine, documents: Sequence[list[int]]) -> Record:
+    """Every rank calls, and gets it; a mixture's has its routes."""
+    pairs = [(d[:1], d[1:]) for d in documents]
+    routes = None
+    if engine.routing:
+        found, own = map(list, zip(*routed_logprobs(engine, pairs), strict=True))
+        routes = [each.tolist() for each in own]
+    else:
+        found = token_logprobs(engine, pairs)
+    best = [row[:-1] for row in each_sequence(engine, documents, _best)]
+    return Record(documents=list(documents), logprobs=found, best=best, routes=routes)
+
+
+def between(one: Record, other: Record, topk: int) -> Gap:
+    """Of `one` from `other`, on the same documents. Raises UserError for others."""
+    if one.documents != other.documents or (one.routes is None) != (other.routes is None):
+        raise UserError(
+            "the two records are of other tokens: both need the same checkpoint and --problems"
+        )
+
+    def along(x: Sequence[list[_T]], y: Sequence[list[_T]]) -> Iterator[tuple[_T, _T]]:
+        yield from zip(chain.from_iterable(x), chain.from_iterable(y), strict=True)
+
+    deltas = [a - b for a, b in along(one.logprobs, other.logprobs)]
+    flips = [a != b for a, b in along(one.best, other.best)]
+    routes = None
+    if one.routes is not None and other.routes is not None:
+        theirs, ours = ([torch.tensor(d) for d in r] for r in (other.routes, one.routes))
+        routes = _differing(theirs, ours, topk)
+    return _gap(deltas, flips, routes)
+
+
+def _gap(deltas: Sequence[float], flips: Sequence[bool], routes: float | None) -> Gap:
     return Gap(
         tokens=len(deltas),
         mean=sum(map(abs, deltas)) / len(deltas),
@@ -69,9 +123,9 @@ def measure(
     )
 
 
-def _differing(found: Sequence[Completion], own: Sequence[Tensor], topk: int) -> float:
+def _differing(found: Sequence[Tensor | None], own: Sequence[Tensor], topk: int) -> float:
     pairs = zip(found, own, strict=True)
-    counts = [differing(c.routes, routes, topk) for c, routes in pairs if c.routes is not None]
+    counts = [differing(theirs, routes, topk) for theirs, routes in pairs if theirs is not None]
     differ, of = (sum(each) for each in zip(*counts, strict=True))
     return differ / of
 
