@@ -139,15 +139,16 @@ def train(
         if reference:
             _refer(reference, rollouts, samples, settings)
         ledger.dropped(step, dropped)
-        totals: dict[str, float] = {"staleness": updates - oldest}
+        totals = {"staleness": updates - oldest, **corrected}
+        _check_gap(totals, settings.max_gap, step)
         for places in _split(list(samples), settings.updates):
             metrics = _update(engine, [samples[p] for p in places], settings, entropy)
             updates += 1
             ledger.used(step, updates, [p for p in places if p not in dropped])
             _add(totals, metrics, settings.updates)
-        totals |= corrected | {"entropy_coef": entropy.coefficient}
+            _check_gap(totals, settings.max_gap, step)
+        totals["entropy_coef"] = entropy.coefficient
         if samples:
-            _check_gap(totals["gap"], settings.max_gap, step)
             entropy.update(totals["entropy"])
         _record(log, step, rollouts, list(samples.values()), totals)
         if watch:
@@ -290,8 +291,9 @@ def _update(
 
 def _add(totals: dict[str, float], metrics: dict[str, float], updates: int) -> None:
     """One update's metrics to the means over a batch's updates."""
-    if "gap" not in totals:  # the policy that sampled: its entropy, and the sampler-trainer gap
-        totals |= {k: metrics[k] / metrics["active"] for k in ("entropy", "gap")}
+    if "entropy" not in totals:  # the policy that sampled: its entropy, and the sampler-trainer gap
+        first = {k: metrics[k] / metrics["active"] for k in ("entropy", "gap")}
+        totals |= first | totals  # a correction has measured the gap already
     for name in ("loss", "grad_norm", "lr"):
         totals[name] = totals.get(name, 0.0) + metrics[name] / updates
     for name in ("kl", "clipped"):
@@ -317,7 +319,8 @@ def _record(
     )
 
 
-def _check_gap(gap: float, limit: float | None, step: int) -> None:
+def _check_gap(totals: dict[str, float], limit: float | None, step: int) -> None:
+    gap = totals.get("gap", 0.0)  # unknown before the first update, without a correction
     if limit is not None and not gap <= limit:  # nan is no answer either
         raise UserError(
             f"engine.max_gap={limit}: at step {step} sampler and trainer are {gap:.3g} apart in "
