@@ -12,7 +12,7 @@ demo: .venv/.ready
 
 # Two halves at once, of which the first waits for processes of its own most of the time. An
 # interrupt ends both, and each has its own exit status.
-JOBS := tests/stages tests/engine tests/rollout tests/teacher tests/train
+JOBS := tests/stages tests/engine tests/rollout tests/train
 test: .venv/.ready
 	@log=$$(mktemp); .venv/bin/pytest $(JOBS) > $$log 2>&1 & jobs=$$!; \
 	trap "kill $$jobs" INT TERM; \
