@@ -11,6 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def between(points: dict[int, float], n: int) -> float:
         if n <= b:
             return x + (y - x) * (n - a) / (b - a)
     return points[max(points)] * n / max(points)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """The median of five, after one that warms up."""
+    taken = []
+    for _ in range(6):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:])
 
 
 def main() -> None:
@@ -85,15 +96,15 @@ def main() -> None:
 
     samples = [sample(p, c, i) for i, (p, c) in enumerate(answers)]
     loss = policy_gradient(variant="dapo", clip_low=0.2, clip_high=0.28)
-    started = time.perf_counter()
-    for part in range(args.updates):
-        weighted = normalise(samples[part :: args.updates], "token", args.max_tokens)
-        engine.train_step(shard(weighted, 4096), loss)
-    train = time.perf_counter() - started
+
+    def updates() -> None:
+        for part in range(args.updates):
+            weighted = normalise(samples[part :: args.updates], "token", args.max_tokens)
+            engine.train_step(shard(weighted, 4096), loss)
+
+    train = seconds_of(updates)
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        engine.save_hf(folder, {})
-        sync = time.perf_counter() - started
+        sync = seconds_of(lambda: engine.save_hf(folder, {}))
     print(f"{args.updates} updates: {train:.2f} s; weights: {sync:.3f} s\n")
 
     def batch(number: int) -> list[int]:
