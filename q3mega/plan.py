@@ -227,16 +227,17 @@ def table_of_schedules(
     A recipe does not know how long answers will be: they are drawn log-normal, with a quarter of
     `longest` as the median and sigma 0.8, and cut there.
     """
+    for name, value in (("--rl", updates), ("--sequence", longest), ("--batch", sequences)):
+        if value < 1:
+            raise UserError(f"{name} {value} must be 1 or more")
     base = _job(model, gpus, card, longest, sequences)
     gpus = base.layout.processes
     rng = random.Random(0)
-    lengths = [
-        [
-            min(longest, int(rng.lognormvariate(math.log(longest / 4), 0.8)))
-            for _ in range(sequences)
-        ]
-        for _ in range(BATCHES)
-    ]
+
+    def length() -> int:
+        return min(longest, int(rng.lognormvariate(math.log(longest / 4), 0.8)))
+
+    lengths = [[length() for _ in range(sequences)] for _ in range(BATCHES)]
     mean = sum(map(sum, lengths)) / (BATCHES * sequences)
     packed = math.ceil(sequences * (mean + PROMPT) / longest / updates)  # whole micro-batches
     head = [

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from q3mega.errors import UserError
 from q3mega.plan import table_of_schedules
 from q3mega.throughput import Rates, finish_times, pace
 
@@ -75,3 +76,8 @@ def test_a_plan_of_reinforcement_gains_from_servers_beside() -> None:
 def test_what_no_gpus_can_do_is_said() -> None:
     table, fits = table_of_schedules("qwen3-235b-a22b", 8, "h100", 2048, 64, 2)
     assert not fits and "take more GPUs" in table
+
+
+def test_updates_that_are_none_are_refused() -> None:
+    with pytest.raises(UserError, match="--rl 0 must be 1 or more"):
+        table_of_schedules("qwen3-0.6b", 4, "h100", 2048, 64, 0)
