@@ -1,11 +1,13 @@
 """The worker: cut, killed, shared by threads, left alone by forks."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -68,8 +70,11 @@ def test_one_session_shares_one_limit():
 def test_a_killed_worker_is_replaced(worker):
     assert ask(worker)
     for whom in (python, python, lambda worker: psutil.Process(worker.pid)):
-        first = worker.pid
-        whom(worker).kill()
+        first, process = worker.pid, whom(worker)
+        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while process.status() != psutil.STATUS_ZOMBIE:  # or it may still answer
+                time.sleep(0.01)
         assert ask(worker) and worker.pid != first
 
 
