@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from q3mega.errors import UserError
 
 if TYPE_CHECKING:
+    from q3mega.layout import Layout
     from q3mega.rollout.base import SamplingParams
 
 _PACKAGES = (
@@ -264,23 +265,28 @@ def _slurm(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _convert(arguments: argparse.Namespace) -> int:
-    from q3mega.convert import hf_to_mcore, mcore_to_hf
+def _layout(words: list[str]) -> "Layout":
+    """`axis=ways` words, for as many processes as torchrun has started."""
     from q3mega.layout import layout_of
 
+    return layout_of(words, processes=int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from q3mega.convert import hf_to_mcore, mcore_to_hf
+
     a = arguments
-    layout = layout_of(a.overrides, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    layout = _layout(a.overrides)
     move = hf_to_mcore if a.direction == "hf-to-mcore" else mcore_to_hf
     move(a.source, a.target, layout, check=a.verify)
     return 0
 
 
 def _teach(arguments: argparse.Namespace) -> int:
-    from q3mega.layout import layout_of
     from q3mega.try_out import teach
 
     a = arguments
-    layout = layout_of(a.overrides, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    layout = _layout(a.overrides)
     teach(a.checkpoint, layout, a.port, network=a.network, key_env=a.key_env, idle=a.idle)
     return 0
 
@@ -347,13 +353,12 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _gap(arguments: argparse.Namespace) -> int:
-    from q3mega.layout import layout_of
     from q3mega.try_out import gap_of_layouts, gap_to
 
     a = arguments
     if a.problems < 1:
         raise UserError(f"--problems={a.problems} must be 1 or more")
-    layout = layout_of(a.overrides, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    layout = _layout(a.overrides)
     if a.engine and layout.processes > 1:
         raise UserError("--engine compares servers with one process: leave torchrun out")
     found = (

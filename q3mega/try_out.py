@@ -15,6 +15,7 @@ from q3mega.data.tasks.solutions import solve, thinking_text
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
+from q3mega.keys import key_of
 from q3mega.layout import Layout, check_layout
 from q3mega.model.huggingface import dtype_of, shape_of
 from q3mega.rollout import SamplingParams
@@ -23,7 +24,6 @@ from q3mega.rollout.gap import Gap, Record, between, measure, record
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.servers import Kind, ServerSampler
 from q3mega.teacher.serve import serve
-from q3mega.teacher.wire import key_of
 
 TASKS = (*REASONING, "capabilities")
 
@@ -97,8 +97,7 @@ def gap_to(
     params = SamplingParams(max_tokens, seed=seed, routes=routes)
     tokenizer = Tokenizer(folder)
     servers = ServerSampler(urls, tokenizer, kind=kind)
-    engine = Engine(shape_of(folder), Layout(processes=1), seed=0, dtype=dtype_of(folder))
-    engine.load_hf(folder)
+    engine = _engine(folder, Layout(processes=1))
     drawn = Pool().held_out(problems)
     prompts = [tokenizer.encode(render(p.messages, add_generation_prompt=True)) for p in drawn]
     return measure(engine, servers, prompts, params)
@@ -119,10 +118,7 @@ def gap_of_layouts(
         except (OSError, ValueError) as error:
             said = str(error).splitlines()[0]
             raise UserError(f"--against {against} is no record of gap --record: {said}") from None
-    shape, tokenizer = shape_of(folder), Tokenizer(folder)
-    check_layout(layout, shape)
-    engine = Engine(shape, layout, seed=0, dtype=dtype_of(folder))
-    engine.load_hf(folder)
+    engine, tokenizer = _engine(folder, layout), Tokenizer(folder)
     texts = [
         render(p.messages, add_generation_prompt=True) + thinking_text(solve(p)) + p.answer
         for p in Pool().held_out(problems)
@@ -130,7 +126,7 @@ def gap_of_layouts(
     found = record(engine, tokenizer.encode_batch(texts))
     if keep and dist.get_rank() == 0:
         keep.write_text(found.model_dump_json())
-    return between(found, known, shape.topk) if known else None
+    return between(found, known, engine.shape.topk) if known else None
 
 
 def teach(
@@ -139,12 +135,18 @@ def teach(
     """Be the teacher of other jobs' students: every rank of this job calls. See `serve`."""
     if network and not key_env:
         raise UserError("--network lets other machines in: name a key's variable in --key-env")
-    key, shape = key_of("--key-env", key_env), shape_of(folder)
-    digest = Tokenizer(folder).digest()
+    key, digest = key_of("--key-env", key_env).encode(), Tokenizer(folder).digest()
+    engine = _engine(folder, layout)
+    serve(engine, digest, port=port, key=key, network=network, idle=idle)
+
+
+def _engine(folder: str | Path, layout: Layout) -> Engine:
+    """A frozen checkpoint in its own precision."""
+    shape = shape_of(folder)
     check_layout(layout, shape)
     engine = Engine(shape, layout, seed=0, dtype=dtype_of(folder))
     engine.load_hf(folder)
-    serve(engine, digest, port=port, key=key, network=network, idle=idle)
+    return engine
 
 
 def _summary(

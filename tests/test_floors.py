@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [  # from the ground up; rooms of one floor may import each other
     {"kernels", "_data", "_cpu", "_cuda"},
     {"ops"},
-    {"model", "data", "device"},
+    {"model", "data", "device", "keys"},
     {"algorithms", "rewards", "rollout", "engine", "teacher"},
     {"train"},
     {"stages", "evaluate", "claims", "figures", "report"},

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import _new_process_group_helper
 from q3mega import device
 from q3mega.errors import UserError
 from q3mega.rollout import sglang_protocol
-from q3mega.rollout.protocol import EngineFailed, Server, Unusable, in_brief, look
+from q3mega.rollout.protocol import EngineFailed, Server, Unusable, in_brief, look, version_of
 from q3mega.rollout.servers import ServerSampler
 
 BUCKET = 512 << 20  # bytes that a server receives before it loads them
@@ -58,7 +58,7 @@ class Broadcast:
         """Do the servers that are up, and did not fail since, hold this version?"""
 
         async def ask(client: httpx2.AsyncClient) -> bool:
-            found = [await sglang_protocol.version_of(client, s) for s in self._up()]
+            found = [await version_of(sglang_protocol, client, s) for s in self._up()]
             return set(found) == {version}
 
         return self.servers.run(ask)

@@ -6,7 +6,6 @@ for good is an error that says what to do, never an empty reply.
 
 import hashlib
 import json
-import os
 import sqlite3
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -16,6 +15,7 @@ from typing import Any, cast
 import openai
 
 from q3mega.errors import UserError
+from q3mega.keys import key_of
 from q3mega.rollout.chat_model import Chat
 
 _LOG = "see the server's log"
@@ -50,9 +50,7 @@ class Endpoint:
         timeout: float = TIMEOUT,
         retries: int = RETRIES,
     ) -> None:
-        key = os.environ.get(key_env) if key_env else "none"
-        if not key:
-            raise UserError(f"key_env={key_env}: the environment has no such variable; export it")
+        key = key_of("key_env", key_env) or "none"
         self.url, self.model, self.switch = url, model, switch
         self.concurrency, self.token_budget = concurrency, token_budget
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)

@@ -54,14 +54,11 @@ class EngineProtocol(Protocol):
     RAW: str  # what to do when log-probabilities are at temperature 1
     LONGER: str  # what to do when sequences are cut
     ROUTES: str  # what to do when routes are not told
+    VERSION: str  # where a server says which weights it has
 
     async def connect(self, client: httpx2.AsyncClient, urls: Sequence[str]) -> list[Server]: ...
 
     async def is_healthy(self, client: httpx2.AsyncClient, server: Server) -> bool: ...
-
-    async def version_of(self, client: httpx2.AsyncClient, server: Server) -> str | None:
-        """What a server says of its weights, None where it does not."""
-        ...
 
     async def load(
         self,
@@ -96,6 +93,17 @@ class EngineProtocol(Protocol):
         ...
 
 
+async def version_of(
+    engine: EngineProtocol, client: httpx2.AsyncClient, server: Server
+) -> str | None:
+    """What a server says of its weights, None where it does not."""
+    try:
+        answer = await client.get(server.url + engine.VERSION, timeout=GLANCE)
+        return answer.json()["weight_version"]
+    except (httpx2.HTTPError, ValueError, KeyError, TypeError):
+        return None
+
+
 async def look(
     engine: EngineProtocol,
     client: httpx2.AsyncClient,
@@ -107,7 +115,7 @@ async def look(
     async def see(server: Server) -> None:
         server.alive = await engine.is_healthy(client, server)
         if server.alive and version is not None:
-            server.alive = await engine.version_of(client, server) == version
+            server.alive = await version_of(engine, client, server) == version
 
     await asyncio.gather(*map(see, servers))
     if not any(server.alive for server in servers):

@@ -7,7 +7,6 @@ asks for that sequence again and for nothing else. docs/engines.md says how to s
 import asyncio
 import logging
 import math
-import os
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.errors import UserError
+from q3mega.keys import key_of
 from q3mega.model.routing import continued
 from q3mega.rollout import sglang_protocol, vllm_protocol
 from q3mega.rollout.base import Completion, SamplingParams, joined
@@ -32,6 +32,7 @@ from q3mega.rollout.protocol import (
     Unusable,
     in_brief,
     look,
+    version_of,
 )
 
 Kind = Literal["vllm", "sglang"]
@@ -65,9 +66,7 @@ class ServerSampler:
         retries: int = 3,
         key_env: str | None = None,
     ) -> None:
-        self.key = os.environ.get(key_env) if key_env else "none"
-        if not self.key:
-            raise UserError(f"key_env={key_env}: the environment has no such variable; export it")
+        self.key = key_of("key_env", key_env) or "none"
         self.kind, self.protocol = kind, PROTOCOLS[kind]
         self.tokenizer = tokenizer
         self.stops = [tokenizer.eos, tokenizer.eod]
@@ -157,7 +156,7 @@ class ServerSampler:
 
         async def replace(client: httpx2.AsyncClient, server: Server) -> None:
             try:
-                if await self.protocol.version_of(client, server) != version:
+                if await version_of(self.protocol, client, server) != version:
                     await self.protocol.load(client, server, folder, version, norms)
             except (httpx2.HTTPError, Unusable) as error:
                 _log.warning("%s did not load version %s: %s", server.url, version, in_brief(error))

@@ -28,6 +28,7 @@ from q3mega.rollout.protocol import (
 
 RAW = "start it without SGLANG_RETURN_ORIGINAL_LOGPROB"
 LONGER = "start it with a larger --context-length"
+VERSION = "/model_info"
 ROUTES = "take vLLM's servers, whose routes are read"
 _REMEDIES = {
     401: "name the variable that holds the key in key_env",
@@ -88,15 +89,6 @@ async def is_healthy(client: httpx2.AsyncClient, server: Server) -> bool:
     except (httpx2.HTTPError, ValueError):
         return False
     return True
-
-
-async def version_of(client: httpx2.AsyncClient, server: Server) -> str | None:
-    try:
-        return (await client.get(f"{server.url}/model_info", timeout=GLANCE)).json()[
-            "weight_version"
-        ]
-    except (httpx2.HTTPError, ValueError, KeyError, TypeError):
-        return None
 
 
 async def load(

@@ -31,6 +31,7 @@ from q3mega.rollout.protocol import (
 
 RAW = "start it with --logprobs-mode processed_logprobs"
 LONGER = "start it with a larger --max-model-len"
+VERSION = "/weight_info"
 ROUTES = "start them with --enable-return-routed-experts"
 _GENERATE = "/inference/v1/generate"
 _REMEDIES = {
@@ -97,15 +98,6 @@ async def is_healthy(client: httpx2.AsyncClient, server: Server) -> bool:
         return (await client.get(f"{server.url}/health", timeout=GLANCE)).is_success
     except httpx2.HTTPError:
         return False
-
-
-async def version_of(client: httpx2.AsyncClient, server: Server) -> str | None:
-    try:
-        return (await client.get(f"{server.url}/weight_info", timeout=GLANCE)).json()[
-            "weight_version"
-        ]
-    except (httpx2.HTTPError, ValueError, KeyError, TypeError):
-        return None
 
 
 async def load(

@@ -28,6 +28,7 @@ from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, Head, LossFn, parallel
 from q3mega.errors import UserError
 from q3mega.evaluate import Mode, flagged
+from q3mega.keys import key_of
 from q3mega.model import Qwen3Shape
 from q3mega.model.huggingface import shape_of
 from q3mega.rollout import Sampler, SamplingParams
@@ -39,7 +40,6 @@ from q3mega.stages.fine_tune import fine_tune
 from q3mega.stages.stage import Stage
 from q3mega.teacher.remote import RemoteTeacher
 from q3mega.teacher.serve import head_weight
-from q3mega.teacher.wire import key_of
 from q3mega.train import supervised
 from q3mega.train.log import Log, read
 
@@ -141,7 +141,7 @@ def teacher_of(stage: Stage, vocabulary: int) -> Iterator[Teacher]:
     elif config.teacher_serves:
         yield served_teacher(stage)
     else:
-        key = key_of("teacher_key_env", config.teacher_key_env)
+        key = key_of("teacher_key_env", config.teacher_key_env).encode()
         how = {"key": key, "timeout": config.teacher_timeout}
         digest = stage.tokenizer.digest()
         with RemoteTeacher(config.teacher_at, vocab=vocabulary, tokenizer=digest, **how) as teacher:

@@ -8,7 +8,6 @@ sides first prove that they hold the same key (HMAC-SHA256 over two nonces). Not
 import contextlib
 import hmac
 import json
-import os
 import secrets
 import socket
 from typing import Any, Self, TypeVar
@@ -17,21 +16,11 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from q3mega.errors import UserError
-
 GREETING = b"q3mega-teacher-1"  # the last sign is the protocol's version
 GLANCE = 30.0  # seconds in which the other side greets
 LONGEST = 1 << 26  # bytes of a message
 NONCE = 32
 _M = TypeVar("_M", bound=BaseModel)
-
-
-def key_of(field: str, name: str | None) -> bytes:
-    """The key in the environment variable `name`, which `field` names; an empty one without."""
-    key = os.environ.get(name, "") if name else ""
-    if name and not key:
-        raise UserError(f"{field}={name}: the environment has no such variable; export it")
-    return key.encode()
 
 
 class Gone(Exception):
