@@ -213,11 +213,6 @@ class RolloutEngine(Section):
 
     @model_validator(mode="after")
     def _can_sync(self) -> Self:
-        if self.sync == "broadcast" and self.kind != "sglang":
-            raise UserError(
-                f"sync=broadcast is not there for kind={self.kind}, whose servers take part in no "
-                "torch process group: take sync: folder, or kind: sglang"
-            )
         if self.sync == "broadcast" and self.weights is not None:
             raise UserError(f"weights={self.weights} is for sync: folder; leave one of them out")
         return self

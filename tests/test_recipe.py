@@ -121,10 +121,6 @@ def test_model_by_size_and_derived_from_it() -> None:
         ("reasoning_rl.engine={kind: vllm, urls: []}", ["engine.urls=[]", "at least 1"]),
         ("reasoning_rl.engine={kind: tgi, urls: [http://a]}", ["engine.kind", "'sglang'"]),
         (
-            "reasoning_rl.engine={kind: vllm, urls: [http://a], sync: broadcast}",
-            ["sync=broadcast", "kind: sglang"],
-        ),
-        (
             "reasoning_rl.engine={kind: sglang, urls: [http://a], sync: broadcast, weights: w}",
             ["weights=w", "sync: folder"],
         ),

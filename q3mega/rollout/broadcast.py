@@ -1,7 +1,6 @@
 """Weights from rank 0 of the trainer to servers, through a process group of their own.
 
 Rank 0 is the group's rank 0, the servers' processes follow; backend NCCL on GPUs, gloo on CPUs.
-Only SGLang's servers can join one: vLLM's take part in a bare NCCL communicator.
 """
 
 import asyncio
@@ -12,23 +11,27 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
 from urllib.parse import urlsplit
 
 import httpx2
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _new_process_group_helper
 
 from q3mega import device
-from q3mega.errors import UserError
-from q3mega.rollout import sglang_protocol
-from q3mega.rollout.protocol import EngineFailed, Server, Unusable, in_brief, look, version_of
+from q3mega.rollout import weight_group
+from q3mega.rollout.protocol import (
+    EngineFailed,
+    Group,
+    Server,
+    Unusable,
+    in_brief,
+    look,
+    version_of,
+)
 from q3mega.rollout.servers import ServerSampler
 
 BUCKET = 512 << 20  # bytes that a server receives before it loads them
-PATIENCE = timedelta(seconds=120)  # until all have joined the group, and for each bucket
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that a server may hold norms in
 _log = logging.getLogger(__name__)
 
@@ -40,25 +43,26 @@ class Broadcast:
     """
 
     def __init__(self, servers: ServerSampler) -> None:
-        if servers.kind != "sglang":
-            raise UserError(
-                f"engine.sync=broadcast needs kind: sglang, not {servers.kind}: take sync: folder"
-            )
-        self.servers = servers
+        self.servers, self.protocol = servers, servers.protocol
         self.members: list[Server] = []
         self.group: dist.ProcessGroup | None = None
         self.name = ""
+        servers.run(self._check)
+
+    async def _check(self, client: httpx2.AsyncClient) -> None:
+        for server in self.servers.servers:
+            await self.protocol.check_receives(client, server)
 
     def look(self) -> None:
         """See which servers are up. Raises EngineFailed when none is."""
         servers = self.servers.servers
-        self.servers.run(lambda client: look(sglang_protocol, client, servers, None))
+        self.servers.run(lambda client: look(self.protocol, client, servers, None))
 
     def is_current(self, version: str) -> bool:
         """Do the servers that are up, and did not fail since, hold this version?"""
 
         async def ask(client: httpx2.AsyncClient) -> bool:
-            found = [await version_of(sglang_protocol, client, s) for s in self._up()]
+            found = [await version_of(self.protocol, client, s) for s in self._up()]
             return set(found) == {version}
 
         return self.servers.run(ask)
@@ -90,17 +94,17 @@ class Broadcast:
     ) -> None:
         started, size, up = time.monotonic(), 0, self._up()
         norms: dict[str, set[str]] = {}
-        await self._each(up, lambda s: sglang_protocol.begin(client, s))
+        await self._each(up, lambda s: self.protocol.begin(client, s))
         if self.group is None or up != self.members:
             await self._join(client, up)
-        await self._each(up, lambda s: sglang_protocol.open_update(client, s))
+        await self._each(up, lambda s: self.protocol.open_update(client, s))
         for bucket in _buckets(tensors):
             norms |= {n: digests(t) for n, t in bucket if n.endswith("norm.weight")}
             size += sum(t.nbytes for _, t in bucket)
             await self._one(client, bucket)
-        await self._each(up, lambda s: sglang_protocol.close_update(client, s))
+        await self._each(up, lambda s: self.protocol.close_update(client, s))
         sent = time.monotonic()
-        await self._each(up, lambda s: sglang_protocol.finish(client, s, version, norms))
+        await self._each(up, lambda s: self.protocol.finish(client, s, version, norms))
         _log.info(
             "%s: %.3g MB to %d servers in %.2f s, checked in %.2f s",
             version, size / 1e6, len(up), sent - started, time.monotonic() - sent,
@@ -124,46 +128,28 @@ class Broadcast:
     async def _join(self, client: httpx2.AsyncClient, servers: list[Server]) -> None:
         self._leave()
         for server in set(servers) & set(self.members):  # which hold memory for the old one
-            path, body = "/destroy_weights_update_group", {"group_name": self.name}
             with contextlib.suppress(Unusable):
-                await sglang_protocol.order(client, server, path, body)
+                await self.protocol.leave(client, server, self.name)
         self.name = f"q3mega-{uuid.uuid4().hex[:8]}"
         world = 1 + sum(s.ranks for s in servers)
-        store = dist.TCPStore("0.0.0.0", 0, world, True, PATIENCE, wait_for_workers=False)
-        offset, bodies = 1, {}
+        store = dist.TCPStore(
+            "0.0.0.0", 0, world, True, weight_group.PATIENCE, wait_for_workers=False
+        )
+        first, groups = 1, {}
         for server in servers:
-            bodies[server.url] = {
-                "master_address": _own_address(server), "master_port": store.port,
-                "rank_offset": offset, "world_size": world, "group_name": self.name,
-                "backend": device.BACKEND,
-            }  # fmt: skip
-            offset += server.ranks
-
-        def own() -> dist.ProcessGroup:
-            """Beside the default group, as the servers make theirs: both find the same keys."""
-            group, _ = _new_process_group_helper(
-                world, 0, [], dist.Backend(device.BACKEND), dist.PrefixStore(self.name, store),
-                group_name=dist.GroupName(self.name), timeout=PATIENCE,
-            )  # fmt: skip
-            return group
-
-        joining = asyncio.create_task(asyncio.to_thread(own))
-        path = "/init_weights_update_group"
-        await self._each(servers, lambda s: sglang_protocol.order(client, s, path, bodies[s.url]))
+            address = _own_address(server)
+            groups[server.url] = Group(address, store.port, first, world, self.name, device.BACKEND)
+            first += server.ranks
+        joining = asyncio.create_task(
+            asyncio.to_thread(weight_group.join, store, 0, world, self.name, device.BACKEND)
+        )
+        await self._each(servers, lambda s: self.protocol.join(client, s, groups[s.url]))
         self.group, self.members = await joining, servers
 
     async def _one(self, client: httpx2.AsyncClient, bucket: list[tuple[str, Tensor]]) -> None:
         """Tell the servers what comes, and send it."""
-        body = {
-            "names": [name for name, _ in bucket],
-            "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in bucket],
-            "shapes": [list(t.shape) for _, t in bucket],
-            "group_name": self.name,
-            "flush_cache": False,
-        }
-        path = "/update_weights_from_distributed"
         told = {
-            asyncio.create_task(sglang_protocol.order(client, server, path, body)): server
+            asyncio.create_task(self.protocol.receive(client, server, self.name, bucket)): server
             for server in self.members
         }
         assert self.group is not None
@@ -186,7 +172,7 @@ class Broadcast:
         self._leave()  # which ends the others' waiting
         await asyncio.gather(*told, return_exceptions=True)
         for server in self.members:
-            server.alive = await sglang_protocol.is_healthy(client, server)
+            server.alive = await self.protocol.is_healthy(client, server)
         said = []
         for server, cause in failed.items():
             if not isinstance(cause, httpx2.HTTPError | Unusable):

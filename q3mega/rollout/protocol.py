@@ -5,7 +5,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import httpx2
 from torch import Tensor
@@ -31,6 +31,18 @@ class Server:
     ranks: int = 1  # processes that hold parts of the model
     alive: bool = True  # False: not asked until the next call looks at it again
     tempered: bool | None = None  # are log-probabilities at the sampling temperature?
+
+
+class Group(NamedTuple):
+    """A process group that servers join to get weights, and the rank of a server's first process.
+    Its backend is torch's name of it; rank 0, the trainer's, listens at the address."""
+
+    address: str
+    port: int
+    first: int
+    world: int
+    name: str
+    backend: str
 
 
 @dataclass
@@ -69,6 +81,45 @@ class EngineProtocol(Protocol):
         norms: Mapping[str, set[str]],
     ) -> None:
         """Replace the weights by a folder's. A load that is cut leaves the version LOADING."""
+        ...
+
+    async def check_receives(self, client: httpx2.AsyncClient, server: Server) -> None:
+        """Raises UserError for a server that can join no group."""
+        ...
+
+    async def join(self, client: httpx2.AsyncClient, server: Server, group: Group) -> None: ...
+
+    async def leave(self, client: httpx2.AsyncClient, server: Server, group: str) -> None: ...
+
+    async def begin(self, client: httpx2.AsyncClient, server: Server) -> None:
+        """Abort what is under way, take no more, and have the version LOADING."""
+        ...
+
+    async def open_update(self, client: httpx2.AsyncClient, server: Server) -> None:
+        """Have it take tensors, also where an earlier transfer was cut."""
+        ...
+
+    async def receive(
+        self,
+        client: httpx2.AsyncClient,
+        server: Server,
+        group: str,
+        tensors: Sequence[tuple[str, Tensor]],
+    ) -> None:
+        """Have it take these, under Hugging Face names, from the group's rank 0."""
+        ...
+
+    async def close_update(self, client: httpx2.AsyncClient, server: Server) -> None: ...
+
+    async def finish(
+        self,
+        client: httpx2.AsyncClient,
+        server: Server,
+        version: str,
+        norms: Mapping[str, set[str]],
+    ) -> None:
+        """Sample again, as `version`, from weights whose norms are these. Raises EngineFailed
+        where they are not."""
         ...
 
     def request(
@@ -143,6 +194,15 @@ def check_norms(server: Server, held: Mapping[str, str], norms: Mapping[str, set
             f"{server.url} read other weights than were written ({', '.join(wrong[:3])}; "
             f"{len(wrong)} of {len(norms)}): does it see the same files, and serve this model?"
         )
+
+
+def described(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, list]:
+    """What a server must know of tensors before it can receive them."""
+    return {
+        "names": [name for name, _ in tensors],
+        "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in tensors],
+        "shapes": [list(t.shape) for _, t in tensors],
+    }
 
 
 def in_brief(error: Exception) -> str:

@@ -12,16 +12,19 @@ from typing import Annotated, Any, Literal
 
 import httpx2
 from pydantic import BaseModel, Field, NonNegativeInt
+from torch import Tensor
 
 from q3mega.errors import UserError
 from q3mega.rollout.protocol import (
     GLANCE,
     LOADING,
     EngineFailed,
+    Group,
     Sampled,
     Server,
     Unusable,
     check_norms,
+    described,
     in_brief,
     usable,
 )
@@ -100,42 +103,66 @@ async def load(
 ) -> None:
     await begin(client, server)
     body = {"model_path": str(folder.resolve()), "flush_cache": True}
-    await order(client, server, "/update_weights_from_disk", body)
+    await _order(client, server, "/update_weights_from_disk", body)
     await finish(client, server, version, norms)
 
 
+async def check_receives(client: httpx2.AsyncClient, server: Server) -> None:
+    found = await _info(client, server.url)
+    if found.pp_size > 1 or found.dp_size > 1:
+        raise UserError(
+            f"{server.url} has pipeline or data parallelism inside (pp_size={found.pp_size}, "
+            f"dp_size={found.dp_size}), and joins no group: start a server for each replica, "
+            "without stages, or take engine.sync=folder"
+        )
+
+
+async def join(client: httpx2.AsyncClient, server: Server, group: Group) -> None:
+    body = {
+        "master_address": group.address, "master_port": group.port, "rank_offset": group.first,
+        "world_size": group.world, "group_name": group.name, "backend": group.backend,
+    }  # fmt: skip
+    await _order(client, server, "/init_weights_update_group", body)
+
+
+async def leave(client: httpx2.AsyncClient, server: Server, group: str) -> None:
+    await _order(client, server, "/destroy_weights_update_group", {"group_name": group})
+
+
 async def begin(client: httpx2.AsyncClient, server: Server) -> None:
-    """Abort what is under way, take no more, and have the version LOADING."""
-    await order(client, server, "/pause_generation", {"mode": "abort"})
-    await order(client, server, "/update_weight_version", {"new_version": LOADING})
+    await _order(client, server, "/pause_generation", {"mode": "abort"})
+    await _order(client, server, "/update_weight_version", {"new_version": LOADING})
 
 
 async def finish(
     client: httpx2.AsyncClient, server: Server, version: str, norms: Mapping[str, set[str]]
 ) -> None:
-    """Sample again, from weights whose norms are these; EngineFailed where they are not.
-
-    On a GPU the server's checksums are of a kind of its own, and are not looked at.
-    """
+    """On a GPU the server's checksums are of a kind of its own, and are not looked at."""
     if (await _info(client, server.url)).device == "cpu":
-        answer = await order(client, server, "/weights_checker", {"action": "checksum"})
+        answer = await _order(client, server, "/weights_checker", {"action": "checksum"})
         held = {n: sha for rank in answer.json()["ranks"] for n, sha in rank["checksums"].items()}
         short = {n: {sha[:16] for sha in digests} for n, digests in norms.items()}
         check_norms(server, held, short)
-    await order(client, server, "/continue_generation", {})
-    await order(client, server, "/update_weight_version", {"new_version": version})
+    await _order(client, server, "/continue_generation", {})
+    await _order(client, server, "/update_weight_version", {"new_version": version})
 
 
 async def open_update(client: httpx2.AsyncClient, server: Server) -> None:
-    """Have it take tensors, also where an earlier transfer was cut."""
     with contextlib.suppress(Unusable):  # there is none that is open
-        await order(client, server, "/end_weight_update", {})
-    await order(client, server, "/begin_weight_update", {})
+        await _order(client, server, "/end_weight_update", {})
+    await _order(client, server, "/begin_weight_update", {})
+
+
+async def receive(
+    client: httpx2.AsyncClient, server: Server, group: str, tensors: Sequence[tuple[str, Tensor]]
+) -> None:
+    body = described(tensors) | {"group_name": group, "flush_cache": False}
+    await _order(client, server, "/update_weights_from_distributed", body)
 
 
 async def close_update(client: httpx2.AsyncClient, server: Server) -> None:
-    await order(client, server, "/end_weight_update", {})
-    await order(client, server, "/flush_cache", {})
+    await _order(client, server, "/end_weight_update", {})
+    await _order(client, server, "/flush_cache", {})
 
 
 def request(
@@ -208,7 +235,7 @@ def parsed(answer: bytes) -> Answer:
     return found
 
 
-async def order(
+async def _order(
     client: httpx2.AsyncClient, server: Server, path: str, body: dict[str, Any]
 ) -> httpx2.Response:
     """An entry point that changes the server. It says 400 for whatever fails inside."""

@@ -21,10 +21,12 @@ from q3mega.rollout.protocol import (
     GLANCE,
     LOADING,
     EngineFailed,
+    Group,
     Sampled,
     Server,
     Unusable,
     check_norms,
+    described,
     in_brief,
     usable,
 )
@@ -107,10 +109,54 @@ async def load(
     version: str,
     norms: Mapping[str, set[str]],
 ) -> None:
+    await begin(client, server)
+    await _call(client, server, "reload_weights", weights_path=str(folder.resolve()))
+    await finish(client, server, version, norms)
+
+
+async def check_receives(client: httpx2.AsyncClient, server: Server) -> None:
+    answer = await client.get(f"{server.url}/get_world_size", timeout=GLANCE)
+    server.ranks = usable(answer, _REMEDIES).json()["world_size"]
+    try:
+        await _call(client, server, "leave_trainer")
+    except Unusable as error:
+        raise UserError(
+            f"{server.url} can join no trainer's group ({error}): start it with "
+            "--worker-extension-cls q3mega.rollout.vllm_worker.Receiver and q3mega on its "
+            "PYTHONPATH, or take engine.sync=folder"
+        ) from None
+
+
+async def join(client: httpx2.AsyncClient, server: Server, group: Group) -> None:
+    await _call(client, server, "join_trainer", **group._asdict())
+
+
+async def leave(client: httpx2.AsyncClient, server: Server, group: str) -> None:
+    await _call(client, server, "leave_trainer")
+
+
+async def begin(client: httpx2.AsyncClient, server: Server) -> None:
     await _ask(client, server, "/pause", {})
     await _ask(client, server, "/update_weight_version", {"new_version": LOADING})
-    path = {"weights_path": str(folder.resolve())}
-    await _ask(client, server, "/collective_rpc", {"method": "reload_weights", "kwargs": path})
+
+
+async def open_update(client: httpx2.AsyncClient, server: Server) -> None:
+    await _call(client, server, "open_weights")
+
+
+async def receive(
+    client: httpx2.AsyncClient, server: Server, group: str, tensors: Sequence[tuple[str, Tensor]]
+) -> None:
+    await _call(client, server, "receive_weights", **described(tensors))
+
+
+async def close_update(client: httpx2.AsyncClient, server: Server) -> None:
+    await _call(client, server, "close_weights")
+
+
+async def finish(
+    client: httpx2.AsyncClient, server: Server, version: str, norms: Mapping[str, set[str]]
+) -> None:
     answer = await _ask(client, server, "/weight_checker", {"action": "checksum"})
     # the names begin with the place in the server's layout; norms are whole everywhere
     held = {name.rpartition(":")[2]: sha for name, sha in answer.json()["checksums"].items()}
@@ -173,6 +219,11 @@ async def _ask(
     client: httpx2.AsyncClient, server: Server, path: str, body: dict[str, Any]
 ) -> httpx2.Response:
     return usable(await client.post(server.url + path, json=body), _REMEDIES)
+
+
+async def _call(client: httpx2.AsyncClient, server: Server, method: str, **how: Any) -> None:
+    """A method of the server's workers."""
+    await _ask(client, server, "/collective_rpc", {"method": method, "kwargs": how})
 
 
 async def ids_of(client: httpx2.AsyncClient, server: Server, text: str) -> list[int] | None:

@@ -1,7 +1,7 @@
 """A real HTTP server with vLLM's or SGLang's token-level protocol, in front of an engine of ours.
 
 Tokens, log-probabilities, weights and their checksums are real; `fault` breaks what it is told to.
-`python token_server.py SEED [PACE]` is an SGLang in a process of its own, whose weights may be
+`python token_server.py KIND SEED [PACE]` is one in a process of its own, whose weights may be
 broadcast.
 """
 
@@ -30,12 +30,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
-from torch.distributed.distributed_c10d import _new_process_group_helper
+from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 
 from q3mega.engine import Engine
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import each_sequence, token_logprobs
+from q3mega.rollout.vllm_worker import Receiver
 
 ONE_AT_A_TIME = threading.Lock()  # megatron's state is the process's
 
@@ -48,6 +49,7 @@ class TokenServer:
 
     POSTS: tuple[str, ...]  # the first one samples
     PROMPT: str
+    FAILED: int  # its status for what fails inside
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class TokenServer:
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         self.under_way: dict[str, threading.Event] = {}  # set: abort
+        self.session: dict[str, torch.Tensor] | None = None  # what an open update received
         self.url = ""
 
     def gets(self) -> dict[str, dict]:
@@ -132,6 +135,15 @@ class TokenServer:
         with ONE_AT_A_TIME:
             self.engine.load_hf(folder)
 
+    def end_session(self) -> None:
+        assert self.session is not None
+        received, self.session = self.session, None
+        with tempfile.TemporaryDirectory() as folder:
+            self.engine.save_hf(folder, {})
+            held = Path(folder) / "model.safetensors"
+            save_file(load_file(held) | received, held, metadata={"format": "pt"})
+            self.load(folder)
+
     def checksums(self) -> dict[str, str]:
         found = {}
         with tempfile.TemporaryDirectory() as folder, ONE_AT_A_TIME:
@@ -143,18 +155,49 @@ class TokenServer:
         return found
 
 
+class Worker(Receiver):
+    """The only worker of a vLLM, with the extension that takes broadcasts: all of it but what it
+    asks of vLLM's layers."""
+
+    rank, device = 0, torch.device("cpu")
+    vllm_config = SimpleNamespace(
+        parallel_config=SimpleNamespace(data_parallel_index=0, world_size=1)
+    )
+
+    def __init__(self, server: TokenServer) -> None:
+        self.server = server
+        model = SimpleNamespace(load_weights=lambda pairs: server.session.update(pairs))
+        self.model_runner = SimpleNamespace(get_model=lambda: model)
+
+    def reload_weights(self, weights_path: str) -> None:
+        self.server.load(weights_path)
+
+    def open_weights(self) -> None:
+        self.receiving, self.server.session = True, {}
+
+    def close_weights(self) -> None:
+        self.receiving = False
+        self.server.end_session()
+
+
 class Vllm(TokenServer):
     POSTS = (
         "/inference/v1/generate", "/inference/v1/abort_requests", "/pause", "/resume",
         "/update_weight_version", "/collective_rpc", "/weight_checker",
     )  # fmt: skip
-    PROMPT = "token_ids"
+    PROMPT, FAILED = "token_ids", 500
+    extended = True  # does it have our extension of its workers?
+
+    def __init__(self, *given) -> None:
+        super().__init__(*given)
+        self.worker = Worker(self)
 
     def gets(self) -> dict[str, dict]:
         return {
             "/health": {},
             "/version": {"version": "0.0.test"},
             "/weight_info": {"weight_version": self.version},
+            "/get_world_size": {"world_size": 1},
         }
 
     def post(self, path: str, body: dict) -> dict:
@@ -168,8 +211,10 @@ class Vllm(TokenServer):
             case "/update_weight_version":
                 self.version = body["new_version"]
             case "/collective_rpc":
-                assert body["method"] == "reload_weights" and self.paused
-                self.load(body["kwargs"]["weights_path"])
+                own = hasattr(Receiver, body["method"])
+                assert self.extended if own else body["method"] == "reload_weights"
+                assert self.paused or body["method"] == "leave_trainer"
+                getattr(self.worker, body["method"])(**body["kwargs"])
             case "/weight_checker":
                 placed = {f"dp0:pp0:pcp0:tp0:{n}": sha for n, sha in self.checksums().items()}
                 return {"checksums": placed}
@@ -233,14 +278,13 @@ class Sglang(TokenServer):
         "/init_weights_update_group", "/destroy_weights_update_group", "/begin_weight_update",
         "/update_weights_from_distributed", "/end_weight_update",
     )  # fmt: skip
-    PROMPT = "input_ids"
+    PROMPT, FAILED = "input_ids", 400
     own: tuple[int, ...] = ()
     layout: dict = {"device": "cpu", "tp_size": 1, "pp_size": 1, "dp_size": 1}  # noqa: RUF012
 
     def __init__(self, *given) -> None:
         super().__init__(*given)
         self.groups: dict[str, dist.ProcessGroup] = {}
-        self.session: dict[str, torch.Tensor] | None = None  # what was received in it
 
     def gets(self) -> dict[str, dict]:
         return {
@@ -274,23 +318,19 @@ class Sglang(TokenServer):
             case "/update_weights_from_distributed":
                 self.receive(**body)
             case "/end_weight_update":
-                assert self.session is not None
-                received, self.session = self.session, None
-                with tempfile.TemporaryDirectory() as folder:
-                    self.engine.save_hf(folder, {})
-                    held = Path(folder) / "model.safetensors"
-                    save_file(load_file(held) | received, held, metadata={"format": "pt"})
-                    self.load(folder)
+                self.end_session()
         return {"success": True}
 
     def join(self, master_address, master_port, rank_offset, world_size, group_name, backend):
         """As SGLang does, by a group beside the default one: the prefixes of keys must match."""
         limit = timedelta(seconds=20)
         store = dist.TCPStore(master_address, master_port, world_size, False, limit)
-        self.groups[group_name], _ = _new_process_group_helper(
+        group, _ = _new_process_group_helper(
             world_size, rank_offset, [], dist.Backend(backend),
             dist.PrefixStore(group_name, store), group_name=group_name, timeout=limit,
         )  # fmt: skip
+        _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
+        self.groups[group_name] = group
 
     def receive(self, names, dtypes, shapes, group_name, flush_cache):
         tensors = [
@@ -359,8 +399,9 @@ def token_server(
                 return self._send(404, {"detail": "Not Found"})
             if self.path == state.POSTS[0] and state.PROMPT not in body:
                 return self._send(400, {"error": f"{state.PROMPT} is missing"})
-            state.paths[self.path] += 1
-            fault = state.fault and state.fault(self.path, body, state.paths[self.path])
+            path = f"{self.path} {body['method']}" if "method" in body else self.path
+            state.paths[path] += 1
+            fault = state.fault and state.fault(path, body, state.paths[path])
             if fault == "die":
                 os._exit(9)
             if fault == "kill":
@@ -375,7 +416,8 @@ def token_server(
             try:
                 answer = state.post(self.path, body)
             except Exception as error:
-                return self._send(400, {"success": False, "message": repr(error)})
+                said = {"success": False, "message": repr(error)}
+                return self._send(state.FAILED, said)
             if fault in ("aborted", "mixed"):
                 state.spoil(answer, fault)
             self._send(200, answer, cut=fault == "truncated")
@@ -410,11 +452,11 @@ def token_server(
         server.server_close()
 
 
-def main(seed: int, pace: float = 0.0) -> None:
+def main(kind: str, seed: int, pace: float = 0.0) -> None:
     """Serves until its standard input ends; the first line that it prints is its url."""
     torch.set_num_threads(1)
     engine = Engine(SHAPES["dense"], LAYOUT(), seed=seed)
-    with token_server(engine, kind="sglang", pace=pace) as server:
+    with token_server(engine, kind=kind, pace=pace) as server:
 
         def test(faults=(), version=None) -> dict:
             """Break at each (path, number), counted from now; take a version; say how it is."""
@@ -433,4 +475,4 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parent))
     from tiny import LAYOUT, SHAPES
 
-    main(int(sys.argv[1]), *map(float, sys.argv[2:]))
+    main(sys.argv[1], int(sys.argv[2]), *map(float, sys.argv[3:]))

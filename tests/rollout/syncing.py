@@ -21,11 +21,13 @@ TOKENIZER = SimpleNamespace(
 )
 
 
-def sample(layout: dict, weights: str, url: str, folder: str | None, prompts: list) -> list:
-    """folder: that hands weights over to a vLLM; None: they are broadcast to an SGLang."""
+def sample(
+    layout: dict, weights: str, kind: str, url: str, folder: str | None, prompts: list
+) -> list:
+    """folder: that hands weights over; None: they are broadcast."""
     engine = Engine(SHAPES["dense"], LAYOUT(**layout), seed=3)
     engine.load_hf(weights)
-    servers = ServerSampler([url], TOKENIZER, kind="vllm" if folder else "sglang")
+    servers = ServerSampler([url], TOKENIZER, kind=kind)
     sampler = SyncedSampler(engine, servers, Path(folder) if folder else None)
     mine = list(range(len(prompts)))[parallel.data_rank() :: parallel.data_size()]
     found = sampler.generate([prompts[i] for i in mine], SamplingParams(12, temperature=0))

@@ -15,6 +15,7 @@ from q3mega import device  # noqa: F401
 # isort: split
 from safetensors.torch import load_file
 from tiny import LAYOUT, SHAPES
+from token_server import token_server
 
 from q3mega.engine import Engine
 from q3mega.errors import UserError
@@ -33,11 +34,12 @@ SERVER = Path(__file__).parent.parent / "engine" / "token_server.py"
 
 
 class Process:
-    """An SGLang of ours, and what can be done to it."""
+    """A server of ours, and what can be done to it."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, kind: str, seed: int) -> None:
+        self.kind = kind
         self.popen = subprocess.Popen(
-            [sys.executable, str(SERVER), str(seed)], stdin=subprocess.PIPE,
+            [sys.executable, str(SERVER), kind, str(seed)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -51,9 +53,9 @@ class Process:
             return json.load(answer)
 
 
-@pytest.fixture(scope="module")
-def processes():
-    found = [Process(6), Process(7)]
+@pytest.fixture(scope="module", params=["sglang", "vllm"])
+def processes(request):
+    found = [Process(request.param, 6), Process(request.param, 7)]
     try:
         for process in found:
             assert process.url()
@@ -70,7 +72,8 @@ def trainer():
 
 
 def synced(trainer, processes, **settings):
-    servers = ServerSampler([p.at for p in processes], TOKENIZER, kind="sglang", **settings)
+    urls, kind = [p.at for p in processes], processes[0].kind
+    servers = ServerSampler(urls, TOKENIZER, kind=kind, **settings)
     return SyncedSampler(trainer, servers, None)
 
 
@@ -114,16 +117,22 @@ def one_by_one(monkeypatch):
     monkeypatch.setattr(broadcast, "BUCKET", 1)
 
 
-UPDATE = "/update_weights_from_distributed"
+# What each kind is asked at the beginning, for each bucket, and at the end; the last with how many
+# times an update asks for it: an SGLang is asked to end at first, too.
+STEPS = {
+    "sglang": ("/pause_generation", "/update_weights_from_distributed", "/end_weight_update", 2),
+    "vllm": ("/pause", "/collective_rpc receive_weights", "/collective_rpc close_weights", 1),
+}
 
 
-@pytest.mark.parametrize("path", ["/pause_generation", UPDATE, "/end_weight_update"])
+@pytest.mark.parametrize("step", ["begin", "receive", "close"])
 def test_a_server_that_fails_is_left_out_until_the_next_update(
-    trainer, processes, one_by_one, path
+    trainer, processes, one_by_one, step
 ):
     sampler = synced(trainer, processes)
-    number = {UPDATE: 3, "/end_weight_update": 2}.get(path, 1)  # it is asked to end at first, too
-    processes[0].test(faults=[(path, number, "500")])
+    begin, receive, close, closes = STEPS[processes[0].kind]
+    fault = {"begin": (begin, 1), "receive": (receive, 3), "close": (close, closes)}[step]
+    processes[0].test(faults=[(*fault, "500")])
     groups = sampler.generate(PROMPTS, GREEDY)
     (version,) = {v for group in groups for c in group for v, _ in c.weights}
     assert [s.alive for s in sampler.servers.servers] == [False, True]
@@ -161,9 +170,8 @@ def test_rank_0_sends_what_all_ranks_hold(trainer, processes, torchrun, tmp_path
     trainer.save_hf(tmp_path, {})
     groups = InProcessSampler(trainer, TOKENIZER).generate(PROMPTS, replace(GREEDY, max_tokens=12))
     layouts: list[dict] = [{"tensor": 2}, {"pipeline": 2}, {}]
-    cases = [
-        ({"processes": 2, **way}, str(tmp_path), processes[0].at, None, PROMPTS) for way in layouts
-    ]
+    how = [str(tmp_path), processes[0].kind, processes[0].at, None, PROMPTS]
+    cases = [({"processes": 2, **way}, *how) for way in layouts]
     found = torchrun(str(Path(__file__).with_name("syncing.py")), 2, json.dumps(cases))
     for got in found:
         assert all(tokens == drawn(groups)[i] for i, tokens, _ in got)
@@ -174,7 +182,7 @@ def test_one_that_dies_in_a_transfer_does_not_hold_up_the_others(trainer, proces
     sampler = synced(trainer, processes)
     sampler.generate(PROMPTS, GREEDY)
     change(trainer)
-    processes[1].test(faults=[(UPDATE, 4, "die")])
+    processes[1].test(faults=[(STEPS[processes[1].kind][1], 4, "die")])
     found = sampler.generate(PROMPTS, GREEDY)
     assert drawn(found) == drawn(InProcessSampler(trainer, TOKENIZER).generate(PROMPTS, GREEDY))
     assert [s.alive for s in sampler.servers.servers] == [True, False]
@@ -184,8 +192,12 @@ def test_one_that_dies_in_a_transfer_does_not_hold_up_the_others(trainer, proces
         sampler.generate(PROMPTS, GREEDY)
 
 
-def test_servers_that_cannot_join_are_refused():
-    url = "http://127.0.0.1:9"
-    servers = SimpleNamespace(kind="vllm", urls=[url])
-    with pytest.raises(UserError, match=r"engine.sync=broadcast needs kind: sglang, not vllm"):
-        broadcast.Broadcast(servers)
+def test_servers_that_cannot_join_are_refused(trainer):
+    with token_server(trainer, kind="vllm") as server:
+        server.extended = False
+        with pytest.raises(UserError, match=r"--worker-extension-cls q3mega\.rollout\.vllm_worker"):
+            broadcast.Broadcast(ServerSampler([server.url], TOKENIZER))
+    with token_server(trainer, kind="sglang") as server:
+        server.layout = server.layout | {"pp_size": 2}
+        with pytest.raises(UserError, match=r"pp_size=2.*a server for each replica"):
+            broadcast.Broadcast(ServerSampler([server.url], TOKENIZER, kind="sglang"))

@@ -72,6 +72,7 @@ def test_servers_get_the_weights_from_every_layout_and_answer_every_rank(torchru
             (
                 {"processes": 2, **way},
                 str(tmp_path / "hf"),
+                "vllm",
                 server.url,
                 str(tmp_path / str(i)),
                 PROMPTS,

@@ -44,7 +44,7 @@ from q3mega.rollout.synced import SyncedSampler, norms
 TOKENIZER = SimpleNamespace(
     eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
 )
-LOAD = {"vllm": "/collective_rpc", "sglang": "/update_weights_from_disk"}
+LOAD = {"vllm": "/collective_rpc reload_weights", "sglang": "/update_weights_from_disk"}
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 61], [10], [11, 61]]
 
 

@@ -23,7 +23,7 @@ def urls():
     """Two servers that take 60 ms a token, so that the weights change under what they sample."""
     servers = [
         subprocess.Popen(
-            [sys.executable, str(SERVER), str(seed), "0.06"], stdin=subprocess.PIPE,
+            [sys.executable, str(SERVER), "sglang", str(seed), "0.06"], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True,
         )
         for seed in (6, 7)

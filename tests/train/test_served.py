@@ -88,7 +88,7 @@ def test_a_gap_above_the_limit_ends_the_run_before_it_is_saved(tmp_path):
 
 # -- one of two servers has other weights ------------------------------------------------------
 
-LOAD = {"vllm": "/collective_rpc", "sglang": "/update_weights_from_disk"}
+LOAD = {"vllm": "/collective_rpc reload_weights", "sglang": "/update_weights_from_disk"}
 
 
 def misses_an_update(server, folder):

@@ -1,0 +1,64 @@
+"""What a vLLM has in its worker processes to take weights by broadcast.
+
+`--worker-extension-cls q3mega.rollout.vllm_worker.Receiver` mixes it into them; `vllm_protocol`
+calls its methods by name.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from q3mega.rollout import weight_group
+
+
+class Receiver:
+    """An update is open_weights, receive_weights for each bucket, close_weights."""
+
+    vllm_config: Any  # these four are the worker's
+    model_runner: Any
+    device: torch.device
+    rank: int
+    trainer: dist.ProcessGroup | None = None
+    receiving = False
+
+    def join_trainer(
+        self, address: str, port: int, first: int, world: int, name: str, backend: str
+    ) -> None:
+        """first: the rank in the group of this server's first process."""
+        self.leave_trainer()
+        config = self.vllm_config.parallel_config
+        rank = first + config.data_parallel_index * config.world_size + self.rank
+        store = dist.TCPStore(address, port, world, False, weight_group.PATIENCE)
+        self.trainer = weight_group.join(store, rank, world, name, backend)
+
+    def leave_trainer(self) -> None:
+        group, self.trainer = self.trainer, None
+        if group is not None:
+            dist.destroy_process_group(group)
+
+    def open_weights(self) -> None:
+        """Also after an update that was cut, whose parts the layers still hold."""
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        if self.receiving:
+            self.close_weights()
+        self.receiving = True
+        initialize_layerwise_reload(self.model_runner.get_model())
+
+    def receive_weights(
+        self, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]
+    ) -> None:
+        if self.trainer is None or not self.receiving:
+            raise RuntimeError("no trainer's group was joined, or no update is open")
+        tensors = weight_group.receive(self.trainer, dtypes, shapes, self.device)
+        self.model_runner.get_model().load_weights(zip(names, tensors, strict=True))
+
+    def close_weights(self) -> None:
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        self.receiving = False
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(self.model_runner.get_model(), self.vllm_config.model_config)
