@@ -45,7 +45,13 @@ class Receiver:
         if self.receiving:
             self.close_weights()
         self.receiving = True
-        initialize_layerwise_reload(self.model_runner.get_model())
+        model = self.model_runner.get_model()
+        if self.device.type == "cpu":  # there 0.32 packs experts with a new kernel only
+            for module in model.modules():
+                method = getattr(module, "quant_method", None)
+                if method is not None and hasattr(method, "moe_kernel"):
+                    method.moe_kernel = None
+        initialize_layerwise_reload(model)
 
     def receive_weights(
         self, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]
@@ -60,5 +66,9 @@ class Receiver:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         self.receiving = False
+        model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
-            finalize_layerwise_reload(self.model_runner.get_model(), self.vllm_config.model_config)
+            finalize_layerwise_reload(model, self.vllm_config.model_config)
+            head = getattr(model, "lm_head", None)  # None: on another stage
+            if head is not None and hasattr(head, "cpu_linear"):  # tied, it packs no new weights
+                head.quant_method.process_weights_after_loading(head)
