@@ -95,8 +95,14 @@ def _others(liger: Callable[[], Run], trl: Callable[[], Run]) -> dict[str, Run]:
 # -- cases -----------------------------------------------------------------------------------------
 
 
-def grpo(at: Place, n: int, h: int, masked: float = 0.0, idle: float = 0.0) -> Case:
-    """n tokens in 16 sequences; masked: of the tokens, idle: of the sequences without advantage."""
+def grpo(
+    at: Place, n: int, h: int, masked: float = 0.0, idle: float = 0.0, entropy: float = 0.0
+) -> Case:
+    """n tokens in 16 sequences; masked: of the tokens, idle: of the sequences without advantage.
+
+    entropy: the coefficient of its bonus, which Liger and TRL do without: they have no gradient of
+    it here.
+    """
     hidden, weight = at.leaf(n, h, seed=0), at.leaf(VOCABULARY, h, seed=1, scale=h**-0.5)
     g = torch.Generator().manual_seed(2)
     targets = at.row(torch.randint(VOCABULARY, (n,), generator=g))
@@ -112,12 +118,15 @@ def grpo(at: Place, n: int, h: int, masked: float = 0.0, idle: float = 0.0) -> C
 
     def eager(hidden: Tensor, weight: Tensor) -> Tensor:
         logp = (hidden @ weight.T).float().log_softmax(-1)
-        return loss(logp.gather(1, targets[:, None])[:, 0])
+        policy = loss(logp.gather(1, targets[:, None])[:, 0])
+        if not entropy:
+            return policy
+        return policy + entropy * ((logp.exp() * logp).sum(-1) * weights).sum()
 
     def ours(backend: str) -> Tensor:
         return ops.grpo_loss(
             hidden, weight, targets, advantages=advantages, old_logprobs=old,
-            loss_weights=weights, backend=backend,
+            loss_weights=weights, entropy_coef=entropy, backend=backend,
         ).loss  # fmt: skip
 
     def liger() -> Run:
@@ -256,21 +265,22 @@ def attention(
 CASES: dict[str, dict[str, Callable[[Place], Case]]] = {
     "cpu": {
         "grpo N=1024 H=256": partial(grpo, n=1024, h=256),
-        "grpo N=512 H=1024": partial(grpo, n=512, h=1024),
-        "grpo N=2048 H=1024": partial(grpo, n=2048, h=1024),
+        "grpo + entropy N=1024 H=256": partial(grpo, n=1024, h=256, entropy=0.01),
+        "grpo + entropy N=512 H=1024": partial(grpo, n=512, h=1024, entropy=0.01),
+        "grpo + entropy N=2048 H=1024": partial(grpo, n=2048, h=1024, entropy=0.01),
         "grpo N=512 H=1024, half masked, 30 % idle": partial(
             grpo, n=512, h=1024, masked=0.5, idle=0.3
         ),
-        "distill forward KL N=512 H=256": partial(distill, n=512, h=256, kind="forward_kl"),
-        "distill reverse KL N=512 H=256": partial(distill, n=512, h=256, kind="reverse_kl"),
-        "distill JSD N=512 H=256": partial(distill, n=512, h=256, kind="jsd"),
-        "distill top-64 N=512 H=256": partial(topk, n=512, h=256),
+        "distill forward KL N=1024 H=256": partial(distill, n=1024, h=256, kind="forward_kl"),
+        "distill reverse KL N=1024 H=256": partial(distill, n=1024, h=256, kind="reverse_kl"),
+        "distill JSD N=1024 H=256": partial(distill, n=1024, h=256, kind="jsd"),
+        "distill top-64 N=1024 H=256": partial(topk, n=1024, h=256),
         "attention S=4096 D=128 c=512": partial(
             attention, s=4096, heads=2, kv_heads=2, chunk_size=640, local_size=128
         ),
     },
     "cuda": {
-        "grpo N=8192 H=4096": partial(grpo, n=8192, h=4096),
+        "grpo + entropy N=8192 H=4096": partial(grpo, n=8192, h=4096, entropy=0.01),
         "grpo N=8192 H=4096, half masked, 30 % idle": partial(
             grpo, n=8192, h=4096, masked=0.5, idle=0.3
         ),

@@ -35,7 +35,7 @@ from q3mega.data.tokenizer import Tokenizer
 SHARES = {"chain_sum": 0.4, "modular_product": 0.28, "number_sorting": 0.32}
 # How many of the worked steps are wrong: a base model that knows the way and stumbles on it. Fewer
 # of the sums, which have most facts and so are the slowest to get rid of their slips.
-SLIPS = {"chain_sum": 0.18, "modular_product": 0.28, "number_sorting": 0.27}
+SLIPS = {"chain_sum": 0.21, "modular_product": 0.28, "number_sorting": 0.27}
 CURATED = "curated:"  # a kind that is a folder
 MOST_TEXT = 300_000  # characters of real text of a kind: at laptop scale a mixture reads no more
 VALUES = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of pass keys
