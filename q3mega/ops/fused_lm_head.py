@@ -67,7 +67,8 @@ class Head:
         self.valid = whole if valid < 0 else min(whole, valid)
         self.columns = min(max(self.valid - self.first, 0), self.stride)
         budget = GPU_BYTES if weight.is_cuda else BUFFER_BYTES
-        self.step = max(1, min(rows, budget // (4 * self.stride)))
+        most = max(1, budget // (4 * self.stride))
+        self.step = _even(rows, most)
         wide = weight.dtype == WIDE
         self.buffer = _scratch(weight, self.step, self.stride, slot) if wide else None
 
@@ -148,8 +149,14 @@ class Gradients:
         return self.hidden, self.weight
 
 
+def _even(rows: int, most: int) -> int:
+    """A block's rows when `rows` are cut into the fewest blocks of at most `most`: no block is
+    small, and the buffer no larger than it need be."""
+    return -(-rows // max(1, -(-rows // most))) or 1
+
+
 def blocks(index: Tensor, head: Head) -> Iterator[Tensor]:
-    return iter(index.split(head.step)) if len(index) else iter(())
+    return iter(index.split(_even(len(index), head.step))) if len(index) else iter(())
 
 
 def plain_options(
