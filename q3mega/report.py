@@ -299,6 +299,7 @@ def _rollouts(folder: Path) -> str:
             tables.append(f"<p>{escape(str(error))}</p>")
             continue
         rows = {"drawn": found.drawn, "used": found.used, "pending": found.pending}
+        rows |= {"prompts in flight": found.in_flight}
         rows |= {f"dropped: {why}": n for why, n in found.dropped.items()}
         head = ["/".join(path.relative_to(folder).parts[:-1]) or "rollouts", ""]
         tables.append(_table(head, [[name, str(n)] for name, n in rows.items()]))

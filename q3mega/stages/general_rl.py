@@ -67,6 +67,7 @@ def run(stage: Stage) -> None:
         InTurn(roll_out, staleness=int(config.schedule == "one_step_off")),
         policy(stage, config),
         EntropyController(config.entropy_hold, config.entropy_step, config.entropy_limit),
+        prompts=tasks.prompts,
         steps=config.steps,
         folder=stage.dir / "checkpoints",
         log=stage.log(config.steps),

@@ -58,11 +58,18 @@ def learn(
 
     source: the weights that the engine started from, the reference of the KL.
     """
+
+    def prompts(step: int) -> list[Problem]:
+        """In order, and from the beginning again."""
+        first = (step - 1) * config.prompts
+        return [problems[(first + i) % len(problems)] for i in range(config.prompts)]
+
     reinforcement.train(
         engine,
-        schedule(stage, stage.sampler(engine), problems, config),
+        schedule(stage, stage.sampler(engine), prompts, config),
         policy(stage, config),
         EntropyController(config.entropy_hold, config.entropy_step, config.entropy_limit),
+        prompts=prompts,
         steps=config.steps,
         folder=stage.dir / "checkpoints" / part,
         log=stage.log(config.steps, part),
@@ -73,13 +80,15 @@ def learn(
 
 
 def schedule(
-    stage: Stage, sampler: Sampler, problems: list[Problem], config: RLSettings
+    stage: Stage,
+    sampler: Sampler,
+    prompts: Callable[[int], list[Problem]],
+    config: RLSettings,
 ) -> Schedule:
-    """Walks through the problems in order, a batch a step."""
+    """How the prompts of a step are sampled and scored, and when."""
 
     def batch(step: int) -> list[tuple[int, Problem]]:
-        first = (step - 1) * config.prompts
-        return [(i, problems[(first + i) % len(problems)]) for i in range(config.prompts)]
+        return list(enumerate(prompts(step)))
 
     def own_share(step: int) -> list[Rollout]:
         rank, size = parallel.data_rank(), parallel.data_size()

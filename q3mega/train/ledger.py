@@ -1,7 +1,8 @@
 """The ledger of an RL stage: what became of every rollout, from draw to gradient, in SQLite.
 
-A rollout is pending from when it is sampled and scored, then used (by which optimizer update) or
-dropped (why): its reward reaches no gradient. Every change is one durable transaction that comes
+A prompt is in flight while it is sampled. Its rollouts are pending when they are sampled and
+scored, then used (by which optimizer update) or dropped (why): their reward reaches no gradient.
+Every change is one durable transaction that comes
 before the checkpoint that knows of it, so a resume only has to take back what came after.
 """
 
@@ -16,11 +17,18 @@ from typing import TYPE_CHECKING
 from q3mega.errors import UserError
 
 if TYPE_CHECKING:  # the report reads ledgers without torch
+    from q3mega.data.tasks import Problem
     from q3mega.train.rollouts import Rollout
 
 FILE = "ledger.sqlite"
 # The default journal with a sync a commit: unlike a write-ahead log it also works on NFS.
-_SCHEMA = """
+_IN_FLIGHT = """
+CREATE TABLE IF NOT EXISTS in_flight (
+  step INTEGER NOT NULL, prompt INTEGER NOT NULL, problem TEXT NOT NULL, task TEXT NOT NULL,
+  PRIMARY KEY (step, prompt)
+) WITHOUT ROWID
+"""
+_ROLLOUTS = """
 CREATE TABLE IF NOT EXISTS rollouts (
   step INTEGER NOT NULL, place INTEGER NOT NULL,  -- of the rollout batch, in the batch
   prompt INTEGER NOT NULL, problem TEXT NOT NULL, task TEXT NOT NULL,
@@ -36,12 +44,14 @@ CREATE TABLE IF NOT EXISTS rollouts (
 
 @dataclass(frozen=True)
 class Balance:
-    """Numbers of rollouts: drawn = used + sum(dropped) + pending. dropped: reason -> how many."""
+    """Numbers of rollouts: drawn = used + sum(dropped) + pending. dropped: reason -> how many.
+    in_flight: prompts that are being sampled, or were when the run was cut."""
 
     drawn: int
     used: int
     dropped: Mapping[str, int]
     pending: int
+    in_flight: int = 0
 
 
 class Ledger:
@@ -51,20 +61,32 @@ class Ledger:
         self.path, self.writes = path, writes
         if writes:
             with self._transaction() as table:
-                table.execute(_SCHEMA)
+                table.execute(_ROLLOUTS)
+                table.execute(_IN_FLIGHT)
 
     def resume(self, step: int, ahead: "Mapping[int, Sequence[Rollout]]") -> None:
         """Back to the checkpoint of `step`, which holds the batches of later steps in `ahead`."""
         if self.writes:
             with self._transaction() as table:
+                table.execute("DELETE FROM in_flight")
                 table.execute("DELETE FROM rollouts WHERE step > ?", (step,))
                 for later, rollouts in ahead.items():
                     _insert(table, later, rollouts)
+
+    def begun(self, step: int, problems: "Sequence[Problem]") -> None:
+        """The batch of `step` is being sampled, a prompt for each problem."""
+        if self.writes:
+            with self._transaction() as table:
+                table.executemany(
+                    "INSERT INTO in_flight VALUES (?, ?, ?, ?)",
+                    ((step, i, p.id, p.family) for i, p in enumerate(problems)),
+                )
 
     def drawn(self, step: int, rollouts: "Sequence[Rollout]") -> None:
         """The batch of `step` is pending; a rollout's place in it is its name from here on."""
         if self.writes:
             with self._transaction() as table:
+                table.execute("DELETE FROM in_flight WHERE step = ?", (step,))
                 _insert(table, step, rollouts)
 
     def used(self, step: int, update: int, places: Sequence[int]) -> None:
@@ -82,11 +104,13 @@ class Ledger:
                 "SELECT state, why, COUNT(*) FROM rollouts GROUP BY 1, 2 ORDER BY 2"
             )
             counts = {(state, why): n for state, why, n in found}
+            ((in_flight,),) = table.execute("SELECT COUNT(*) FROM in_flight")
         return Balance(
             drawn=sum(counts.values()),
             used=counts.get(("used", None), 0),
             dropped={why: n for (state, why), n in counts.items() if state == "dropped"},
             pending=counts.get(("pending", None), 0),
+            in_flight=in_flight,
         )
 
     def _settle(self, state: str, step: int, said: Mapping[int, int | str], column: str) -> None:

@@ -15,6 +15,7 @@ from q3mega.algorithms.credit import group_advantages, overlong_penalty
 from q3mega.algorithms.entropy import EntropyController
 from q3mega.algorithms.losses import normalise, policy_gradient
 from q3mega.data.batch import Sample
+from q3mega.data.tasks import Problem
 from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
 from q3mega.model.routing import COLUMN, column, differing
@@ -102,6 +103,7 @@ def train(
     settings: PolicySettings,
     entropy: EntropyController,
     *,
+    prompts: Callable[[int], Sequence[Problem]],
     steps: int,
     folder: Path,
     log: Log,
@@ -111,7 +113,8 @@ def train(
 ) -> None:
     """Steps 1..steps, each of which learns from the batch that `schedule` has sampled for it.
 
-    reference: the policy of the KL. `watch` is told each step that is done, 0 before the first.
+    prompts: the problems of a step's batch. reference: the policy of the KL. `watch` is told each
+    step that is done, 0 before the first.
     """
     first, state = engine.load_latest(folder) or (0, {})
     updates = state.get("updates", 0)
@@ -129,9 +132,12 @@ def train(
             ledger.drawn(number, batch)
         ready.update(batches)
 
+    def begin(number: int) -> None:
+        ledger.begun(number, prompts(number))
+
     for step in range(first + 1, steps + 1):
         engine.finish_saving()  # sampling is long beside it
-        keep(schedule.advance(step, steps, updates, ready))
+        keep(schedule.advance(step, steps, updates, ready, begin))
         rollouts = ready.pop(step)
         oldest = statistics.fmean(min(r.versions) for r in rollouts)
         samples, dropped = credit(rollouts, settings)

@@ -18,16 +18,20 @@ from q3mega.rollout.synced import Interruptible
 from q3mega.train.rollouts import Batches, Rollout
 
 RollOut = Callable[[int], list[Rollout]]
+Begin = Callable[[int], None]
 
 
 class Schedule(Protocol):
     """All ranks call it in the same order and get the same."""
 
-    def advance(self, step: int, last: int, updates: int, ready: Container[int]) -> Batches:
+    def advance(
+        self, step: int, last: int, updates: int, ready: Container[int], begin: Begin
+    ) -> Batches:
         """Before the updates of `step`: begin what may be begun, up to batch `last` and without
         those that are `ready`; return what is finished, the batch of `step` among it.
 
-        updates: that the weights have seen, a batch's version.
+        updates: that the weights have seen, a batch's version. begin: is told each batch first, on
+        rank 0.
         """
         ...
 
@@ -45,9 +49,13 @@ class InTurn:
     def __init__(self, roll_out: RollOut, staleness: int = 0) -> None:
         self.roll_out, self.staleness = roll_out, staleness
 
-    def advance(self, step: int, last: int, updates: int, ready: Container[int]) -> Batches:
+    def advance(
+        self, step: int, last: int, updates: int, ready: Container[int], begin: Begin
+    ) -> Batches:
         """See `Schedule`."""
         missing = [s for s in _window(step, self.staleness, last) if s not in ready]
+        for s in missing:
+            begin(s)
         found = {s: parallel.gather_over_data(self.roll_out(s)) for s in missing}
         for rollout in (r for batch in found.values() for r in batch):
             rollout.versions = [updates]
@@ -71,12 +79,15 @@ class Beside:
         self.under_way: dict[int, Future[list[Rollout]]] = {}  # on rank 0
         self.updates: dict[str, int] = {}  # of a version
 
-    def advance(self, step: int, last: int, updates: int, ready: Container[int]) -> Batches:
+    def advance(
+        self, step: int, last: int, updates: int, ready: Container[int], begin: Begin
+    ) -> Batches:
         """See `Schedule`."""
         self.updates[self.sampler.sync()] = updates
         if dist.get_rank() == 0:
             for s in _window(step, self.staleness, last):
                 if s not in ready and s not in self.under_way:
+                    begin(s)
                     self.under_way[s] = _in_background(self.roll_out, s)
         return self._collect(step)
 

@@ -58,12 +58,15 @@ def learn(folder: Path, staleness: int, kill: int, urls: list[str]) -> dict:
         time.sleep(0.15)  # or so small a model would have learnt before a token is sampled
         return trained(*given)
 
+    def prompts(step: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(id=f"{step}-{i}", family="low") for i in range(PROMPTS)]
+
     def roll_out(step: int) -> list[Rollout]:
-        prompts = [[step, i, i + 1] for i in range(PROMPTS)]
-        found = sampler.generate(prompts, SamplingParams(12, n=ROLLOUTS, seed=step))
+        tokens = [[step, i, i + 1] for i in range(PROMPTS)]
+        found = sampler.generate(tokens, SamplingParams(12, n=ROLLOUTS, seed=step))
         batch = [
             Rollout(p, c, group, -sum(c.tokens) / len(c.tokens), problem=f"{step}-{group}")
-            for group, (p, tries) in enumerate(zip(prompts, found, strict=True))
+            for group, (p, tries) in enumerate(zip(tokens, found, strict=True))
             for c in tries
         ]
         sampled.extend((step, rollout) for rollout in batch)
@@ -73,7 +76,7 @@ def learn(folder: Path, staleness: int, kill: int, urls: list[str]) -> dict:
     schedule = Beside(sampler, roll_out, staleness)
     settings = PolicySettings(UPDATES, 256, 12, correction=Correction("tis"))
     reinforcement.train(
-        engine, schedule, settings, EntropyController(0.0, 0.0, 0.0), steps=STEPS,
+        engine, schedule, settings, EntropyController(0.0, 0.0, 0.0), prompts=prompts, steps=STEPS,
         folder=folder / "checkpoints", log=Log(folder, STEPS), save_every=2,
     )  # fmt: skip
     updates = {version: schedule.updates[version] for version in copies}

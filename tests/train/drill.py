@@ -88,6 +88,7 @@ def run(folder: str, steps: int, settings: dict, kill: list | None) -> None:
         InTurn(roll_out, settings.pop("staleness", 0)),
         reinforcement.PolicySettings(updates=2, capacity=256, max_tokens=6, **settings),
         EntropyController(0.7, 0.001, 0.02),
+        prompts=lambda step: [],
         steps=steps,
         folder=root / "checkpoints",
         log=Log(root, steps),

@@ -54,6 +54,7 @@ def learn(layout: dict, weights: str, replay: str, folder: str) -> list[dict]:
         InTurn(roll_out),
         PolicySettings(2, 64, 8, correction=Correction("tis"), routing_replay=replay),
         EntropyController(0.0, 0.0, 0.0),
+        prompts=lambda step: [],
         steps=2,
         folder=root / "checkpoints",
         log=Log(root, 2),

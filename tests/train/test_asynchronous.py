@@ -91,7 +91,7 @@ def balanced(folder: Path) -> None:
     """Every prompt of every step once, all of it used or dropped."""
     found = Ledger(folder / FILE, writes=False).balance()
     assert found.drawn == STEPS * A_STEP == found.used + sum(found.dropped.values())
-    assert found.pending == 0
+    assert found.pending == found.in_flight == 0
     problems = [(step, problem) for step, problem, *_ in rows(folder)]
     assert problems == [
         (s, f"{s}-{g}") for s in range(1, STEPS + 1) for g in range(3) for _ in range(4)
@@ -107,6 +107,12 @@ def test_a_killed_run_goes_on_and_its_ledger_balances(tmp_path, urls):
     """Before the second update of the fourth step; the checkpoint is the second's."""
     killed = learn(tmp_path, urls, kill=8)
     assert killed.returncode != 0 and f"exitcode  : -{signal.SIGKILL.value}" in killed.stderr
+    left = Ledger(tmp_path / FILE, writes=False)
+    with sqlite3.connect(left.path) as connection:
+        under_way = connection.execute("SELECT step, problem FROM in_flight").fetchall()
+    # those ahead, of which the fifth batch may have come to its end
+    assert under_way[-3:] == [(6, f"6-{g}") for g in range(3)]
+    assert left.balance().in_flight == len(under_way) in (3, 6)
     done = learn(tmp_path, urls)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["apart"] < 1e-4

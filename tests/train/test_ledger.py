@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from q3mega.data.tasks import generate
 from q3mega.errors import UserError
 from q3mega.rollout import Completion
 from q3mega.train.ledger import FILE, Balance, Ledger
@@ -45,6 +46,20 @@ def test_every_rollout_is_in_one_state(ledger: Ledger) -> None:
     ledger.dropped(1, {0: "equal rewards", 1: "equal rewards", 4: "over-long"})
     ledger.used(1, 1, [2, 3])
     assert ledger.balance() == Balance(6, 2, {"equal rewards": 2, "over-long": 1}, 1)
+
+
+def test_a_prompt_is_in_flight_until_its_rollouts_are_drawn(ledger: Ledger) -> None:
+    problems = generate("chain_sum", 3, seed=0)
+    ledger.begun(1, problems)
+    ledger.begun(2, problems)
+    assert ledger.balance() == Balance(0, 0, {}, 0, in_flight=6)
+    ledger.drawn(1, batch(6))
+    assert ledger.balance() == Balance(6, 0, {}, 6, in_flight=3)
+    with sqlite3.connect(ledger.path) as connection:
+        left = connection.execute("SELECT problem, task FROM in_flight WHERE step = 2").fetchall()
+    assert left == [(p.id, p.family) for p in problems]
+    ledger.resume(1, {})  # a cut run draws them again
+    assert ledger.balance() == Balance(6, 0, {}, 6)
 
 
 @pytest.mark.parametrize("places", [[0, 1], [1, 7]])

@@ -116,6 +116,7 @@ def first_step(
         InTurn(roll_out),
         PolicySettings(1, 256, 8, correction=correction, temperature=temperature),
         EntropyController(0.0, 0.0, 0.0),
+        prompts=lambda step: [],
         steps=1,
         folder=folder / "checkpoints",
         log=Log(folder, 1),

@@ -115,6 +115,7 @@ def learn(folder: Path, monkeypatch, foreign: bool = False, steps: int = 1, **se
         InTurn(roll_out),
         PolicySettings(2, 256, 8, **settings),
         EntropyController(0.0, 0.0, 0.0),
+        prompts=lambda step: [],
         steps=steps,
         folder=folder / "checkpoints",
         log=Log(folder, steps),

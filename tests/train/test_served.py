@@ -67,6 +67,7 @@ def learn(folder, wrong_by=0.0, kind="vllm", faults=(None,)):
         reinforcement.train(
             engine, InTurn(roll_out), settings, EntropyController(0.0, 0.0, 0.0), steps=STEPS,
             folder=folder / "checkpoints", log=Log(folder, STEPS), save_every=STEPS,
+            prompts=lambda step: [],
         )  # fmt: skip
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], versions, engine
