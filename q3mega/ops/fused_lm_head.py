@@ -23,7 +23,7 @@ from q3mega.ops.backends import KERNELS
 from q3mega.ops.dispatch import register
 from q3mega.ops.linear_logprob import merge
 
-BUFFER_BYTES = 160 << 20  # of logits at once: 256 rows of Qwen3's vocabulary, where dW is amortised
+BUFFER_BYTES = 128 << 20  # of logits at once: 220 rows of Qwen3's vocabulary, where dW is amortised
 CPU_COLUMNS = 2048  # of logits by one product, which then stay in the cache: a tenth faster
 GPU_BYTES = 1 << 30  # 1,767 rows: a GEMM that fills the card
 WIDE = torch.float32  # of logits, statistics and sums, whatever the operands are
