@@ -2,8 +2,8 @@
 
 A prompt is in flight while it is sampled. Its rollouts are pending when they are sampled and
 scored, then used (by which optimizer update) or dropped (why): their reward reaches no gradient.
-Every change is one durable transaction that comes
-before the checkpoint that knows of it, so a resume only has to take back what came after.
+Every change is one durable transaction that comes before the checkpoint that knows of it, so a
+resume only has to take back what came after.
 """
 
 import json

@@ -21,6 +21,19 @@ TOKENIZER = SimpleNamespace(
 )
 
 
+def cut_at(place: int):
+    """An Engine.tensors in which a transfer is cut."""
+    whole = Engine.tensors
+
+    def cut(engine):
+        for i, pair in enumerate(whole(engine)):
+            if i == place:
+                raise KeyboardInterrupt
+            yield pair
+
+    return cut
+
+
 def sample(
     layout: dict, weights: str, kind: str, url: str, folder: str | None, prompts: list
 ) -> list:

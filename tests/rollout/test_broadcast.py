@@ -14,6 +14,7 @@ from q3mega import device  # noqa: F401
 
 # isort: split
 from safetensors.torch import load_file
+from syncing import cut_at
 from tiny import LAYOUT, SHAPES
 from token_server import token_server
 
@@ -144,15 +145,7 @@ def test_a_server_that_fails_is_left_out_until_the_next_update(
 
 def test_a_transfer_that_is_cut_is_made_again(trainer, processes, one_by_one, monkeypatch):
     sampler = synced(trainer, processes)
-    whole = Engine.tensors
-
-    def cut(engine):
-        for i, pair in enumerate(whole(engine)):
-            if i == 5:
-                raise KeyboardInterrupt
-            yield pair
-
-    monkeypatch.setattr(Engine, "tensors", cut)
+    monkeypatch.setattr(Engine, "tensors", cut_at(5))
     with pytest.raises(KeyboardInterrupt):
         sampler.generate(PROMPTS, GREEDY)
     monkeypatch.undo()

@@ -20,6 +20,7 @@ import q3mega
 from q3mega import device  # noqa: F401
 
 # isort: split
+from syncing import cut_at
 from tiny import LAYOUT, SHAPE
 
 from q3mega.engine import Engine
@@ -153,14 +154,6 @@ def test_it_samples_from_weights_that_change(started, tmp_path, way):
 def test_a_broadcast_that_was_cut_is_made_again(started, monkeypatch):
     """By the same trainer, and by one that comes after it; its layers hold parts of old ones."""
     monkeypatch.setattr(broadcast, "BUCKET", 1)
-    whole = Engine.tensors
-
-    def cut(engine):
-        for i, pair in enumerate(whole(engine)):
-            if i == 6:
-                raise KeyboardInterrupt
-            yield pair
-
     params = SamplingParams(20, n=8, seed=3)
     trainer = made(8)
     samplers = [
@@ -169,7 +162,7 @@ def test_a_broadcast_that_was_cut_is_made_again(started, monkeypatch):
     for sampler in (samplers[0], samplers[0], samplers[1]):
         changed(trainer)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Engine, "tensors", cut)
+            patch.setattr(Engine, "tensors", cut_at(6))
             samplers[0].generate(PROMPTS, params)
         gap = measure(trainer, sampler, PROMPTS, params)
         print(gap)
