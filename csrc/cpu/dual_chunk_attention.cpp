@@ -8,7 +8,6 @@
 #include "dual_chunk_attention.h"
 
 #include <cmath>
-#include <vector>
 
 #include "tile.h"
 
@@ -34,8 +33,8 @@ void rotate(const DualChunk& shape, const float* x, int64_t position, float sign
 // One kv head's keys of one sequence, rotated, in tiles of rows and of columns.
 struct Keys {
   int64_t count, width;                 // width: dim, padded
-  std::vector<float> rotated, columns;  // (count, width), and by tile (dim, kTile)
-  std::vector<float> values, value_columns;
+  Floats rotated, columns;  // (count, width), and by tile (dim, kTile)
+  Floats values, value_columns;
 
   Keys(const DualChunk& shape, const float* k, const float* v, int64_t n, bool transposed_values)
       : count(n), width(padded(shape.dim)) {
@@ -58,7 +57,7 @@ struct Keys {
     }
   }
 
-  const float* tile(const std::vector<float>& by_column, int64_t first, int64_t dim) const {
+  const float* tile(const Floats& by_column, int64_t first, int64_t dim) const {
     return by_column.data() + (first / kTile) * dim * kTile;
   }
 };
@@ -87,7 +86,7 @@ int64_t query_position(const DualChunk& shape, int64_t token, int64_t kind) {
 // Scratch of one query tile.
 struct Tile {
   int64_t rows, first;  // first: token index in its sequence
-  std::vector<float> query, scores;
+  Floats query, scores;
 
   explicit Tile(int64_t width) : query(kTile * width), scores(kTile * kTile) {}
 
@@ -106,6 +105,9 @@ struct Tile {
              int64_t width) {
     product<false>(query.data(), width, 1, keys.tile(keys.columns, low, shape.dim), kTile,
                    scores.data(), kTile, rows, kTile, shape.dim);
+    if (from == low && std::min(to, first + 1) >= low + kTile) {
+      return;  // all of them count for all of the queries
+    }
     for (int64_t i = 0; i < rows; ++i) {
       float* row = scores.data() + i * kTile;
       const int64_t end = std::min(to, first + i + 1) - low;  // causal
@@ -156,7 +158,7 @@ void dual_chunk_forward(const DualChunk& shape, const float* q, const float* k, 
     const int64_t offset = shape.cu_k[b] * k_step + kv * dim;
     const Keys keys(shape, k + offset, v + offset, shape.cu_k[b + 1] - shape.cu_k[b], false);
     Tile tile(width);
-    std::vector<float> sum(kTile * width), top(kTile), mass(kTile);
+    Floats sum(kTile * width), top(kTile), mass(kTile);
     for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
       const int64_t rows = shape.cu_q[b + 1] - shape.cu_q[b];
       for_tiles(shape, rows, tile, [&](int64_t row) {
@@ -175,7 +177,7 @@ void dual_chunk_forward(const DualChunk& shape, const float* q, const float* k, 
             float total = 0.0f;
 #pragma omp simd reduction(+ : total)
             for (int64_t j = 0; j < kTile; ++j) {
-              s[j] = s[j] > -1e29f ? exp_fast(s[j] - best) : 0.0f;
+              s[j] = exp_fast(s[j] - best);
               total += s[j];
             }
             if (best > top[i]) {
@@ -216,9 +218,9 @@ void dual_chunk_backward(const DualChunk& shape, const float* q, const float* k,
     const int64_t offset = shape.cu_k[b] * k_step + kv * dim;
     const Keys keys(shape, k + offset, v + offset, shape.cu_k[b + 1] - shape.cu_k[b], true);
     Tile tile(width);
-    std::vector<float> by_key(keys.count * width), by_value(keys.count * width);
-    std::vector<float> by_query(kTile * width), given(kTile * width), pull(kTile * kTile);
-    std::vector<float> shift(kTile), mean(kTile), turned_back(dim);
+    Floats by_key(keys.count * width), by_value(keys.count * width);
+    Floats by_query(kTile * width), given(kTile * width), pull(kTile * kTile);
+    Floats shift(kTile), mean(kTile), turned_back(dim);
     for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
       const int64_t rows = shape.cu_q[b + 1] - shape.cu_q[b];
       for_tiles(shape, rows, tile, [&](int64_t row) {
@@ -259,10 +261,11 @@ void dual_chunk_backward(const DualChunk& shape, const float* q, const float* k,
                          pull.data(), kTile, tile.rows, kTile, dim);
           for (int64_t i = 0; i < tile.rows; ++i) {
             float *s = tile.scores.data() + i * kTile, *p = pull.data() + i * kTile;
+            const float whole = shift[i], own = mean[i];
 #pragma omp simd
             for (int64_t j = 0; j < kTile; ++j) {
-              s[j] = s[j] > -1e29f ? exp_fast(s[j] - shift[i]) : 0.0f;
-              p[j] = s[j] * (p[j] - mean[i]);
+              s[j] = exp_fast(s[j] - whole);
+              p[j] = s[j] * (p[j] - own);
             }
           }
           product<true>(tile.scores.data(), 1, kTile, given.data(), width,
