@@ -54,6 +54,18 @@ def cases() -> dict[str, Case]:
         ):
             name = kernel.__name__.removesuffix("_kernel")
             found[f"{name} {kind}"] = Case(kernel, pointers, block | {"KIND": number}, 8, 3)
+    for short in ("bf16", "fp32"):
+        types = dict.fromkeys(("DZ", "LOGITS", "D_HIDDEN", "D_WEIGHT"), "*fp32")
+        types |= {"PLACES": "*i64", "HIDDEN": f"*{short}", "WEIGHT": f"*{short}"}
+        for kernel in (
+            distill_loss.picked_logits_kernel,
+            distill_loss.picked_d_hidden_kernel,
+            distill_loss.picked_d_weight_kernel,
+        ):
+            constants = {"PICKS": distill_loss.PICKS, "LANES": distill_loss.LANES}
+            constants = {n: x for n, x in constants.items() if n in kernel.arg_names}
+            name = kernel.__name__.removesuffix("_kernel")
+            found[f"{name} {short}"] = Case(kernel, types, constants, 4)
     rows = {"COS": "*fp32", "SIN": "*fp32", "TILES": "*i32", "LSE": "*fp32", "DELTA": "*fp32"}
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         operands = dict.fromkeys(("Q", "K", "V", "OUT", "D_OUT", "D_V"), f"*{short}")
@@ -77,7 +89,7 @@ def compiled(case: Case) -> Compiled:
     aligned = {  # what the launcher finds true of the arguments at the models' sizes
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
-        if signature[n][0] == "*" or n in ("half", "stride")
+        if signature[n][0] == "*" or n in ("half", "stride", "width")
     }
     constants = {(names.index(n),): value for n, value in case.constants.items()}
     source = ASTSource(case.kernel, signature=signature, constexprs=constants, attrs=aligned)

@@ -63,6 +63,24 @@ PYBIND11_MODULE(Q3MEGA_MODULE, m) {
                                 static_cast<q3mega::Divergence>(kind), beta, at<const float>(own),
                                 at<const float>(g));
   });
+  m.def("picked_logits", [](Address hidden, Address weight, Address places, int64_t rows,
+                            int64_t picks, int64_t width, Address logits) {
+    py::gil_scoped_release free;
+    q3mega::picked_logits(at<const float>(hidden), at<const float>(weight),
+                          at<const int64_t>(places), rows, picks, width, at<float>(logits));
+  });
+  m.def("picked_d_hidden", [](Address dz, Address weight, Address places, int64_t rows,
+                              int64_t picks, int64_t width, Address d_hidden) {
+    py::gil_scoped_release free;
+    q3mega::picked_d_hidden(at<const float>(dz), at<const float>(weight), at<const int64_t>(places),
+                            rows, picks, width, at<float>(d_hidden));
+  });
+  m.def("picked_d_weight", [](Address dz, Address hidden, Address places, int64_t rows,
+                              int64_t picks, int64_t width, int64_t vocabulary, Address d_weight) {
+    py::gil_scoped_release free;
+    q3mega::picked_d_weight(at<const float>(dz), at<const float>(hidden), at<const int64_t>(places),
+                            rows, picks, width, vocabulary, at<float>(d_weight));
+  });
   m.def("dual_chunk_forward",
         [](Q3MEGA_DUAL_CHUNK, Address q, Address k, Address v, Address out, Address lse) {
           py::gil_scoped_release free;

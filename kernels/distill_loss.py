@@ -11,6 +11,7 @@ from torch import Tensor
 from q3mega.kernels import KINDS, block_of
 
 FORWARD, REVERSE = tl.constexpr(0), tl.constexpr(1)
+PICKS, LANES = 16, 256  # of picked rows and of their columns at once
 
 
 @triton.jit
@@ -73,6 +74,53 @@ def divergence_gradient_kernel(
     tl.store(S + at, tl.where(inside, dz, 0.0), mask=v < stride)
 
 
+@triton.jit
+def _picked(PLACES, at, ok, X, width, h):
+    """(picks, lanes) fp32 of the rows of X at the places; 0 for a place of -1."""
+    place = tl.load(PLACES + at, mask=ok, other=-1)[:, None]
+    inside = (place >= 0) & (h < width)[None]
+    return tl.load(X + place * width + h[None], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def picked_logits_kernel(
+    HIDDEN, WEIGHT, PLACES, LOGITS, picks, width, PICKS: tl.constexpr, LANES: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * PICKS + tl.arange(0, PICKS)
+    dot = tl.zeros((PICKS,), tl.float32)
+    for start in range(0, width, LANES):
+        h = start + tl.arange(0, LANES)
+        x = tl.load(HIDDEN + row * width + h, mask=h < width, other=0.0).to(tl.float32)
+        dot += tl.sum(_picked(PLACES, row * picks + k, k < picks, WEIGHT, width, h) * x[None], 1)
+    tl.store(LOGITS + row * picks + k, dot, mask=k < picks)
+
+
+@triton.jit
+def picked_d_hidden_kernel(
+    DZ, WEIGHT, PLACES, D_HIDDEN, picks, width, PICKS: tl.constexpr, LANES: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    total = tl.zeros((LANES,), tl.float32)
+    for start in range(0, picks, PICKS):
+        k = start + tl.arange(0, PICKS)
+        dz = tl.load(DZ + row * picks + k, mask=k < picks, other=0.0)
+        w = _picked(PLACES, row * picks + k, k < picks, WEIGHT, width, h)
+        total += tl.sum(w * dz[:, None], 0)
+    tl.store(D_HIDDEN + row * width + h, total, mask=h < width)
+
+
+@triton.jit
+def picked_d_weight_kernel(DZ, HIDDEN, PLACES, D_WEIGHT, picks, width, LANES: tl.constexpr):
+    pick = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    place, dz = tl.load(PLACES + pick), tl.load(DZ + pick)
+    inside = (h < width) & (place >= 0)
+    x = tl.load(HIDDEN + pick // picks * width + h, mask=inside, other=0.0).to(tl.float32)
+    tl.atomic_add(D_WEIGHT + place * width + h, dz * x, mask=inside, sem="relaxed")
+
+
 def divergence_sums(
     student: Tensor, teacher: Tensor, columns: int, lse_student: Tensor, lse_teacher: Tensor,
     divergence: str, beta: float,
@@ -98,3 +146,31 @@ def divergence_gradient(
         student, teacher, lse_student, lse_teacher, own, g, student.shape[1], columns, beta,
         KINDS[divergence], block, num_warps=8,
     )  # fmt: skip
+
+
+def picked_logits(hidden: Tensor, weight: Tensor, places: Tensor) -> Tensor:
+    """(n, K) fp32 logits of hidden (n, H) at places (n, K) of the vocabulary alone; 0 for -1."""
+    (n, picks), width = places.shape, hidden.shape[1]
+    logits = torch.empty(n, picks, device=hidden.device)
+    picked_logits_kernel[n, triton.cdiv(picks, PICKS)](
+        hidden, weight, places, logits, picks, width, PICKS, LANES
+    )
+    return logits
+
+
+def picked_d_hidden(dz: Tensor, weight: Tensor, places: Tensor) -> Tensor:
+    """(n, H) fp32 from the gradient (n, K) of picked_logits."""
+    (n, picks), width = places.shape, weight.shape[1]
+    d_hidden = torch.empty(n, width, device=dz.device)
+    picked_d_hidden_kernel[n, triton.cdiv(width, LANES)](
+        dz, weight, places, d_hidden, picks, width, PICKS, LANES
+    )
+    return d_hidden
+
+
+def picked_d_weight(dz: Tensor, hidden: Tensor, places: Tensor, d_weight: Tensor) -> None:
+    """Adds to d_weight (V, H) fp32 from the gradient (n, K) of picked_logits, in no fixed order."""
+    width = hidden.shape[1]
+    picked_d_weight_kernel[places.numel(), triton.cdiv(width, LANES)](
+        dz, hidden, places, d_weight, places.shape[1], width, LANES
+    )

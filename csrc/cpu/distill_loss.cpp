@@ -1,6 +1,8 @@
 // Divergences of a student's distribution to its teacher's, row by row.
 #include "distill_loss.h"
 
+#include <omp.h>
+
 #include "rows.h"
 
 namespace q3mega {
@@ -27,6 +29,14 @@ void sum_terms(const float* s, float* t, int64_t columns, float lse_s, float lse
   }
   sums[0] = static_cast<float>(first);
   sums[1] = static_cast<float>(second);
+}
+
+// out += scale * x
+inline void add_scaled(float scale, const float* x, int64_t n, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] += scale * x[i];
+  }
 }
 
 }  // namespace
@@ -91,6 +101,51 @@ void divergence_gradient(float* student, const float* teacher, int64_t rows, int
     }
     std::fill(s + columns, s + stride, 0.0f);
   });
+}
+
+void picked_logits(const float* hidden, const float* weight, const int64_t* places, int64_t rows,
+                   int64_t picks, int64_t width, float* logits) {
+  for_rows(rows, [=](int64_t row) {
+    const float* h = hidden + row * width;
+    for (int64_t at = row * picks; at < (row + 1) * picks; ++at) {
+      float dot = 0.0f;
+      if (places[at] >= 0) {
+        const float* w = weight + places[at] * width;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < width; ++i) {
+          dot += h[i] * w[i];
+        }
+      }
+      logits[at] = dot;
+    }
+  });
+}
+
+void picked_d_hidden(const float* dz, const float* weight, const int64_t* places, int64_t rows,
+                     int64_t picks, int64_t width, float* d_hidden) {
+  for_rows(rows, [=](int64_t row) {
+    float* out = d_hidden + row * width;
+    std::fill(out, out + width, 0.0f);
+    for (int64_t at = row * picks; at < (row + 1) * picks; ++at) {
+      if (places[at] >= 0) {
+        add_scaled(dz[at], weight + places[at] * width, width, out);
+      }
+    }
+  });
+}
+
+void picked_d_weight(const float* dz, const float* hidden, const int64_t* places, int64_t rows,
+                     int64_t picks, int64_t width, int64_t vocabulary, float* d_weight) {
+#pragma omp parallel
+  {
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t low = vocabulary * thread / threads, high = vocabulary * (thread + 1) / threads;
+    for (int64_t at = 0; at < rows * picks; ++at) {
+      if (places[at] >= low && places[at] < high) {
+        add_scaled(dz[at], hidden + at / picks * width, width, d_weight + places[at] * width);
+      }
+    }
+  }
 }
 
 }  // namespace q3mega

@@ -22,4 +22,20 @@ void divergence_gradient(float* student, const float* teacher, int64_t rows, int
                          int64_t columns, const float* lse_student, const float* lse_teacher,
                          Divergence kind, float beta, const float* own, const float* g);
 
+// Products with the rows of an lm_head (vocabulary, width) at `places` (rows, picks) alone, where a
+// token has `picks` of them; a place of -1 is nowhere: another rank's.
+
+// logits (rows, picks) of hidden (rows, width).
+void picked_logits(const float* hidden, const float* weight, const int64_t* places, int64_t rows,
+                   int64_t picks, int64_t width, float* logits);
+
+// d_hidden (rows, width) from the logits' gradients dz (rows, picks).
+void picked_d_hidden(const float* dz, const float* weight, const int64_t* places, int64_t rows,
+                     int64_t picks, int64_t width, float* d_hidden);
+
+// Adds to d_weight (vocabulary, width). A thread owns a range of the vocabulary, so sums do not
+// depend on the threads' number.
+void picked_d_weight(const float* dz, const float* hidden, const int64_t* places, int64_t rows,
+                     int64_t picks, int64_t width, int64_t vocabulary, float* d_weight);
+
 }  // namespace q3mega

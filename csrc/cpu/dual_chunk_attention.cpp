@@ -32,7 +32,7 @@ void rotate(const DualChunk& shape, const float* x, int64_t position, float sign
 
 // One kv head's keys of one sequence, rotated, in tiles of rows and of columns.
 struct Keys {
-  int64_t count, width;                 // width: dim, padded
+  int64_t count, width;     // width: dim, padded
   Floats rotated, columns;  // (count, width), and by tile (dim, kTile)
   Floats values, value_columns;
 

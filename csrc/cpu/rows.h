@@ -34,8 +34,8 @@ inline int32_t float_to_bits(float x) {
   return bits;
 }
 
-// e^x for x <= 88, within 2 ulp: 2^n e^r with |r| <= ln 2 / 2, and e^r = 1 + r (...), the polynomial
-// of least relative error (2e-9). 0 below -87, where floats end.
+// e^x for x <= 88, within 2 ulp: 2^n e^r with |r| <= ln 2 / 2, and e^r = 1 + r (...), the
+// polynomial of least relative error (2e-9). 0 below -87, where floats end.
 inline float exp_fast(float x) {
   const float magic = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = x * 1.44269504088896341f + magic, n = shifted - magic;

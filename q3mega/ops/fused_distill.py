@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
-from q3mega.ops import fused_lm_head, vocab
+from q3mega.ops import vocab
 from q3mega.ops.distill_loss import DistillOutput, Divergence, bucket_terms, bucketed
 from q3mega.ops.fused_lm_head import (
     WIDE,
@@ -121,25 +121,18 @@ def _distill_renormalised(
     """Only the ids' own rows of the lm_head are read: no GEMM over the vocabulary."""
     head = Head(weight, temperature, -1, group, backend, 1)
     gradients = Gradients(hidden, head, (of_hidden, of_weight))
-    per_token, column = hidden.new_zeros(len(hidden), dtype=WIDE), head.column(ids)
-    step = max(1, fused_lm_head.BUFFER_BYTES // 4 // (4 * ids.shape[1] * hidden.shape[1]))
-    for rows in (w != 0).nonzero()[:, 0].split(step):
-        here, places = column[rows] >= 0, column[rows].clamp(min=0)
-        h, picked = hidden[rows].to(WIDE) / temperature, weight[places].to(WIDE)
-        logits = torch.einsum("nkh,nh->nk", picked, h) * here
+    per_token, rows = hidden.new_zeros(len(hidden), dtype=WIDE), (w != 0).nonzero()[:, 0]
+    if len(rows):
+        h, places = hidden[rows], head.column(ids)[rows]
+        logits = head.kernels.picked_logits(h, weight, places) / temperature
         if head.group is not None:
             all_reduce(logits, group=head.group)
         student = logits.log_softmax(1)
         per_token[rows], slope = bucket_terms(
             student, teacher[rows], cast(Divergence, divergence), beta
         )
-        dz = student.exp() * slope * w[rows, None] * here
-        if of_hidden:
-            d_hidden = torch.einsum("nk,nkh->nh", dz, picked) / temperature
-            gradients.hidden[rows] = d_hidden.to(hidden.dtype)
-        if of_weight:
-            outer = dz[:, :, None] * h[:, None]
-            gradients.add_rows(places.flatten(), outer.flatten(0, 1))
+        dz = student.exp() * slope * w[rows, None] / temperature
+        gradients.add_picked(rows, h, dz, places)
     return _squared(temperature, w, per_token, gradients)
 
 

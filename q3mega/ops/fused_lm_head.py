@@ -133,11 +133,14 @@ class Gradients:
         else:
             self.weight.add_(torch.mm(dz.T, hidden, out_dtype=WIDE), alpha=1 / t)
 
-    def add_rows(self, places: Tensor, rows: Tensor) -> None:
-        """rows (n, H) onto the lm_head's rows at places (n,)."""
-        if self.weight is None:
+    def add_picked(self, rows: Tensor, hidden: Tensor, dz: Tensor, places: Tensor) -> None:
+        """dz (n, K): the loss's gradient with respect to hidden @ weight[places].T alone."""
+        if self.of_hidden:
+            d_hidden = self.head.kernels.picked_d_hidden(dz, self.head.weight, places)
+            self.hidden[rows] = d_hidden.to(hidden.dtype)
+        if self.of_weight:
             self.weight = torch.zeros_like(self.head.weight, dtype=WIDE)
-        self.weight.index_add_(0, places, rows)
+            self.head.kernels.picked_d_weight(dz, hidden, places, self.weight)
 
     def done(self) -> tuple[Tensor, Tensor]:
         if self.head.group is not None and self.of_hidden:

@@ -164,6 +164,19 @@ def test_distill_from_the_teachers_best(blocks, kind, tail, k) -> None:
     both(run, *leaves)
 
 
+@pytest.mark.parametrize("n", [0, 3])
+@pytest.mark.parametrize("tail", [True, False])
+def test_no_token_counts(n, tail) -> None:
+    leaves = [x.requires_grad_() for x in randn(21, (n, 6), (37, 6))]
+    ids, logprobs = torch.arange(4).expand(n, 4), torch.full((n, 4), -2.0)
+    out = ops.distill_loss(
+        *leaves, teacher_topk=(ids, logprobs), divergence="forward_kl", tail=tail,
+        loss_weights=torch.zeros(n), backend="cpu",
+    )  # fmt: skip
+    grads = torch.autograd.grad(out.loss, leaves)
+    assert not any(x.any() for x in (out.loss, out.per_token, *grads))
+
+
 @given(n=st.integers(0, 9), v=st.integers(1, 70), h=st.integers(1, 9), seed=st.integers(0, 9999))
 def test_random_shapes(n, v, h, seed) -> None:
     leaves, targets = sized(n, v, h, seed)

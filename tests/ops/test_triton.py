@@ -14,7 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-CHECKS = ("logprob", "grpo", "distill", "topk", "packed", "continued")
+CHECKS = ("logprob", "grpo", "distill", "topk", "picked", "packed", "continued")
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -48,6 +48,7 @@ def _both(run, *leaves: torch.Tensor, atol: float = 2e-5) -> None:
 def _main(check: str) -> None:
     from q3mega import ops
     from q3mega.kernels import dual_chunk_attention
+    from q3mega.ops.backends import KERNELS
 
     torch.manual_seed(0)
     n, v, h, valid = 7, 37, 6, 33
@@ -96,6 +97,23 @@ def _main(check: str) -> None:
 
         for kind in ("forward_kl", "reverse_kl", "jsd"):
             _both(partial(distill, kind), *leaves)
+    elif check == "picked":
+        hidden, weight, dz = torch.randn(5, 300), torch.randn(v, 300).bfloat16(), torch.randn(5, 20)
+        places = torch.randint(-1, v, (5, 20))  # -1 is nowhere, and some come twice
+        there = torch.zeros(5, 20, v).scatter_(2, places.clamp(min=0)[..., None], 1.0)
+        there *= (places >= 0)[..., None]
+        triton, d_weight = KERNELS["triton"], torch.ones(v, 300)
+        triton.picked_d_weight(dz, hidden, places, d_weight)
+        of_logits = torch.einsum("nk,nkv->nv", dz, there)
+        for ours, theirs in (
+            (
+                triton.picked_logits(hidden, weight, places),
+                torch.einsum("nkv,nv->nk", there, hidden @ weight.float().T),
+            ),
+            (triton.picked_d_hidden(dz, weight, places), of_logits @ weight.float()),
+            (d_weight, 1 + of_logits.T @ hidden),
+        ):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     else:
         small = dual_chunk_attention.Tiles(16, 16)
         dual_chunk_attention.tiles = dual_chunk_attention.forward_tiles = lambda _: small

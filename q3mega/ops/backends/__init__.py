@@ -1,6 +1,7 @@
 """What a backend is: the kernels below, on contiguous tensors that the operators have checked.
 
 row_stats, row_gradient, divergence_sums, divergence_gradient: passes over rows of logits.
+picked_logits, picked_d_hidden, picked_d_weight: products with a few rows of the lm_head a token.
 attention_forward, attention_backward: dual-chunk attention.
 serves(x), serves_attention(q): why not, or None.
 """
@@ -11,6 +12,10 @@ from types import ModuleType
 
 KERNELS: dict[str, ModuleType] = {
     name: import_module(f"{__name__}.{name}")
-    for name, needs in (("cpu", "q3mega._cpu"), ("triton", "triton"), ("cuda", "q3mega._cuda"))
-    if find_spec(needs) is not None
+    for name, *needs in (
+        ("cpu", "q3mega._cpu"),
+        ("triton", "triton"),
+        ("cuda", "q3mega._cuda", "triton"),  # whose gathers it takes
+    )
+    if all(map(find_spec, needs))
 }

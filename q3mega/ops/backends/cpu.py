@@ -95,6 +95,34 @@ def divergence_gradient(
     )  # fmt: skip
 
 
+def picked_logits(hidden: Tensor, weight: Tensor, places: Tensor) -> Tensor:
+    """(n, K) logits of hidden (n, H) at places (n, K) of the vocabulary alone; 0 for -1."""
+    logits = hidden.new_empty(places.shape)
+    _cpu.picked_logits(
+        *_addresses(hidden, weight, places), *places.shape, hidden.shape[1], logits.data_ptr()
+    )
+    return logits
+
+
+def picked_d_hidden(dz: Tensor, weight: Tensor, places: Tensor) -> Tensor:
+    """(n, H) from the gradient (n, K) of picked_logits."""
+    d_hidden = dz.new_empty(len(dz), weight.shape[1])
+    _cpu.picked_d_hidden(
+        *_addresses(dz, weight, places), *places.shape, weight.shape[1], d_hidden.data_ptr()
+    )
+    return d_hidden
+
+
+def picked_d_weight(dz: Tensor, hidden: Tensor, places: Tensor, d_weight: Tensor) -> None:
+    """Adds to d_weight (V, H) from the gradient (n, K) of picked_logits."""
+    shape = *places.shape, hidden.shape[1], len(d_weight)
+    _cpu.picked_d_weight(*_addresses(dz, hidden, places), *shape, d_weight.data_ptr())
+
+
+def _addresses(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(x.data_ptr() for x in tensors)
+
+
 def _shape(turns: Turns, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple[float, ...]:
     return (
         len(cu_k) - 1, q.shape[1], *k.shape[1:], cu_q.data_ptr(), cu_k.data_ptr(), turns.offset,

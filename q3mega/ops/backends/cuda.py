@@ -1,4 +1,5 @@
-"""The CUDA kernels of csrc/cuda, on Hopper: rows of fp32 logits, attention in bf16 and fp16.
+"""The CUDA kernels of csrc/cuda, on Hopper: rows of fp32 logits, attention in bf16 and fp16. The
+gathers of a few rows of the lm_head, to which CUDA adds nothing, are Triton's.
 
 They are compiled for sm_90a and tested by emulation on a CPU; they have not yet run on a GPU.
 """
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from q3mega import _cuda
 from q3mega.kernels import KINDS
+from q3mega.kernels.distill_loss import picked_d_hidden, picked_d_weight, picked_logits
 from q3mega.kernels.tiles import key_tiles, query_tiles
 from q3mega.ops import rotary
 from q3mega.ops.rotary import Turns
 
+__all__ = ["picked_d_hidden", "picked_d_weight", "picked_logits"]
 TYPES = {torch.bfloat16: 0, torch.float16: 1}
 ROWS = 128  # of a tile of queries or of keys
 FAR = 1 << 30  # beyond every token, and twice that fits an int32

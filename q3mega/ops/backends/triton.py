@@ -6,12 +6,21 @@ import torch
 from torch import Tensor
 
 from q3mega.kernels import dual_chunk_attention
-from q3mega.kernels.distill_loss import divergence_gradient, divergence_sums
+from q3mega.kernels.distill_loss import (
+    divergence_gradient,
+    divergence_sums,
+    picked_d_hidden,
+    picked_d_weight,
+    picked_logits,
+)
 from q3mega.kernels.linear_logprob import row_gradient, row_stats
 from q3mega.ops import rotary
 from q3mega.ops.rotary import Turns
 
-__all__ = ["divergence_gradient", "divergence_sums", "row_gradient", "row_stats"]
+__all__ = [
+    "divergence_gradient", "divergence_sums", "picked_d_hidden", "picked_d_weight",
+    "picked_logits", "row_gradient", "row_stats",
+]  # fmt: skip
 
 
 def serves(x: Tensor) -> str | None:
