@@ -8,6 +8,8 @@ backend's: C++ or Triton. All is registered with torch.library: fakes and autogr
 under torch.compile.
 """
 
+import contextlib
+import mmap
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,7 +25,9 @@ from q3mega.ops.backends import KERNELS
 from q3mega.ops.dispatch import register
 from q3mega.ops.linear_logprob import merge
 
-BUFFER_BYTES = 128 << 20  # of logits at once: 220 rows of Qwen3's vocabulary, where dW is amortised
+# Of logits at once: at least 220 rows of Qwen3's vocabulary, and a quarter of an fp32 lm_head's size.
+# A block's pass over d_weight costs the more beside its products, the fewer rows it has.
+BUFFER_BYTES = 128 << 20
 CPU_COLUMNS = 2048  # of logits by one product, which then stay in the cache: a tenth faster
 GPU_BYTES = 1 << 30  # 1,767 rows: a GEMM that fills the card
 WIDE = torch.float32  # of logits, statistics and sums, whatever the operands are
@@ -40,8 +44,19 @@ def _scratch(like: Tensor, rows: int, columns: int, slot: int) -> Tensor:
     slots = _held.__dict__.setdefault("slots", {})
     if slot not in slots or slots[slot].numel() < rows * columns:
         with torch.inference_mode(False):  # else only such calls could write to it again
-            slots[slot] = torch.empty(rows * columns, dtype=like.dtype)
+            slots[slot] = _large_pages(rows * columns)
     return slots[slot][: rows * columns].view(rows, columns)
+
+
+def _large_pages(size: int) -> Tensor:
+    """(size,) fp32, in pages of 2 MiB where the system has them: a GEMM and a row kernel walk
+    through hundreds of rows at once, each of which begins far from the last."""
+    if not size:
+        return torch.empty(0, dtype=WIDE)
+    memory = mmap.mmap(-1, 4 * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # only Linux has them, and not everywhere
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=WIDE)
 
 
 class Head:
@@ -66,7 +81,7 @@ class Head:
         whole = vocab.size(weight, self.group)
         self.valid = whole if valid < 0 else min(whole, valid)
         self.columns = min(max(self.valid - self.first, 0), self.stride)
-        budget = GPU_BYTES if weight.is_cuda else BUFFER_BYTES
+        budget = GPU_BYTES if weight.is_cuda else max(BUFFER_BYTES, weight.numel())
         most = max(1, budget // (4 * self.stride))
         self.step = _even(rows, most)
         wide = weight.dtype == WIDE
