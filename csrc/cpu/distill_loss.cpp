@@ -16,6 +16,7 @@ void sum_terms(const float* s, float* t, int64_t columns, float lse_s, float lse
   double first = 0.0, second = 0.0;
   for (int64_t start = 0; start < columns; start += kBlock) {
     const int64_t end = std::min(start + kBlock, columns);
+    fetch_ahead(start, s, t);
     float a = 0.0f, b = 0.0f;
 #pragma omp simd reduction(+ : a, b)
     for (int64_t v = start; v < end; ++v) {
@@ -29,6 +30,19 @@ void sum_terms(const float* s, float* t, int64_t columns, float lse_s, float lse
   }
   sums[0] = static_cast<float>(first);
   sums[1] = static_cast<float>(second);
+}
+
+// s = gradient(s, t), column by column.
+template <class Gradient>
+void rewrite(float* s, const float* t, int64_t columns, const Gradient& gradient) {
+  for (int64_t start = 0; start < columns; start += kBlock) {
+    const int64_t end = std::min(start + kBlock, columns);
+    fetch_ahead(start, s, t);
+#pragma omp simd
+    for (int64_t v = start; v < end; ++v) {
+      s[v] = gradient(s[v], t[v]);
+    }
+  }
 }
 
 // out += scale * x
@@ -82,22 +96,17 @@ void divergence_gradient(float* student, const float* teacher, int64_t rows, int
     const float* t = teacher + row * stride;
     const float a = lse_student[row], b = lse_teacher[row], mean = own[row], scale = g[row];
     if (kind == kForward) {
-#pragma omp simd
-      for (int64_t v = 0; v < columns; ++v) {
-        s[v] = scale * (exp_fast(s[v] - a) - exp_fast(t[v] - b));
-      }
+      rewrite(s, t, columns,
+              [=](float z, float y) { return scale * (exp_fast(z - a) - exp_fast(y - b)); });
     } else if (kind == kReverse) {
-#pragma omp simd
-      for (int64_t v = 0; v < columns; ++v) {
-        const float lq = s[v] - a;
-        s[v] = scale * exp_fast(lq) * (lq - (t[v] - b) - mean);
-      }
+      rewrite(s, t, columns, [=](float z, float y) {
+        const float lq = z - a;
+        return scale * exp_fast(lq) * (lq - (y - b) - mean);
+      });
     } else {
       const float share = scale * (1.0f - beta);
-#pragma omp simd
-      for (int64_t v = 0; v < columns; ++v) {
-        s[v] = share * exp_fast(s[v] - a) * (t[v] - mean);
-      }
+      rewrite(s, t, columns,
+              [=](float z, float y) { return share * exp_fast(z - a) * (y - mean); });
     }
     std::fill(s + columns, s + stride, 0.0f);
   });

@@ -15,6 +15,7 @@ void row_stats(const float* logits, int64_t rows, int64_t stride, int64_t column
     double mass = 0.0, moment = 0.0;
     for (int64_t start = 0; start < columns; start += kBlock) {  // in the cache between its loops
       const int64_t end = std::min(start + kBlock, columns);
+      fetch_ahead(start, z);
       const float best = maximum(z + start, end - start, top);
       if (best > top) {
         const double shift = static_cast<double>(top) - best, shrink = std::exp(shift);
@@ -49,10 +50,14 @@ void row_gradient(float* logits, int64_t rows, int64_t stride, int64_t columns,
     float* z = logits + row * stride;
     const float shift = lse[row], g = g_logprob[row], h = entropy[row];
     const float gh = g_entropy == nullptr ? 0.0f : g_entropy[row];
+    for (int64_t start = 0; start < columns; start += kBlock) {
+      const int64_t end = std::min(start + kBlock, columns);
+      fetch_ahead(start, z);
 #pragma omp simd
-    for (int64_t v = 0; v < columns; ++v) {
-      const float lp = z[v] - shift;
-      z[v] = -exp_fast(lp) * (g + gh * (lp + h));
+      for (int64_t v = start; v < end; ++v) {
+        const float lp = z[v] - shift;
+        z[v] = -exp_fast(lp) * (g + gh * (lp + h));
+      }
     }
     std::fill(z + columns, z + stride, 0.0f);
     const int64_t target = column[row];

@@ -19,8 +19,10 @@ constexpr int64_t kVector = 8;
 #endif
 typedef float Vector __attribute__((vector_size(kVector * 4), aligned(4), may_alias));
 
+constexpr int64_t kLine = 16;  // floats of a cache line
+
 constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723212e-6f;
-constexpr int64_t kBlock = 1024;  // floats that are summed in fp32 before a double takes the sum
+constexpr int64_t kBlock = 256;  // floats that are summed in fp32 before a double takes the sum
 
 inline float bits_to_float(int32_t bits) {
   float x;
@@ -93,6 +95,15 @@ inline float maximum(const float* z, int64_t n, float top) {
     top = std::max(top, z[v]);
   }
   return top;
+}
+
+// Asks memory for the block of some rows after the one that follows `start`'s: with so much to
+// compute the processor does not look that far ahead by itself.
+template <class... Rows>
+inline void fetch_ahead(int64_t start, const Rows*... rows) {
+  for (int64_t v = start + 2 * kBlock; v < start + 3 * kBlock; v += kLine) {
+    (__builtin_prefetch(rows + v), ...);
+  }
 }
 
 // body(row) for every row, shared by torch's threads.

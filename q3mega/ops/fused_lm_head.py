@@ -25,8 +25,8 @@ from q3mega.ops.backends import KERNELS
 from q3mega.ops.dispatch import register
 from q3mega.ops.linear_logprob import merge
 
-# Of logits at once: at least 220 rows of Qwen3's vocabulary, and a quarter of an fp32 lm_head's size.
-# A block's pass over d_weight costs the more beside its products, the fewer rows it has.
+# Of logits at once: 220 rows of Qwen3's vocabulary, or a quarter of the lm_head's size if that is
+# more. The fewer rows a block has, the more its pass over d_weight costs beside its products.
 BUFFER_BYTES = 128 << 20
 CPU_COLUMNS = 2048  # of logits by one product, which then stay in the cache: a tenth faster
 GPU_BYTES = 1 << 30  # 1,767 rows: a GEMM that fills the card
