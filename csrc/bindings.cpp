@@ -76,10 +76,10 @@ PYBIND11_MODULE(Q3MEGA_MODULE, m) {
                             rows, picks, width, at<float>(d_hidden));
   });
   m.def("picked_d_weight", [](Address dz, Address hidden, Address places, int64_t rows,
-                              int64_t picks, int64_t width, int64_t vocabulary, Address d_weight) {
+                              int64_t picks, int64_t width, Address d_weight) {
     py::gil_scoped_release free;
     q3mega::picked_d_weight(at<const float>(dz), at<const float>(hidden), at<const int64_t>(places),
-                            rows, picks, width, vocabulary, at<float>(d_weight));
+                            rows, picks, width, at<float>(d_weight));
   });
   m.def("dual_chunk_forward",
         [](Q3MEGA_DUAL_CHUNK, Address q, Address k, Address v, Address out, Address lse) {

@@ -1,6 +1,7 @@
 """Divergences of a student's distribution to its teacher's, row by row of their logits, in Triton.
 
-Memory-bound passes over two blocks of logits; `csrc/cpu/distill_loss.cpp` computes the same.
+Memory-bound passes over two blocks of logits, and products with a few rows of an lm_head a token;
+`csrc/cpu/distill_loss.cpp` computes the same.
 """
 
 import torch
@@ -88,12 +89,12 @@ def picked_logits_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * PICKS + tl.arange(0, PICKS)
-    dot = tl.zeros((PICKS,), tl.float32)
+    dots = tl.zeros((PICKS, LANES), tl.float32)
     for start in range(0, width, LANES):
         h = start + tl.arange(0, LANES)
         x = tl.load(HIDDEN + row * width + h, mask=h < width, other=0.0).to(tl.float32)
-        dot += tl.sum(_picked(PLACES, row * picks + k, k < picks, WEIGHT, width, h) * x[None], 1)
-    tl.store(LOGITS + row * picks + k, dot, mask=k < picks)
+        dots += _picked(PLACES, row * picks + k, k < picks, WEIGHT, width, h) * x[None]
+    tl.store(LOGITS + row * picks + k, tl.sum(dots, 1), mask=k < picks)
 
 
 @triton.jit
@@ -102,13 +103,12 @@ def picked_d_hidden_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    total = tl.zeros((LANES,), tl.float32)
+    parts = tl.zeros((PICKS, LANES), tl.float32)
     for start in range(0, picks, PICKS):
         k = start + tl.arange(0, PICKS)
         dz = tl.load(DZ + row * picks + k, mask=k < picks, other=0.0)
-        w = _picked(PLACES, row * picks + k, k < picks, WEIGHT, width, h)
-        total += tl.sum(w * dz[:, None], 0)
-    tl.store(D_HIDDEN + row * width + h, total, mask=h < width)
+        parts += _picked(PLACES, row * picks + k, k < picks, WEIGHT, width, h) * dz[:, None]
+    tl.store(D_HIDDEN + row * width + h, tl.sum(parts, 0), mask=h < width)
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def divergence_sums(
 ) -> Tensor:  # fmt: skip
     """(n, 2) sums over the first `columns` of logits (n, V): forward or reverse KL and 0, or of the
     Jensen-Shannon divergence KL(T || M) and KL(S || M)."""
-    sums = torch.empty(len(student), 2, device=student.device)
+    sums = student.new_empty(len(student), 2)
     divergence_sums_kernel[(len(student),)](
         student, teacher, lse_student, lse_teacher, sums, student.shape[1], columns, beta,
         KINDS[divergence], block_of(columns), num_warps=8,
@@ -151,7 +151,7 @@ def divergence_gradient(
 def picked_logits(hidden: Tensor, weight: Tensor, places: Tensor) -> Tensor:
     """(n, K) fp32 logits of hidden (n, H) at places (n, K) of the vocabulary alone; 0 for -1."""
     (n, picks), width = places.shape, hidden.shape[1]
-    logits = torch.empty(n, picks, device=hidden.device)
+    logits = torch.empty(n, picks, device=hidden.device, dtype=torch.float32)
     picked_logits_kernel[n, triton.cdiv(picks, PICKS)](
         hidden, weight, places, logits, picks, width, PICKS, LANES
     )
@@ -161,7 +161,7 @@ def picked_logits(hidden: Tensor, weight: Tensor, places: Tensor) -> Tensor:
 def picked_d_hidden(dz: Tensor, weight: Tensor, places: Tensor) -> Tensor:
     """(n, H) fp32 from the gradient (n, K) of picked_logits."""
     (n, picks), width = places.shape, weight.shape[1]
-    d_hidden = torch.empty(n, width, device=dz.device)
+    d_hidden = dz.new_empty(n, width)
     picked_d_hidden_kernel[n, triton.cdiv(width, LANES)](
         dz, weight, places, d_hidden, picks, width, PICKS, LANES
     )

@@ -63,7 +63,7 @@ def row_gradient_kernel(
 
 def row_stats(z: Tensor, columns: int, column: Tensor) -> Tensor:
     """(n, 4) of z (n, V) fp32, whose first `columns` count; column (n,): the target or -1."""
-    stats = torch.empty(len(z), 4, device=z.device)
+    stats = z.new_empty(len(z), 4)
     block = block_of(columns)
     row_stats_kernel[(len(z),)](z, column, stats, z.shape[1], columns, NONE, block, num_warps=8)
     return stats

@@ -1,4 +1,4 @@
-// Divergences of a student's distribution to its teacher's, row by row.
+// Divergences of a student's distribution to its teacher's, row by row; and logits of a few ids.
 #include "distill_loss.h"
 
 #include <omp.h>
@@ -144,13 +144,12 @@ void picked_d_hidden(const float* dz, const float* weight, const int64_t* places
 }
 
 void picked_d_weight(const float* dz, const float* hidden, const int64_t* places, int64_t rows,
-                     int64_t picks, int64_t width, int64_t vocabulary, float* d_weight) {
+                     int64_t picks, int64_t width, float* d_weight) {
 #pragma omp parallel
   {
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    const int64_t low = vocabulary * thread / threads, high = vocabulary * (thread + 1) / threads;
     for (int64_t at = 0; at < rows * picks; ++at) {
-      if (places[at] >= low && places[at] < high) {
+      if (places[at] >= 0 && places[at] % threads == thread) {
         add_scaled(dz[at], hidden + at / picks * width, width, d_weight + places[at] * width);
       }
     }

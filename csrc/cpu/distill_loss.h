@@ -1,4 +1,5 @@
-// Row kernels of the divergences between two blocks of logits; docs/kernels.md has the maths.
+// Row kernels of the divergences between two blocks of logits, and products with a few rows of an
+// lm_head a token; docs/kernels.md has the maths.
 #pragma once
 
 #include <cstdint>
@@ -33,9 +34,9 @@ void picked_logits(const float* hidden, const float* weight, const int64_t* plac
 void picked_d_hidden(const float* dz, const float* weight, const int64_t* places, int64_t rows,
                      int64_t picks, int64_t width, float* d_hidden);
 
-// Adds to d_weight (vocabulary, width). A thread owns a range of the vocabulary, so sums do not
-// depend on the threads' number.
+// Adds to d_weight (vocabulary, width). A row of it has one thread, so sums do not depend on the
+// threads' number; in turn, since the ids that teachers prefer lie close together.
 void picked_d_weight(const float* dz, const float* hidden, const int64_t* places, int64_t rows,
-                     int64_t picks, int64_t width, int64_t vocabulary, float* d_weight);
+                     int64_t picks, int64_t width, float* d_weight);
 
 }  // namespace q3mega

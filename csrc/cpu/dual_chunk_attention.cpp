@@ -100,7 +100,8 @@ struct Tile {
     }
   }
 
-  // scores (rows, kTile) of the keys [low, low + kTile), of which [from, to) count.
+  // scores (rows, kTile) of the keys [low, low + kTile), of which [from, to) count; the others'
+  // exponentials are 0, since in the first tile of keys every query sees one.
   void score(const DualChunk& shape, const Keys& keys, int64_t low, int64_t from, int64_t to,
              int64_t width) {
     product<false>(query.data(), width, 1, keys.tile(keys.columns, low, shape.dim), kTile,

@@ -19,26 +19,27 @@ constexpr int64_t kVector = 8;
 #endif
 typedef float Vector __attribute__((vector_size(kVector * 4), aligned(4), may_alias));
 
-constexpr int64_t kLine = 16;  // floats of a cache line
+constexpr int64_t kLineFloats = 16;
 
 constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723212e-6f;
 constexpr int64_t kBlock = 256;  // floats that are summed in fp32 before a double takes the sum
 
-inline float bits_to_float(int32_t bits) {
+inline float bits_to_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
 
-inline int32_t float_to_bits(float x) {
-  int32_t bits;
+inline uint32_t float_to_bits(float x) {
+  uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
 
-// e^x for x <= 88, within 2 ulp: 2^n e^r with |r| <= ln 2 / 2, and e^r = 1 + r (...), the
-// polynomial of least relative error (2e-9). 0 below -87, where floats end.
+// e^x within 2 ulp: 2^n e^r with |r| <= ln 2 / 2, and e^r = 1 + r (...), the polynomial of least
+// relative error (2e-9). e^88 beyond 88, 0 below -87, where normal floats end.
 inline float exp_fast(float x) {
+  x = x > 88.0f ? 88.0f : x;
   const float magic = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = x * 1.44269504088896341f + magic, n = shifted - magic;
   const float r = x - n * kLn2High - n * kLn2Low;
@@ -56,8 +57,9 @@ inline float exp_fast(float x) {
 // ln x for normal x > 0, within 2 ulp: x = 2^n (1 + m) with 1 + m in [sqrt(1/2), sqrt(2)), and
 // ln(1 + m) = m + m^2 (...), the polynomial of least relative error (3e-8). Of 0 about -88.
 inline float log_fast(float x) {
-  const int32_t bits = float_to_bits(x), n = (bits - 0x3f3504f3) >> 23;  // the bits of sqrt(1/2)
-  const float m = bits_to_float(bits - (n << 23)) - 1.0f, e = static_cast<float>(n);
+  const uint32_t bits = float_to_bits(x), offset = bits - 0x3f3504f3;  // the bits of sqrt(1/2)
+  const int32_t n = static_cast<int32_t>(offset) >> 23;
+  const float m = bits_to_float(bits - (offset & 0xff800000)) - 1.0f, e = static_cast<float>(n);
   float p = 8.7348449033e-2f;
   p = p * m - 1.4307522553e-1f;
   p = p * m + 1.4917973316e-1f;
@@ -66,7 +68,7 @@ inline float log_fast(float x) {
   p = p * m - 2.5001755259e-1f;
   p = p * m + 3.3333950221e-1f;
   p = p * m - 4.9999991606e-1f;
-  return m * m * p + e * kLn2Low + m + e * kLn2High;
+  return m * m * p + e * kLn2Low + m + e * kLn2High + (x - x);  // NaN stays NaN
 }
 
 // max(top, max z). By hand: compilers leave this loop alone, for the sake of NaN, which is ignored.
@@ -101,7 +103,7 @@ inline float maximum(const float* z, int64_t n, float top) {
 // compute the processor does not look that far ahead by itself.
 template <class... Rows>
 inline void fetch_ahead(int64_t start, const Rows*... rows) {
-  for (int64_t v = start + 2 * kBlock; v < start + 3 * kBlock; v += kLine) {
+  for (int64_t v = start + 2 * kBlock; v < start + 3 * kBlock; v += kLineFloats) {
     (__builtin_prefetch(rows + v), ...);
   }
 }

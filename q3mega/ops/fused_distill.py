@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
-from q3mega.ops import vocab
+from q3mega.ops import fused_lm_head, vocab
 from q3mega.ops.distill_loss import DistillOutput, Divergence, bucket_terms, bucketed
 from q3mega.ops.fused_lm_head import (
     WIDE,
@@ -26,6 +26,8 @@ from q3mega.ops.fused_lm_head import (
     wants_gradients,
 )
 
+BUCKETS = 16  # tensors of (n, K) numbers that a top-k teacher's divergence holds, or so
+
 
 @torch.library.custom_op("q3mega::distill_loss", mutates_args=())
 def _distill(
@@ -33,8 +35,9 @@ def _distill(
     divergence: str, beta: float, temperature: float, valid: int, group: str, backend: str,
     of_hidden: bool, of_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    head = Head(weight, temperature, valid, group, backend, len(hidden))
-    teacher = Head(teacher_weight, temperature, valid, group, backend, len(hidden), slot=1)
+    same = temperature, valid, group, backend, len(hidden)
+    head = Head(weight, *same, of_weight)
+    teacher = Head(teacher_weight, *same, beside=head)
     gradients = Gradients(hidden, head, (of_hidden, of_weight))
     per_token = hidden.new_zeros(len(hidden), dtype=WIDE)
     for rows in blocks((w != 0).nonzero()[:, 0], head):
@@ -86,7 +89,7 @@ def _distill_topk(
 
     Outside the ids a logit matters by its mass alone.
     """
-    head = Head(weight, temperature, valid, group, backend, len(hidden))
+    head = Head(weight, temperature, valid, group, backend, len(hidden), of_weight)
     gradients = Gradients(hidden, head, (of_hidden, of_weight))
     per_token, column = hidden.new_zeros(len(hidden), dtype=WIDE), head.column(ids)
     for rows in blocks((w != 0).nonzero()[:, 0], head):
@@ -121,9 +124,11 @@ def _distill_renormalised(
     """Only the ids' own rows of the lm_head are read: no GEMM over the vocabulary."""
     head = Head(weight, temperature, -1, group, backend, 1)
     gradients = Gradients(hidden, head, (of_hidden, of_weight))
-    per_token, rows = hidden.new_zeros(len(hidden), dtype=WIDE), (w != 0).nonzero()[:, 0]
-    if len(rows):
-        h, places = hidden[rows], head.column(ids)[rows]
+    per_token, column = hidden.new_zeros(len(hidden), dtype=WIDE), head.column(ids)
+    step = max(1, fused_lm_head.BUFFER_BYTES // (4 * (hidden.shape[1] + BUCKETS * ids.shape[1])))
+    active = (w != 0).nonzero()[:, 0]
+    for rows in active.split(step) if len(active) else ():
+        h, places = hidden[rows], column[rows]
         logits = head.kernels.picked_logits(h, weight, places) / temperature
         if head.group is not None:
             all_reduce(logits, group=head.group)

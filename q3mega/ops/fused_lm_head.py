@@ -25,8 +25,8 @@ from q3mega.ops.backends import KERNELS
 from q3mega.ops.dispatch import register
 from q3mega.ops.linear_logprob import merge
 
-# Of logits at once: 220 rows of Qwen3's vocabulary, or a quarter of the lm_head's size if that is
-# more. The fewer rows a block has, the more its pass over d_weight costs beside its products.
+# Of logits at once: 220 rows of Qwen3's vocabulary, or a quarter of d_weight's size if that is more:
+# the fewer rows a block has, the more its pass over d_weight costs beside its products.
 BUFFER_BYTES = 128 << 20
 CPU_COLUMNS = 2048  # of logits by one product, which then stay in the cache: a tenth faster
 GPU_BYTES = 1 << 30  # 1,767 rows: a GEMM that fills the card
@@ -62,7 +62,8 @@ def _large_pages(size: int) -> Tensor:
 class Head:
     """An lm_head (or this rank's shard) and the buffer in which its logits come and go.
 
-    Heads that are used together take different slots.
+    rows: the most at once, of which a block has a part. beside: a head of as many ids that is used
+    together with this one, block by block.
     """
 
     def __init__(
@@ -73,7 +74,8 @@ class Head:
         group: str,
         backend: str,
         rows: int,
-        slot: int = 0,
+        of_weight: bool = False,
+        beside: "Head | None" = None,
     ) -> None:
         self.weight, self.temperature, self.kernels = weight, temperature, KERNELS[backend]
         self.group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
@@ -81,9 +83,12 @@ class Head:
         whole = vocab.size(weight, self.group)
         self.valid = whole if valid < 0 else min(whole, valid)
         self.columns = min(max(self.valid - self.first, 0), self.stride)
-        budget = GPU_BYTES if weight.is_cuda else max(BUFFER_BYTES, weight.numel())
+        budget = GPU_BYTES if weight.is_cuda else BUFFER_BYTES
+        if of_weight and not weight.is_cuda:
+            budget = max(budget, weight.numel())
         most = max(1, budget // (4 * self.stride))
-        self.step = _even(rows, most)
+        self.step = _even(rows, most) if beside is None else beside.step
+        slot = 0 if beside is None else 1
         wide = weight.dtype == WIDE
         self.buffer = _scratch(weight, self.step, self.stride, slot) if wide else None
 
@@ -154,7 +159,8 @@ class Gradients:
             d_hidden = self.head.kernels.picked_d_hidden(dz, self.head.weight, places)
             self.hidden[rows] = d_hidden.to(hidden.dtype)
         if self.of_weight:
-            self.weight = torch.zeros_like(self.head.weight, dtype=WIDE)
+            if self.weight is None:
+                self.weight = torch.zeros_like(self.head.weight, dtype=WIDE)
             self.head.kernels.picked_d_weight(dz, hidden, places, self.weight)
 
     def done(self) -> tuple[Tensor, Tensor]:

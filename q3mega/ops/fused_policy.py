@@ -67,7 +67,7 @@ def _logprob_backward(
     of_hidden: bool, of_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     active = ((g != 0) | (g_entropy != 0)).nonzero()[:, 0]
-    head = Head(weight, temperature, valid, group, backend, len(active))
+    head = Head(weight, temperature, valid, group, backend, len(active), of_weight)
     gradients, column = Gradients(hidden, head, (of_hidden, of_weight)), head.column(targets)
     for rows in blocks(active, head):
         h, c = hidden[rows], column[rows]
@@ -123,7 +123,7 @@ def _grpo(
     tis_cap: float | None, temperature: float, valid: int, group: str, backend: str,
     of_hidden: bool, of_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    head = Head(weight, temperature, valid, group, backend, len(hidden))
+    head = Head(weight, temperature, valid, group, backend, len(hidden), of_weight)
     gradients, column = Gradients(hidden, head, (of_hidden, of_weight)), head.column(targets)
     settings = Settings(
         cast(Variant, variant), (clip_low, clip_high), dual_clip, kl_coef,

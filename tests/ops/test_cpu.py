@@ -164,6 +164,34 @@ def test_distill_from_the_teachers_best(blocks, kind, tail, k) -> None:
     both(run, *leaves)
 
 
+def test_a_narrower_teacher_takes_the_students_blocks(monkeypatch) -> None:
+    monkeypatch.setattr(lm_head, "BUFFER_BYTES", 1)
+    leaves, teacher = randn(22, (11, 12), (37, 12)), randn(23, (11, 4), (37, 4))  # 3 rows, not 1
+
+    def run(backend, hidden, weight):
+        other = [x.to(hidden.dtype) for x in teacher]
+        return ops.distill_loss(
+            hidden, weight, teacher_hidden=other[0], teacher_weight=other[1],
+            divergence="forward_kl", backend=backend,
+        )  # fmt: skip
+
+    both(run, *leaves)
+
+
+def test_sums_over_picks_do_not_depend_on_the_threads() -> None:
+    dz, hidden = randn(24, (40, 5), (40, 7))
+    places = torch.randint(-1, 9, (40, 5), generator=torch.Generator().manual_seed(25))
+    threads, found = torch.get_num_threads(), []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        found.append(torch.zeros(9, 7))
+        cpu.picked_d_weight(dz, hidden, places, found[-1])
+    torch.set_num_threads(threads)
+    there = (places[:, :, None] == torch.arange(9)).float()
+    torch.testing.assert_close(found[0], torch.einsum("nk,nkv,nh->vh", dz, there, hidden))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("n", [0, 3])
 @pytest.mark.parametrize("tail", [True, False])
 def test_no_token_counts(n, tail) -> None:

@@ -115,11 +115,13 @@ def picked_d_hidden(dz: Tensor, weight: Tensor, places: Tensor) -> Tensor:
 
 def picked_d_weight(dz: Tensor, hidden: Tensor, places: Tensor, d_weight: Tensor) -> None:
     """Adds to d_weight (V, H) from the gradient (n, K) of picked_logits."""
-    shape = *places.shape, hidden.shape[1], len(d_weight)
-    _cpu.picked_d_weight(*_addresses(dz, hidden, places), *shape, d_weight.data_ptr())
+    _cpu.picked_d_weight(
+        *_addresses(dz, hidden, places), *places.shape, hidden.shape[1], d_weight.data_ptr()
+    )
 
 
 def _addresses(*tensors: Tensor) -> tuple[int, ...]:
+    assert all(x.dtype in (torch.float32, torch.int64) for x in tensors)
     return tuple(x.data_ptr() for x in tensors)
 
 

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from q3mega import _cuda
 from q3mega.kernels import KINDS
-from q3mega.kernels.distill_loss import picked_d_hidden, picked_d_weight, picked_logits
 from q3mega.kernels.tiles import key_tiles, query_tiles
 from q3mega.ops import rotary
 from q3mega.ops.rotary import Turns
 
-__all__ = ["picked_d_hidden", "picked_d_weight", "picked_logits"]
 TYPES = {torch.bfloat16: 0, torch.float16: 1}
 ROWS = 128  # of a tile of queries or of keys
 FAR = 1 << 30  # beyond every token, and twice that fits an int32
@@ -113,6 +111,28 @@ def divergence_gradient(
         _cuda.divergence_gradient, student, student, teacher, *student.shape, columns, lse_student,
         lse_teacher, KINDS[divergence], beta, own, g,
     )  # fmt: skip
+
+
+def picked_logits(hidden: Tensor, weight: Tensor, places: Tensor) -> Tensor:
+    """(n, K) fp32 logits of hidden (n, H) at places (n, K) of the vocabulary alone; 0 for -1."""
+    return _triton("picked_logits", hidden, weight, places)
+
+
+def picked_d_hidden(dz: Tensor, weight: Tensor, places: Tensor) -> Tensor:
+    """(n, H) fp32 from the gradient (n, K) of picked_logits."""
+    return _triton("picked_d_hidden", dz, weight, places)
+
+
+def picked_d_weight(dz: Tensor, hidden: Tensor, places: Tensor, d_weight: Tensor) -> None:
+    """Adds to d_weight (V, H) fp32 from the gradient (n, K) of picked_logits, in no fixed order."""
+    _triton("picked_d_weight", dz, hidden, places, d_weight)
+
+
+def _triton(kernel: str, *tensors: Tensor) -> Any:
+    from q3mega.kernels import distill_loss  # here, since all else does without Triton
+
+    with torch.cuda.device(tensors[0].device):
+        return getattr(distill_loss, kernel)(*tensors)
 
 
 def _problem(turns: Turns, q: Tensor, k: Tensor, work: Tensor) -> _cuda.Attention:
