@@ -4,7 +4,6 @@ Memory-bound passes over the logits that a GEMM has just written: one program a 
 block of columns. `csrc/cpu/linear_logprob.cpp` computes the same.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -25,8 +25,8 @@ from q3mega.ops.backends import KERNELS
 from q3mega.ops.dispatch import register
 from q3mega.ops.linear_logprob import merge
 
-# Of logits at once: 220 rows of Qwen3's vocabulary, or a quarter of d_weight's size if that is more:
-# the fewer rows a block has, the more its pass over d_weight costs beside its products.
+# Of logits at once: 220 rows of Qwen3's vocabulary, or a quarter of d_weight's size if that is
+# more: the fewer rows a block has, the more its pass over d_weight costs beside its products.
 BUFFER_BYTES = 128 << 20
 CPU_COLUMNS = 2048  # of logits by one product, which then stay in the cache: a tenth faster
 GPU_BYTES = 1 << 30  # 1,767 rows: a GEMM that fills the card
@@ -87,7 +87,7 @@ class Head:
         if of_weight and not weight.is_cuda:
             budget = max(budget, weight.numel())
         most = max(1, budget // (4 * self.stride))
-        self.step = _even(rows, most) if beside is None else beside.step
+        self.step: int = _even(rows, most) if beside is None else beside.step
         slot = 0 if beside is None else 1
         wide = weight.dtype == WIDE
         self.buffer = _scratch(weight, self.step, self.stride, slot) if wide else None
