@@ -9,8 +9,7 @@
 
 namespace q3mega {
 
-// Memory that begins with a cache line: a vector of AVX-512 that straddles two costs two loads, and
-// the products a quarter of their speed.
+// Memory that begins with a cache line: a vector of AVX-512 that straddles two costs two loads.
 template <class T>
 struct Aligned {
   using value_type = T;

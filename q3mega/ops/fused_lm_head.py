@@ -62,8 +62,8 @@ def _large_pages(size: int) -> Tensor:
 class Head:
     """An lm_head (or this rank's shard) and the buffer in which its logits come and go.
 
-    rows: the most at once, of which a block has a part. beside: a head of as many ids that is used
-    together with this one, block by block.
+    rows: the most at once, of which a block has a part. of_weight: whether its gradient is wanted,
+    for which larger blocks pay. beside: a head of as many ids whose blocks this one takes too.
     """
 
     def __init__(
@@ -83,9 +83,8 @@ class Head:
         whole = vocab.size(weight, self.group)
         self.valid = whole if valid < 0 else min(whole, valid)
         self.columns = min(max(self.valid - self.first, 0), self.stride)
-        budget = GPU_BYTES if weight.is_cuda else BUFFER_BYTES
-        if of_weight and not weight.is_cuda:
-            budget = max(budget, weight.numel())
+        quarter = weight.numel() if of_weight else 0  # bytes, of fp32
+        budget = GPU_BYTES if weight.is_cuda else max(BUFFER_BYTES, quarter)
         most = max(1, budget // (4 * self.stride))
         self.step: int = _even(rows, most) if beside is None else beside.step
         slot = 0 if beside is None else 1

@@ -1,6 +1,4 @@
-"""The C++ kernels' loops are vectorised, which compilers give up silently: a loop that was not has
-cost attention a third of its speed.
-"""
+"""The C++ kernels' loops are vectorised, which compilers give up silently."""
 
 import ast
 import re
