@@ -4,7 +4,6 @@ Problems are held out by a hash of their text; every number comes with n and a 9
 """
 
 import itertools
-import json
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from q3mega.data.tasks.tools import with_schemas
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, Head, parallel
 from q3mega.errors import UserError
+from q3mega.io import whole_records
 from q3mega.rewards import judge_answer, listed, reward_of, score
 from q3mega.rewards.answer import boxes
 from q3mega.rewards.mode import mode_of
@@ -204,7 +204,7 @@ def thinking(
 
 def entropy_ratio(metrics: Path) -> dict[str, dict[str, float]]:
     """Mean token entropy of the last ten RL steps over that of the first ten."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = whole_records(metrics)
     values = [row["entropy"] for row in rows if "entropy" in row]
     ratio = float(np.mean(values[-10:]) / np.mean(values[:10]))
     return {"entropy_ratio": {"value": ratio, "n": len(values)}}

@@ -16,6 +16,7 @@ from rich.table import Table
 from q3mega import figures
 from q3mega.claims import CLAIMS
 from q3mega.errors import UserError
+from q3mega.io import whole_records, write_json
 from q3mega.train import ledger
 
 Evals = dict[str, dict[str, Any]]
@@ -50,7 +51,7 @@ def publish(run_dir: str | Path) -> Path:
         raise UserError(f"run folder {run_dir} does not exist: give the --run-dir of a run")
     evals = read_evals(run_dir)
     results = {stage: dict(_metrics(found)) for stage, found in evals.items()}
-    (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(run_dir / "results.json", results, indent=2)
     path = run_dir / "report.html"
     path.write_text(render(run_dir, evals), encoding="utf-8")
     _print(results)
@@ -80,20 +81,6 @@ def _json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the last line of a cut run
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def _print(results: Evals) -> None:
@@ -249,7 +236,9 @@ def _traces(folder: Path, keys: Iterable[str]) -> dict[str, list[tuple[float, fl
 
     A resumed stage may repeat steps: the later line of a step is the one that counts.
     """
-    steps = {r["step"]: r for r in _json_lines(folder / "metrics.jsonl") if _number(r.get("step"))}
+    steps = {
+        r["step"]: r for r in whole_records(folder / "metrics.jsonl") if _number(r.get("step"))
+    }
     found = {
         key: [(step, steps[step][key]) for step in sorted(steps) if _number(steps[step].get(key))]
         for key in keys
@@ -274,7 +263,7 @@ def _curation(folder: Path) -> str:
 def _rewards(folder: Path) -> str:
     """Mean of each task's score, and of each reward's own, at the start and at the end."""
     kinds = {"reward": "task", "score": "reward"}
-    lines = _json_lines(folder / "metrics.jsonl")
+    lines = whole_records(folder / "metrics.jsonl")
     keys = sorted({key for line in lines for key in line if key.split("/")[0] in kinds})
     rows = []
     for key, points in _traces(folder, keys).items():
@@ -318,7 +307,7 @@ def _audit(folder: Path) -> str:
 
 def _samples(folder: Path) -> str:
     parts = []
-    for record in _json_lines(folder / "samples.jsonl")[-_SAMPLES:]:
+    for record in whole_records(folder / "samples.jsonl")[-_SAMPLES:]:
         for key, value in record.items():
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             cut = "" if len(text) <= _SAMPLE_CHARS else " …"

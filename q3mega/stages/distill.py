@@ -28,6 +28,7 @@ from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, Head, LossFn, parallel
 from q3mega.errors import UserError
 from q3mega.evaluate import Mode, flagged
+from q3mega.io import whole_records
 from q3mega.keys import key_of
 from q3mega.model import Qwen3Shape
 from q3mega.model.huggingface import shape_of
@@ -41,7 +42,7 @@ from q3mega.stages.stage import Stage
 from q3mega.teacher.remote import RemoteTeacher
 from q3mega.teacher.serve import head_weight
 from q3mega.train import supervised
-from q3mega.train.log import Log, read
+from q3mega.train.log import Log
 
 KEPT_AT_ONCE = 64  # samples whose top-k is in memory
 NO_THINK = 0.25  # of the prompts ask for the non-thinking mode
@@ -344,9 +345,9 @@ def watcher(stage: Stage, engine: Engine, log: Log, steps: int) -> Callable[[int
 def curve(folder: Path, cost: Callable[[dict[str, float]], float]) -> dict[str, list[float]]:
     """A run's points against what it had spent by then, from its own record."""
     spent = {0: 0.0}
-    for row in read(folder / "metrics.jsonl"):
+    for row in whole_records(folder / "metrics.jsonl"):
         spent[row["step"]] = spent[row["step"] - 1] + cost(row)
-    points = read(folder / "points.jsonl")
+    points = whole_records(folder / "points.jsonl")
     columns = {
         name: [p[key] for p in points]
         for name, key in (("y", "value"), ("low", "low"), ("high", "high"))

@@ -1,10 +1,10 @@
 """What curation kept at each step, and what it dropped by which rule, for the report."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from q3mega.io import to_json
 from q3mega.stages.stage import Stage
 
 _Item = TypeVar("_Item")
@@ -42,6 +42,5 @@ class Funnel:
         stage.write("data/funnel.json", self.steps)
         stage.write("data/drops.json", dict(self.drops))
         if stage.leads:
-            lines = (json.dumps(row, ensure_ascii=False) for row in self.dropped)
-            text = "".join(f"{line}\n" for line in lines)
-            (stage.data / "dropped.jsonl").write_text(text, errors="replace")
+            text = "".join(f"{to_json(row)}\n" for row in self.dropped)
+            (stage.data / "dropped.jsonl").write_text(text, encoding="utf-8")

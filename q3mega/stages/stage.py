@@ -1,7 +1,6 @@
 """What every stage stands on: its recipe, its folder, its tokenizer, its engine, its record."""
 
 import json
-import os
 import shutil
 import zlib
 from dataclasses import replace
@@ -18,6 +17,7 @@ from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, OptimizerSpec, parallel
 from q3mega.errors import UserError
 from q3mega.evaluate import MAX_TOKENS
+from q3mega.io import write_json
 from q3mega.model import Qwen3Shape
 from q3mega.model.attention import Positions
 from q3mega.model.huggingface import shape_of
@@ -175,11 +175,7 @@ class Stage:
     def write(self, name: str, content: Any) -> None:
         """A JSON file in the stage's folder, from rank 0, whole or not at all."""
         if self.leads:
-            path = self.dir / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(content, ensure_ascii=False, indent=1))
-            os.replace(partial, path)
+            write_json(self.dir / name, content)
 
     def prepared(self, name: str) -> bool:
         """Did an earlier try of this stage finish preparing `data/<name>`? (same on every rank)"""

@@ -4,7 +4,7 @@ A resume cuts all three back to the step that it goes on from, so a run that was
 record of one that was not.
 """
 
-import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from q3mega.data.batch import Sample
+from q3mega.io import to_json, whole_records
 
 
 class Log:
@@ -28,9 +29,8 @@ class Log:
         if self.writes:
             for name in ("metrics.jsonl", "samples.jsonl", "points.jsonl"):
                 path = self.folder / name
-                lines = path.read_text().splitlines() if path.exists() else []
-                kept = [line for line in lines if _step(line) <= step]
-                path.write_text("".join(line + "\n" for line in kept))
+                kept = [row for row in whole_records(path) if row.get("step", math.inf) <= step]
+                path.write_text("".join(to_json(row) + "\n" for row in kept), encoding="utf-8")
 
     def step(self, step: int, **metrics: float) -> None:
         seconds = round(time.monotonic() - self.started, 2)
@@ -47,13 +47,8 @@ class Log:
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         if self.writes:
-            with (self.folder / name).open("a") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a finished record."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(to_json(row) + "\n")
 
 
 def size(samples: Sequence[Sample], prefix: str = "") -> dict[str, float]:
@@ -62,10 +57,3 @@ def size(samples: Sequence[Sample], prefix: str = "") -> dict[str, float]:
         f"{prefix}tokens": float(sum(map(len, samples))),
         f"{prefix}pairs": sum(len(s) ** 2 for s in samples) / 2,
     }
-
-
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # half-written by a process that was killed

@@ -20,10 +20,10 @@ from tiny import LAYOUT, SHAPE
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
+from q3mega.io import whole_records
 from q3mega.model.huggingface import dtype_of
 from q3mega.teacher.remote import RemoteTeacher
 from q3mega.teacher.serve import serve
-from q3mega.train.log import read
 from q3mega.try_out import teach
 
 pytestmark = pytest.mark.dist
@@ -197,7 +197,7 @@ def test_a_teacher_that_dies_is_named_and_the_next_run_goes_on(folder, tmp_path)
         lost = f"teacher_at={at}: the teacher is gone .*start `q3mega teach` again"
         with pytest.raises(UserError, match=lost):
             run(at, "cut", kill)
-    steps = [row["step"] for row in read(tmp_path / "cut" / "metrics.jsonl")]
+    steps = [row["step"] for row in whole_records(tmp_path / "cut" / "metrics.jsonl")]
     assert steps == [1, 2]
     with taught(path, 1, port=port) as (at, _):
         told = []

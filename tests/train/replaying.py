@@ -19,9 +19,10 @@ from tiny import LAYOUT, SHAPES, run_cases
 from q3mega.algorithms.correction import Correction
 from q3mega.algorithms.entropy import EntropyController
 from q3mega.engine import Engine, OptimizerSpec, parallel
+from q3mega.io import whole_records
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
-from q3mega.train.log import Log, read
+from q3mega.train.log import Log
 from q3mega.train.reinforcement import PolicySettings, train
 from q3mega.train.rollouts import Rollout
 from q3mega.train.schedule import InTurn
@@ -62,7 +63,7 @@ def learn(layout: dict, weights: str, replay: str, folder: str) -> list[dict]:
     )
     dist.barrier()
     names = ("loss", "grad_norm", "gap", "trust", "entropy", "routes_differ")
-    return [{n: row[n] for n in names if n in row} for row in read(root / "metrics.jsonl")]
+    return [{n: row[n] for n in names if n in row} for row in whole_records(root / "metrics.jsonl")]
 
 
 if __name__ == "__main__":

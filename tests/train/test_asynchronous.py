@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from q3mega.io import whole_records
 from q3mega.train.ledger import FILE, Ledger
-from q3mega.train.log import read
 
 HERE = Path(__file__).parent
 SERVER = HERE.parent / "engine" / "token_server.py"
@@ -82,7 +82,7 @@ def test_weights_are_as_old_as_allowed_and_some_are_old(run):
     for r in found["rollouts"]:
         oldest = min(version for version, _ in r["weights"])
         assert UPDATES * max(0, r["step"] - 1 - STALENESS) <= oldest <= UPDATES * (r["step"] - 1)
-    stale = [row["staleness"] for row in read(folder / "metrics.jsonl")]
+    stale = [row["staleness"] for row in whole_records(folder / "metrics.jsonl")]
     assert len(stale) == STEPS and stale[0] == 0
     assert all(0 < s <= UPDATES * STALENESS for s in stale[2:])
 
@@ -96,7 +96,9 @@ def balanced(folder: Path) -> None:
     assert problems == [
         (s, f"{s}-{g}") for s in range(1, STEPS + 1) for g in range(3) for _ in range(4)
     ]
-    assert [row["step"] for row in read(folder / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in whole_records(folder / "metrics.jsonl")] == list(
+        range(1, STEPS + 1)
+    )
 
 
 def test_the_ledger_balances(run):

@@ -11,9 +11,9 @@ import pytest
 
 from q3mega.data.tasks import generate
 from q3mega.errors import UserError
+from q3mega.io import whole_records
 from q3mega.rollout import Completion
 from q3mega.train.ledger import FILE, Balance, Ledger
-from q3mega.train.log import read
 from q3mega.train.rollouts import Rollout
 
 DRILL = Path(__file__).with_name("drill.py")
@@ -172,7 +172,7 @@ def test_the_weights_that_sampled_are_those_that_the_schedule_says(
     for step, _, _, _, _, versions, *_, used_by, _ in rows(drilled / f"{schedule}-cut" / FILE):
         assert json.loads(versions) == [2 * max(0, step - 1 - late)]
         assert used_by is None or used_by in (2 * step - 1, 2 * step)
-    gaps = [row["gap"] for row in read(drilled / f"{schedule}-cut" / "metrics.jsonl")]
+    gaps = [row["gap"] for row in whole_records(drilled / f"{schedule}-cut" / "metrics.jsonl")]
     assert gaps[0] < 1e-5  # the behaviour's log-probabilities stay those of the older weights
     assert all((gap > 1e-3) == late for gap in gaps[1:])
 

@@ -19,10 +19,11 @@ from q3mega.algorithms.correction import Correction
 from q3mega.algorithms.credit import group_advantages
 from q3mega.algorithms.entropy import EntropyController
 from q3mega.engine import Engine, OptimizerSpec
+from q3mega.io import whole_records
 from q3mega.rollout import Completion, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.train.ledger import FILE, Ledger
-from q3mega.train.log import Log, read
+from q3mega.train.log import Log
 from q3mega.train.reinforcement import PolicySettings, credit, train
 from q3mega.train.rollouts import Batches, Rollout, pack, unpack
 from q3mega.train.schedule import InTurn
@@ -122,7 +123,7 @@ def first_step(
         log=Log(folder, 1),
         save_every=9,
     )
-    return read(folder / "metrics.jsonl")[0]
+    return whole_records(folder / "metrics.jsonl")[0]
 
 
 @pytest.mark.parametrize(

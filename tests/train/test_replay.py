@@ -21,11 +21,12 @@ from q3mega.algorithms.correction import Correction
 from q3mega.algorithms.entropy import EntropyController
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.errors import UserError
+from q3mega.io import whole_records
 from q3mega.model.routing import COLUMN, differing
 from q3mega.rollout import Completion, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import routed_logprobs, token_logprobs
-from q3mega.train.log import Log, read
+from q3mega.train.log import Log
 from q3mega.train.reinforcement import PolicySettings, train
 from q3mega.train.rollouts import Rollout, pack, unpack
 from q3mega.train.schedule import InTurn
@@ -121,7 +122,7 @@ def learn(folder: Path, monkeypatch, foreign: bool = False, steps: int = 1, **se
         log=Log(folder, steps),
         save_every=9,
     )
-    return read(folder / "metrics.jsonl"), given, engine, drawn
+    return whole_records(folder / "metrics.jsonl"), given, engine, drawn
 
 
 @pytest.mark.parametrize("correction", [None, Correction("tis")])

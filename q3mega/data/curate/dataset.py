@@ -19,9 +19,10 @@ from pyarrow import parquet
 
 from q3mega.data.curate.config import Lengths, TokenizerFolder
 from q3mega.data.curate.document import LABELS, Document
-from q3mega.data.curate.files import read_json, sha256, whole
+from q3mega.data.curate.files import sha256
 from q3mega.data.ngrams import mixed
 from q3mega.errors import UserError
+from q3mega.io import atomic_write, read_json
 
 _LABEL_TYPES = [(n, pa.float32() if n == "education" else pa.string()) for n in LABELS]
 # What the tokenised shards keep of each document.
@@ -192,7 +193,11 @@ def _write(folder: Path, pieces: Pieces, prefix: Path) -> None:
     bin_path, idx_path, labels_path = (
         prefix.with_suffix(suffix) for suffix in (".bin", ".idx", ".parquet")
     )
-    with whole(bin_path) as bins, whole(idx_path) as idx, whole(labels_path) as labels:
+    with (
+        atomic_write(bin_path) as bins,
+        atomic_write(idx_path) as idx,
+        atomic_write(labels_path) as labels,
+    ):
         builder = IndexedDatasetBuilder(str(bins), dtype=np.int32)
         with parquet.ParquetWriter(labels, _WRITTEN, compression="zstd") as table:
             for shard in np.unique(pieces.shard):

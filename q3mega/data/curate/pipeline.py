@@ -38,11 +38,12 @@ from q3mega.data.curate.config import Config, changed
 from q3mega.data.curate.contamination import Forbidden, evaluation_texts
 from q3mega.data.curate.dataset import Encoder, assemble
 from q3mega.data.curate.document import total
-from q3mega.data.curate.files import alone, read_json, sha256, whole, write_json
+from q3mega.data.curate.files import alone, sha256
 from q3mega.data.curate.progress import followed
 from q3mega.data.curate.sources import Shard, shards
 from q3mega.data.curate.steps import label_shard, token_shard
 from q3mega.errors import UserError
+from q3mega.io import atomic_write, read_json, write_json
 
 Seconds = defaultdict[str, float]  # by step
 LABELS = ("source", "language", "domain", "quality")  # that the manifest counts tokens by
@@ -108,7 +109,7 @@ def _plan(config: Config, out: Path) -> dict[str, Any]:
         if found := changed(read_json(out / "plan.json"), plan):
             raise UserError(f"--out {out} was begun with other inputs: {found}; use a new folder")
     write_json(out / "config.json", settled)
-    with whole(out / "evaluation.npz") as partial:
+    with atomic_write(out / "evaluation.npz") as partial:
         forbidden.write(partial)
     write_json(out / "plan.json", plan)
     return plan
@@ -118,7 +119,7 @@ def _duplicates(config: Config, out: Path, shards: int) -> list[int]:
     """Look for near copies in all shards; the numbers of the shards' first documents."""
     files = [out / "sketches" / f"{i:05d}.bin" for i in range(shards)]
     if not (out / "duplicates.npy").exists():
-        with whole(out / "duplicates.npy") as partial:
+        with atomic_write(out / "duplicates.npy") as partial:
             verdict = duplicates.find(files, config.duplicates.threshold, out / "keys.partial")
             with partial.open("wb") as file:
                 np.save(file, verdict)

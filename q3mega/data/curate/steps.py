@@ -20,9 +20,9 @@ from q3mega.data.curate.config import Config
 from q3mega.data.curate.contamination import Forbidden
 from q3mega.data.curate.dataset import TOKENISED, Encoder, tokenised
 from q3mega.data.curate.document import LABELS, Books, Document, size
-from q3mega.data.curate.files import whole, write_json
 from q3mega.data.curate.sources import Malformed, Row, Shard, rows
 from q3mega.data.language import identify
+from q3mega.io import atomic_write, write_json
 
 BATCH = 1 << 20  # characters that go through the steps together
 _ROWS = 1024  # and documents, at most
@@ -54,7 +54,7 @@ def label_shard(config: Config, out: Path, number: int, shard: Shard) -> dict[st
         out / "documents" / f"{stem}.parquet",
         out / "sketches" / f"{stem}.bin",
     )
-    with whole(table_path) as table_file, whole(sketch_path) as sketch_file:
+    with atomic_write(table_path) as table_file, atomic_write(sketch_path) as sketch_file:
         with (
             parquet.ParquetWriter(table_file, DOCUMENTS, compression="zstd") as table,
             sketch_file.open("wb") as sketches,
@@ -124,8 +124,8 @@ def token_shard(config: Config, out: Path, number: int, first: int) -> dict[str,
     draw = partial(mixture.draw, config.mixture, config.seed, config.heldout)
     path = out / "tokens" / f"{stem}.parquet"
     with (
-        whole(path) as table_file,
-        whole(path.with_suffix(".bin")) as token_file,
+        atomic_write(path) as table_file,
+        atomic_write(path.with_suffix(".bin")) as token_file,
         parquet.ParquetFile(out / "documents" / f"{stem}.parquet") as stored,
         parquet.ParquetWriter(table_file, TOKENISED, compression="zstd") as table,
         token_file.open("wb") as bins,
