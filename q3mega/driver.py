@@ -8,7 +8,6 @@ stage writes DONE last; one without DONE is started again and goes on from its c
 
 import ctypes
 import fcntl
-import itertools
 import json
 import os
 import shutil
@@ -27,15 +26,10 @@ from rich.live import Live
 from rich.table import Table
 
 from q3mega import report
-from q3mega.data.tasks import Problem, files
-from q3mega.data.tasks.pool import Pool
 from q3mega.errors import UserError
+from q3mega.preflight import check_files
 from q3mega.recipe import Recipe
-from q3mega.rewards import MODELS, Verdict, judge_answer, listed, models_of, own, reward_of
-from q3mega.rewards.sandbox import confinement
-from q3mega.rollout.tools import environment
 from q3mega.sections import nearest
-from q3mega.settings import GeneralRL, ModeFusion
 
 MIN_FREE_BYTES = 200 * 2**20
 DETERMINISM = {  # what makes a run repeat bit for bit
@@ -70,7 +64,7 @@ def run(
     run_dir = Path(run_dir)
     stages = _chosen(recipe, only, start)
     prepare(recipe, run_dir)
-    _check_files(recipe)
+    check_files(recipe)
     with _lock(run_dir), _Progress(recipe) as progress:
         for stage in stages:
             folder = recipe.stage_dir(run_dir, stage)
@@ -90,60 +84,6 @@ def prepare(recipe: Recipe, run_dir: Path) -> None:
     except OSError as error:
         raise UserError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from None
     _keep_recipe(recipe, run_dir)
-
-
-def _check_files(recipe: Recipe) -> None:
-    """UserError for a row that a stage could not use, before any of them computes."""
-    own.load(recipe.rewards)
-    for problem in Pool(recipe.problems):
-        if models := models_of(problem):
-            raise UserError(
-                f"problems: reward={models[0]} of {problem.question[:60]!r} asks a model, and "
-                "reasoning RL takes rules alone: give it to general_rl.problems"
-            )
-        if environment(problem):
-            raise UserError(
-                f"problems: {problem.question[:60]!r} has tools to run, and reasoning RL samples "
-                "one turn: give it to general_rl.problems"
-            )
-        judge_answer(problem, "")
-        _check_sandbox(problem)
-    for stage in recipe.stages.values():
-        if isinstance(stage, ModeFusion):
-            for name in stage.non_thinking:
-                files.answered(name)
-        if isinstance(stage, GeneralRL):
-            _check_tasks(stage)
-
-
-def _check_tasks(stage: GeneralRL) -> None:
-    """The same of general RL's own tasks and of what its models learn from."""
-    models = {"judge": stage.judge_model, "preference": stage.preference.file}
-    needs = {"judge": "judge_model", "preference": "preference.file"}
-    if not stage.problems:
-        confinement()  # which one of the generated tasks needs
-    for problem in itertools.chain.from_iterable(map(files.problems, stage.problems)):
-        _check_sandbox(problem)
-        judge_answer(problem, "", scored=dict.fromkeys(MODELS, Verdict(0.0, "not asked")))
-        environment(problem)  # which its tools must be able to work on
-        for name in models_of(problem):
-            if not models[name]:
-                raise UserError(
-                    f"general_rl.{needs[name]}: reward={name} of {problem.question[:60]!r} needs it"
-                )
-    if stage.preference.file:
-        files.pairs(stage.preference.file)
-    for row in files.answered(stage.judge_examples) if stage.judge_examples else ():
-        if not isinstance(row.get("right"), bool) or "answer" not in row:
-            raise UserError(
-                f"{stage.judge_examples}: a row needs answer, the reference, and right: true or "
-                f"false, not {row.get('right')!r}"
-            )
-
-
-def _check_sandbox(problem: Problem) -> None:
-    if "code" in listed(reward_of(problem)):
-        confinement()
 
 
 def _chosen(recipe: Recipe, only: str | None, start: str | None) -> list[str]:
