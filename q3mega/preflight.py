@@ -1,4 +1,4 @@
-"""What is checked before a stage computes: every row of a user's files, every reward, the sandbox."""
+"""What is checked before a stage computes: rows of files, rewards, the sandbox."""
 
 import itertools
 
