@@ -15,8 +15,18 @@ FLOORS = [  # from the ground up; rooms of one floor may import each other
     {"algorithms", "rewards", "rollout", "engine", "teacher"},
     {"train"},
     {"stages", "evaluate", "claims", "figures", "report"},
-    {"driver", "preflight", "slurm",
-     , "try_out", "plan", "cost", "throughput", "convert", "mixtures", "cli"},
+    {
+        "driver",
+        "preflight",
+        "slurm",
+        "try_out",
+        "plan",
+        "cost",
+        "throughput",
+        "convert",
+        "mixtures",
+        "cli",
+    },
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Plain words that every floor speaks, and what the recipe itself may lean on.
