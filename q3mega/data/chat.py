@@ -16,12 +16,17 @@ from typing import Any, Literal
 from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from q3mega.data.language import IDEOGRAPHS, SPACELESS
 from q3mega.errors import UserError
 
 TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 ROLES = ("system", "user", "assistant", "tool")
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
-_FLAG = re.compile(r"(?<!\S)/(think|no_think)(?!\S)")
+# A word of its own: between blanks, or beside letters and signs of languages that write none there.
+_UNSPACED = rf"{IDEOGRAPHS}{SPACELESS}\u3001-\u303f\uac00-\ud7af\uff00-\uff65"
+_FLAG = re.compile(
+    rf"(?<![^\s{_UNSPACED}!?,;)])/(think|no_think)(?=[.,!?;:)]*(?:[\s{_UNSPACED}]|\Z))"
+)
 
 
 @dataclass(frozen=True)
