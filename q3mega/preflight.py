@@ -26,8 +26,8 @@ def check_files(recipe: Recipe) -> None:
                 f"problems: {problem.question[:60]!r} has tools to run, and reasoning RL samples "
                 "one turn: give it to general_rl.problems"
             )
-        judge_answer(problem, "")
         _check_sandbox(problem)
+        _try_reward(problem)
     for stage in recipe.stages.values():
         if isinstance(stage, ModeFusion):
             for name in stage.non_thinking:
@@ -44,7 +44,7 @@ def _check_tasks(stage: GeneralRL) -> None:
         confinement()  # which one of the generated tasks needs
     for problem in itertools.chain.from_iterable(map(files.problems, stage.problems)):
         _check_sandbox(problem)
-        judge_answer(problem, "", scored=dict.fromkeys(MODELS, Verdict(0.0, "not asked")))
+        _try_reward(problem)
         environment(problem)  # which its tools must be able to work on
         for name in models_of(problem):
             if not models[name]:
@@ -53,12 +53,14 @@ def _check_tasks(stage: GeneralRL) -> None:
                 )
     if stage.preference.file:
         files.pairs(stage.preference.file)
-    for row in files.answered(stage.judge_examples) if stage.judge_examples else ():
-        if not isinstance(row.get("right"), bool) or "answer" not in row:
-            raise UserError(
-                f"{stage.judge_examples}: a row needs answer, the reference, and right: true or "
-                f"false, not {row.get('right')!r}"
-            )
+    if stage.judge_examples:
+        files.judged(stage.judge_examples)
+
+
+def _try_reward(problem: Problem) -> None:
+    """What the rewards need of the row, and whether those of users get through an empty reply."""
+    scored = dict.fromkeys(MODELS, Verdict(0.0, "not asked"))
+    judge_answer(problem, "", tokens=0, max_tokens=1, scored=scored)
 
 
 def _check_sandbox(problem: Problem) -> None:

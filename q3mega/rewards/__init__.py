@@ -45,19 +45,22 @@ def _finite(value: Any) -> float:
 
 Reward = Callable[[str, Mapping[str, Any]], Verdict | float | None]
 _Reward = TypeVar("_Reward", bound=Reward)
+Needs = Callable[[Mapping[str, Any]], object]
 # One registered reward; several, whose product counts; or several with weights.
 Names = str | Sequence[str] | Mapping[str, float]
-_REWARDS: dict[str, Reward] = {}
+_REWARDS: dict[str, tuple[Reward, Needs | None]] = {}
 
 
-def reward(name: str) -> Callable[[_Reward], _Reward]:
+def reward(name: str, needs: Needs | None = None) -> Callable[[_Reward], _Reward]:
     """Decorator: register `f(completion, row) -> Verdict | float | None` under `name`.
 
     completion: the assistant's raw text, think tags and tool calls included, stop token not.
+    needs(row): raises ValueError for a row that the reward cannot judge by, which then is refused
+    before anything computes; a pydantic model's `model_validate` will do.
     """
 
     def register(fn: _Reward) -> _Reward:
-        _REWARDS[name] = fn
+        _REWARDS[name] = fn, needs
         return fn
 
     return register
@@ -99,13 +102,16 @@ def score(names: Names, completion: str, row: Mapping[str, Any]) -> Verdict:
 
 def _verdict(name: str, completion: str, row: Mapping[str, Any]) -> Verdict:
     """What one reward gives, as a verdict. Raises UserError that names it and the row."""
+    fn, needs = _REWARDS[name]
     try:
-        given = _REWARDS[name](completion, row)
+        if needs:
+            needs(row)
+        given = fn(completion, row)
         if isinstance(given, Verdict):
             return given
         return Verdict(given, f"{name} cannot judge it" if given is None else f"of {name}")
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"reward={name} of {_asked(row)}: {error}") from error
     except Exception as error:
         if isinstance(error, KeyError) and error.args and error.args[0] not in row:
             wrong = f"needs the field {error}"
@@ -118,6 +124,14 @@ def _asked(row: Mapping[str, Any]) -> str:
     """How an error names a row: its line in a file, and how its question begins."""
     question = repr(row["messages"][-1]["content"][:60]) if row.get("messages") else "a row"
     return f"{question} ({row['where']})" if "where" in row else question
+
+
+def reference(row: Mapping[str, Any]) -> str:
+    """The row's reference answer. Raises UserError for a row without one."""
+    text = row.get("answer")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"answer={text!r:.80} must be the reference, a text or a number: add it")
+    return text
 
 
 from q3mega.rewards import (  # noqa: E402  (they register)

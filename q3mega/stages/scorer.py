@@ -162,7 +162,7 @@ class AskedJudge:
         self.judge = ReferenceJudge(self.asked.opinion)
         self.found: dict[str, float] = {}
         if stage.config.judge_examples:
-            rows = files.answered(stage.config.judge_examples)
+            rows = files.judged(stage.config.judge_examples)
             self.found = self.judge.calibrate([(r, r["response"], bool(r["right"])) for r in rows])
 
     def __call__(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
