@@ -24,6 +24,7 @@ from q3mega.data.tasks import Problem, files, general, generate
 from q3mega.data.tasks.tools import with_schemas
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, Head, parallel
+from q3mega.errors import UserError
 from q3mega.io import whole_records
 from q3mega.rewards import judge_answer, listed, reward_of, score
 from q3mega.rewards.answer import boxes
@@ -159,8 +160,11 @@ def graded(
     """
     rows = [with_schemas(row) for row in rows]
     problems = [files.as_problem(row, "rows") for row in rows]
-    for row in rows:
-        _scored("", row, 0, params.max_tokens)
+    for number, row in enumerate(rows, 1):
+        try:
+            _scored("", row, 0, params.max_tokens)
+        except UserError as error:
+            raise UserError(f"row {number}: {error}") from error
     filled = [mode == "no_think" and "mode" not in listed(row["reward"]) for row in rows]
     texts = [
         render(

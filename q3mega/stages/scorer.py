@@ -27,6 +27,7 @@ from q3mega.rewards.judge import judge, judge_examples
 from q3mega.rewards.mode import mode_of
 from q3mega.rewards.preference import preference
 from q3mega.rewards.reference_judge import ReferenceJudge
+from q3mega.rollout import Completion
 from q3mega.rollout.logprobs import each_sequence
 from q3mega.stages.asking import Asked
 from q3mega.stages.stage import Stage
@@ -38,6 +39,7 @@ _FLAG = re.compile(r" ?/(think|no_think)$")
 
 Judged = Callable[[Sequence[Problem], Sequence[str]], list[Verdict]]
 Pairs = list[tuple[Problem, str, str]]
+Episode = tuple[list[int], Completion, list[str]]  # prompt, completion, the assistant's turns
 
 
 class Scorer:
@@ -52,9 +54,21 @@ class Scorer:
         self.judge = _judge(stage) if "judge" in asked else None
         self.preference = PreferenceModel(stage) if "preference" in asked else None
 
-    def __call__(self, problems: Sequence[Problem], episodes: Sequence[list[str]]) -> list[Verdict]:
-        """One verdict an episode. What is in the wrong mode, or malformed, earns nothing, and no
-        model is asked about it."""
+    def __call__(
+        self, problems: Sequence[Problem], episodes: Sequence[Episode], max_tokens: int
+    ) -> list[Verdict]:
+        """One verdict an episode of turns of max_tokens. What is in the wrong mode, or malformed,
+        earns nothing, and no model is asked about it."""
+        lengths = [sum(completion.mask) for _, completion, _ in episodes]
+        return self._judge(problems, [turns for *_, turns in episodes], lengths, max_tokens)
+
+    def _judge(
+        self,
+        problems: Sequence[Problem],
+        episodes: Sequence[list[str]],
+        lengths: Sequence[int],
+        max_tokens: int,
+    ) -> list[Verdict]:
         obedient = [
             mode_of(turns[0]) == p.meta["mode"] for p, turns in zip(problems, episodes, strict=True)
         ]
@@ -66,10 +80,12 @@ class Scorer:
                 for i, v in zip(rows, model([problems[i] for i in rows], replies), strict=True):
                     said[i][name] = v
         return [
-            _verdict(p, turns, scored)
+            _verdict(p, turns, scored=scored, tokens=n, max_tokens=max_tokens * len(turns))
             if good
             else Verdict(0.0, "wrong mode or malformed think block")
-            for p, turns, scored, good in zip(problems, episodes, said, obedient, strict=True)
+            for p, turns, scored, good, n in zip(
+                problems, episodes, said, obedient, lengths, strict=True
+            )
         ]
 
     def audit(self, tasks: Sequence[Problem]) -> dict[str, dict[str, Any]]:
@@ -81,7 +97,8 @@ class Scorer:
         rows = {}
         for task, members in by_task.items():
             tried = [(p, name, text) for p in members for name, text in probes(p.row)]
-            verdicts = self([p for p, *_ in tried], [[t] for *_, t in tried])
+            asked, cheats = [p for p, *_ in tried], [[text] for *_, text in tried]
+            verdicts = self._judge(asked, cheats, [0] * len(tried), max_tokens=1)
             earned = {i: v.score for i, v in enumerate(verdicts) if v.score is not None}
             if not earned:
                 continue
@@ -101,8 +118,8 @@ class Scorer:
         return found | (self.preference.quality() if self.preference else {})
 
 
-def _verdict(problem: Problem, turns: list[str], scored: dict[str, Verdict]) -> Verdict:
-    verdict = judge_answer(problem, turns[-1], scored=scored)
+def _verdict(problem: Problem, turns: list[str], **facts: Any) -> Verdict:
+    verdict = judge_answer(problem, turns[-1], **facts)
     if problem.family not in FAMILIES or not problem.tools:
         return verdict
     call = score("tool_call", turns[0], problem.row)
