@@ -25,7 +25,12 @@ from q3mega.stages.distill import keep_topk, taught_by
 
 SHAPE = SHAPES["dense"]
 TOKENIZER = SimpleNamespace(
-    eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
+    vocab_size=64,
+    eos=63,
+    eod=62,
+    think_open=61,
+    think_close=60,
+    encode=lambda text: [50, 51, 60],
 )
 K = 5
 
