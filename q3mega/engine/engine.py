@@ -154,8 +154,8 @@ class Engine:
 
         lm_head: write it where it is tied, too.
         """
-        rope = {"rope_base": self.positions.base, "yarn": self.positions.yarn}
-        shape = replace(self.shape, **rope)
+        at = self.positions
+        shape = replace(self.shape, rope_base=at.base, yarn=at.yarn)
         huggingface.save(self.chunks, shape, folder, tokens=tokens, lm_head=lm_head)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -6,6 +6,7 @@ here, each with a test of what it can serve. Asking for one that cannot raises w
 
 import os
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -34,6 +35,19 @@ def register(
     return add
 
 
+def in_own_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """fn outside of torch.autocast: an operator itself says which of its sums are fp32, and a
+    product that came in another precision would not fit its buffers."""
+
+    @wraps(fn)
+    def run(*operands: Any, **options: Any) -> Any:
+        kind = next(x.device.type for x in operands if isinstance(x, Tensor))
+        with torch.autocast(kind, enabled=False):
+            return fn(*operands, **options)
+
+    return run
+
+
 def backends(op: str) -> dict[str, str]:
     """Backend name -> "default", "ok" (when named), or why it cannot serve Qwen3's `op` on this
     machine's best device."""
@@ -60,5 +74,5 @@ def resolve(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
     for name in BEST["cuda" if x.is_cuda else "cpu"] if backend is None else (backend,):
         reason = _reason(op, name, x)
         if reason is None:
-            return _BACKENDS[op, name][0]
+            return in_own_precision(_BACKENDS[op, name][0])
     raise RuntimeError(f"backend={backend!r} of {op} is not available: {reason}")

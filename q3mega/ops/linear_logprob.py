@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from q3mega.ops import vocab
-from q3mega.ops.dispatch import register, resolve
+from q3mega.ops.dispatch import in_own_precision, register, resolve
 
 
 def linear_logprob(
@@ -74,6 +74,7 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_own_precision
     def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> Any:
         hidden, weight, column, here, lse, entropy = ctx.saved_tensors
         temperature, _, group = ctx.settings

@@ -21,7 +21,7 @@ from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
 from q3mega.io import whole_records
-from q3mega.model.huggingface import dtype_of
+from q3mega.model.config import dtype_of
 from q3mega.teacher.remote import RemoteTeacher
 from q3mega.teacher.serve import serve
 from q3mega.try_out import teach
