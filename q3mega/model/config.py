@@ -80,6 +80,7 @@ def shape_of(folder: str | Path) -> Qwen3Shape:
         if raw.get(field):
             raise UserError(f"{path}: {field} is not supported: {remedy}")
     config = _parsed(raw, kind, path)
+    _check_rope(config.rope_parameters, path)  # with what stood beside them
     for field, (values, remedy) in _ONLY.items():
         value = getattr(config, field, values[0])
         if value not in values:

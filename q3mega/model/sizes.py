@@ -55,6 +55,10 @@ class Qwen3Shape:
             raise UserError(f"model.head_dim={self.head_dim} is odd: rotary pairs need an even one")
         if self.experts and not 1 <= self.topk <= self.experts:
             raise UserError(f"model.topk={self.topk} must lie in 1..model.experts={self.experts}")
+        if self.experts and self.topk == 1 and self.norm_topk:
+            raise UserError(
+                "model.topk=1: a gate that is always 1 teaches its router nothing, take 2"
+            )
 
     def attention_parameters(self) -> int:
         """Of a layer's projections."""
