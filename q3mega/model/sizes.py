@@ -56,9 +56,7 @@ class Qwen3Shape:
         if self.experts and not 1 <= self.topk <= self.experts:
             raise UserError(f"model.topk={self.topk} must lie in 1..model.experts={self.experts}")
         if self.experts and self.topk == 1 and self.norm_topk:
-            raise UserError(
-                "model.topk=1: a gate that is always 1 teaches its router nothing, take 2"
-            )
+            raise UserError("model.topk=1: a router whose gate is always 1 learns nothing, take 2")
 
     def attention_parameters(self) -> int:
         """Of a layer's projections."""
