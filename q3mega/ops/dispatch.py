@@ -7,7 +7,7 @@ here, each with a test of what it can serve. Asking for one that cannot raises w
 import os
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ OPERATORS = ("dual_chunk_attention", "linear_logprob", "grpo_loss", "distill_los
 NAMES = ("reference", "cpu", "triton", "cuda")
 # The order of choice. The CUDA kernels have not run on a card yet: they are for who names them.
 BEST = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 Serves = Callable[[Tensor], str | None]
 _BACKENDS: dict[tuple[str, str], tuple[Callable[..., Any], Serves]] = {}
 
@@ -35,12 +37,12 @@ def register(
     return add
 
 
-def in_own_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
+def in_own_precision(fn: Callable[_P, _T]) -> Callable[_P, _T]:
     """fn outside of torch.autocast: an operator itself says which of its sums are fp32, and a
     product that came in another precision would not fit its buffers."""
 
     @wraps(fn)
-    def run(*operands: Any, **options: Any) -> Any:
+    def run(*operands: _P.args, **options: _P.kwargs) -> _T:
         kind = next(x.device.type for x in operands if isinstance(x, Tensor))
         with torch.autocast(kind, enabled=False):
             return fn(*operands, **options)
