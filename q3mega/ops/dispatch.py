@@ -6,8 +6,8 @@ here, each with a test of what it can serve. Asking for one that cannot raises w
 
 import os
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ OPERATORS = ("dual_chunk_attention", "linear_logprob", "grpo_loss", "distill_los
 NAMES = ("reference", "cpu", "triton", "cuda")
 # The order of choice. The CUDA kernels have not run on a card yet: they are for who names them.
 BEST = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 Serves = Callable[[Tensor], str | None]
 _BACKENDS: dict[tuple[str, str], tuple[Callable[..., Any], Serves]] = {}
 
@@ -37,17 +35,10 @@ def register(
     return add
 
 
-def in_own_precision(fn: Callable[_P, _T]) -> Callable[_P, _T]:
-    """fn outside of torch.autocast: an operator itself says which of its sums are fp32, and a
-    product that came in another precision would not fit its buffers."""
-
-    @wraps(fn)
-    def run(*operands: _P.args, **options: _P.kwargs) -> _T:
-        kind = next(x.device.type for x in operands if isinstance(x, Tensor))
-        with torch.autocast(kind, enabled=False):
-            return fn(*operands, **options)
-
-    return run
+def own_precision(x: Tensor) -> torch.autocast:
+    """Out of torch.autocast: an operator itself says which of its sums are fp32, and a product that
+    came in another precision would not fit its buffers."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def backends(op: str) -> dict[str, str]:
@@ -76,5 +67,10 @@ def resolve(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
     for name in BEST["cuda" if x.is_cuda else "cpu"] if backend is None else (backend,):
         reason = _reason(op, name, x)
         if reason is None:
-            return in_own_precision(_BACKENDS[op, name][0])
+            return partial(_run, _BACKENDS[op, name][0])
     raise RuntimeError(f"backend={backend!r} of {op} is not available: {reason}")
+
+
+def _run(fn: Callable[..., Any], x: Tensor, *operands: Any, **options: Any) -> Any:
+    with own_precision(x):
+        return fn(x, *operands, **options)

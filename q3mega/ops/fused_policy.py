@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from q3mega.ops.dispatch import in_own_precision
+from q3mega.ops.dispatch import own_precision
 from q3mega.ops.fused_lm_head import (
     WIDE,
     Gradients,
@@ -88,10 +88,10 @@ def _keep_logprob(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(hidden, weight, targets, *output[1:])
 
 
-@in_own_precision
 def _pull_logprob(ctx: Any, g: Tensor, g_entropy: Tensor, _: Tensor) -> Any:
     wanted = ctx.needs_input_grad[:2]
-    found = _logprob_backward(g, g_entropy, *ctx.saved_tensors, *ctx.options, *wanted)
+    with own_precision(g):
+        found = _logprob_backward(g, g_entropy, *ctx.saved_tensors, *ctx.options, *wanted)
     d_hidden, d_weight = (d if want else None for d, want in zip(found, wanted, strict=True))
     if d_weight is not None:
         d_weight = weight_gradient(ctx.saved_tensors[1], d_weight)
