@@ -23,7 +23,7 @@ from q3mega.errors import UserError
 from q3mega.io import write_json
 from q3mega.layout import Layout, check_layout
 from q3mega.model import Qwen3Shape
-from q3mega.model.config import dtype_of, read, shape_of
+from q3mega.model.config import declared_dtype, dtype_of, read, shape_of
 from q3mega.model.reader import Reader, audit
 
 KEPT = (
@@ -113,19 +113,21 @@ def _becoming(target: Path) -> Iterator[Path]:
 
 
 def _exact(reader: Reader) -> torch.dtype:
-    """The precision that keeps every bit; says so where config.json or the tensors differ."""
+    """The precision that keeps every bit; says so where config.json or a tensor has another."""
     dtype, kinds = reader.dtype(), reader.kinds()
-    declared = dtype_of(reader.folder) if set(kinds) != {"F16"} else None
-    if dist.get_rank() == 0 and (len(kinds) > 1 or "F16" in kinds or declared not in (None, dtype)):
-        print(f"tensors are {', '.join(kinds)}: kept as {str(dtype).removeprefix('torch.')}")
+    name = str(dtype).removeprefix("torch.")
+    same = len(kinds) == 1 and declared_dtype(reader.folder) in (None, name)
+    if dist.get_rank() == 0 and not same:
+        print(f"tensors are {', '.join(kinds)}: kept as {name}")
     return dtype
 
 
 def _declare(folder: Path, dtype: torch.dtype) -> None:
     """config.json with the weights' dtype; untouched where it has that already."""
-    if dtype_of(folder) != dtype:
-        raw = {k: v for k, v in read(folder).items() if k not in ("dtype", "torch_dtype")}
-        write_json(folder / "config.json", raw | {"dtype": str(dtype).removeprefix("torch.")})
+    name = str(dtype).removeprefix("torch.")
+    if declared_dtype(folder) != name:
+        raw = {k: v for k, v in read(folder).items() if k != "torch_dtype"}
+        write_json(folder / "config.json", raw | {"dtype": name})
 
 
 def _refuse(folder: Path, states: dict[str, str]) -> None:

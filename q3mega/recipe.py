@@ -84,9 +84,9 @@ class ModelSpec(Section):
         self.shape()
         return self
 
-    def shape(self, ids: int = Qwen3Shape.vocab) -> Qwen3Shape:
-        """The table row, for a tokenizer of so many ids (default: the released one)."""
-        return Qwen3Shape(vocab=rows_for(ids), **self.model_dump(exclude={"size"}))
+    def shape(self, vocab: int = Qwen3Shape.vocab) -> Qwen3Shape:
+        """The table row, for a tokenizer of `vocab` ids (default: the released one)."""
+        return Qwen3Shape(vocab=rows_for(vocab), **self.model_dump(exclude={"size"}))
 
 
 class Slurm(Section):

@@ -209,17 +209,21 @@ def _number(rope: dict[str, Any], field: str, path: Path) -> float:
     return float(value)
 
 
-def dtype_of(folder: str | Path) -> torch.dtype | None:
-    """Of the weights, as config.json declares it; None: it does not say."""
+def declared_dtype(folder: str | Path) -> str | None:
+    """Of the weights, in torch's words, as config.json has it; None: it does not say."""
     raw = read(folder)
     name = raw.get("dtype") or raw.get("torch_dtype")
-    if name in (None, "auto"):
-        return None
-    if str(name).removeprefix("torch.") not in DTYPES:
+    return None if name in (None, "auto") else str(name).removeprefix("torch.")
+
+
+def dtype_of(folder: str | Path) -> torch.dtype | None:
+    """The same, as a type that is computed in. Raises UserError for another."""
+    name = declared_dtype(folder)
+    if name is not None and name not in DTYPES:
         raise UserError(
             f"{folder}/config.json: dtype={name} is not float32 or bfloat16: convert it"
         )
-    return DTYPES[str(name).removeprefix("torch.")]
+    return DTYPES[name] if name else None
 
 
 def write(folder: Path, shape: Qwen3Shape, tokens: dict[str, int], dtype: torch.dtype) -> None:

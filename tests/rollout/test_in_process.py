@@ -35,7 +35,7 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10], [11, 12]]
 
 @pytest.fixture(params=SHAPES)
 def engine(request):
-    return Engine(SHAPES[request.param], LAYOUT(), seed=5)
+    return Engine(SHAPES[request.param], LAYOUT(), seed=5, ids=64)
 
 
 def test_greedy_text_is_that_of_transformers(engine, tmp_path):
