@@ -155,6 +155,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(folder, monkey
         teacher = Engine(TEACHERS["dense"], LAYOUT(), seed=0)
         teacher.load_hf(path)
         assert weight.equal(teacher.chunks[0].output_layer.weight)
+        for rows in (265, 300):  # a student of other padding
+            held = come(vocab=265, rows=rows)
+            assert held[:265].equal(weight[:265]) and len(held) == rows
     with pytest.raises(UserError, match=r"no teacher takes this student .*refused.*q3mega teach"):
         come()
 
