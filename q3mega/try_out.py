@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from q3mega import evaluate
@@ -19,6 +18,7 @@ from q3mega.errors import UserError
 from q3mega.keys import key_of
 from q3mega.layout import Layout, check_layout
 from q3mega.model.config import dtype_of, shape_of
+from q3mega.model.reader import Reader
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
 from q3mega.rollout.gap import Gap, Record, between, measure, record
@@ -147,7 +147,7 @@ def _engine(folder: str | Path, layout: Layout, tokenizer: Tokenizer) -> Engine:
     """A frozen checkpoint in its own precision."""
     shape = shape_of(folder)
     check_layout(layout, shape)
-    dtype = dtype_of(folder) or torch.float32
+    dtype = dtype_of(folder) or Reader(Path(folder), shape).dtype()
     engine = Engine(shape, layout, seed=0, dtype=dtype, ids=tokenizer.vocab_size)
     engine.load_hf(folder)
     return engine

@@ -221,7 +221,8 @@ def dtype_of(folder: str | Path) -> torch.dtype | None:
     name = declared_dtype(folder)
     if name is not None and name not in DTYPES:
         raise UserError(
-            f"{folder}/config.json: dtype={name} is not float32 or bfloat16: convert it"
+            f"{folder}/config.json: dtype={name} is not float32 or bfloat16: take it through "
+            "q3mega convert and back, which keeps it in float32"
         )
     return DTYPES[name] if name else None
 

@@ -14,7 +14,7 @@ from q3mega.model.sizes import Qwen3Shape
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_FLOATS = ("F32", "BF16", "F16")  # others are quantised, and mean nothing without their scales
 _COMPARED = 1 << 14  # rows at once
 
 
@@ -92,8 +92,7 @@ class Reader:
 
     def dtype(self) -> torch.dtype:
         """In which every tensor keeps all of its bits: bfloat16 where all are, else float32."""
-        kinds = {self.where[name].get_slice(name).get_dtype() for name in self.where}
-        return torch.bfloat16 if kinds == {"BF16"} else torch.float32
+        return torch.bfloat16 if self.kinds() == ["BF16"] else torch.float32
 
     def kinds(self) -> list[str]:
         """The tensors' dtypes, in safetensors' words."""
@@ -104,8 +103,8 @@ def audit(folder: Path, shape: Qwen3Shape) -> dict[str, str]:
     """Every tensor of the folder and of the shape, by name: "mapped", "missing" or "left over"."""
     reader = Reader(folder, shape)
     held, wanted = set(reader.where), set(reader.sizes)
-    if not shape.tied or LM_HEAD not in held:  # some write a copy of the embedding, too
-        wanted -= {LM_HEAD} if shape.tied else set()
+    if shape.tied and LM_HEAD not in held:  # some write a copy of the embedding, too
+        wanted.remove(LM_HEAD)
     states = {name: "mapped" if name in wanted else "left over" for name in held}
     return dict(sorted((states | dict.fromkeys(wanted - held, "missing")).items()))
 

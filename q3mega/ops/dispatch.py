@@ -29,7 +29,7 @@ def register(
     """
 
     def add(fn: Callable[..., Any]) -> Callable[..., Any]:
-        _BACKENDS[op, backend] = fn, serves
+        _BACKENDS[op, backend] = partial(_run, fn), serves
         return fn
 
     return add
@@ -67,7 +67,7 @@ def resolve(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
     for name in BEST["cuda" if x.is_cuda else "cpu"] if backend is None else (backend,):
         reason = _reason(op, name, x)
         if reason is None:
-            return partial(_run, _BACKENDS[op, name][0])
+            return _BACKENDS[op, name][0]
     raise RuntimeError(f"backend={backend!r} of {op} is not available: {reason}")
 
 
