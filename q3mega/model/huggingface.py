@@ -28,7 +28,7 @@ from q3mega.errors import UserError
 from q3mega.model import config
 from q3mega.model.config import shape_of
 from q3mega.model.reader import EMBEDDING, INDEX, LM_HEAD, SINGLE, Reader
-from q3mega.model.sizes import Qwen3Shape
+from q3mega.model.sizes import Qwen3Shape, rows_over
 
 _TOP = {
     "embedding.word_embeddings.weight": EMBEDDING,
@@ -125,6 +125,8 @@ def _shard(name: str, full: Tensor) -> Tensor:
     dim, group = _shard_dim(name), _shard_group(name)
     if dim is None or group.size() == 1:
         return full
+    if name in _OF_VOCABULARY:
+        full = _rows(full, rows_over(len(full), group.size()))
     parts = full.chunk(2) if name.endswith("linear_fc1.weight") else (full,)  # gate and up apart
     return torch.cat([p.chunk(group.size(), dim)[group.rank()] for p in parts])
 
@@ -196,7 +198,7 @@ def load(models: list[Any], shape: Qwen3Shape, folder: str | Path, ids: int | No
                 else:
                     full = read(_TOP[name]) if name in _TOP else _merge(name, prefix, shape, read)
                 if name in _OF_VOCABULARY:
-                    full = _rows(full, len(tensor) * _shard_group(name).size())
+                    full = _rows(full, shape.vocab)
                 tensor.copy_(_shard(name, full))
     read.check_leftovers(set().union(*_of_all_ranks(read.used)))
 
