@@ -225,9 +225,12 @@ def thinking(
 
 
 def entropy_ratio(metrics: Path) -> dict[str, dict[str, float]]:
-    """Mean token entropy of the last ten RL steps over that of the first ten."""
+    """Mean token entropy of the last ten RL steps over that of the first ten; nothing where no step
+    had a token with a signal."""
     rows = whole_records(metrics)
     values = [row["entropy"] for row in rows if "entropy" in row]
+    if not values:
+        return {}
     ratio = float(np.mean(values[-10:]) / np.mean(values[:10]))
     return {"entropy_ratio": {"value": ratio, "n": len(values)}}
 

@@ -2,10 +2,13 @@
 
 import itertools
 import re
+from pathlib import Path
 
 from q3mega.data.tasks import Problem, files
 from q3mega.data.tasks.pool import Pool
 from q3mega.errors import UserError
+from q3mega.layout import check_layout
+from q3mega.model.config import shape_of
 from q3mega.recipe import Recipe
 from q3mega.rewards import MODELS, Verdict, judge_answer, listed, models_of, own, reward_of
 from q3mega.rewards.sandbox import confinement
@@ -33,12 +36,22 @@ def check_files(recipe: Recipe) -> None:
             )
         _check_sandbox(problem)
         _try_reward(problem)
+    check_checkpoints(recipe)
     for stage in recipe.stages.values():
         if isinstance(stage, ModeFusion):
             for name in stage.non_thinking:
                 files.answered(name)
         if isinstance(stage, GeneralRL):
             _check_tasks(stage)
+
+
+def check_checkpoints(recipe: Recipe) -> None:
+    """UserError for a named folder whose config.json asks for what is not computed here, or whose
+    model the stage's layout cannot split."""
+    for stage in recipe.stages.values():
+        for folder in (stage.init, getattr(stage, "teacher", None)):
+            if isinstance(folder, str) and (Path(folder) / "config.json").exists():
+                check_layout(stage.layout, shape_of(folder))
 
 
 def _check_tasks(stage: GeneralRL) -> None:

@@ -26,7 +26,7 @@ from pydantic import (
 
 from q3mega.errors import UserError
 from q3mega.layout import Layout, check_layout
-from q3mega.model.sizes import QWEN3, Qwen3Shape
+from q3mega.model.sizes import QWEN3, Qwen3Shape, rows_for
 from q3mega.sections import Section, explain, field_names, override, parse_yaml, short
 from q3mega.settings import (
     STAGES,
@@ -107,8 +107,8 @@ class ModelSpec(Section):
         return self
 
     def shape(self, vocab: int = Qwen3Shape.vocab) -> Qwen3Shape:
-        """The table row, for a tokenizer of `vocab` entries (default: the released one)."""
-        return Qwen3Shape(vocab=vocab, **self.model_dump(exclude={"size"}))
+        """The table row, for a tokenizer of `vocab` ids (default: the released one)."""
+        return Qwen3Shape(vocab=rows_for(vocab), **self.model_dump(exclude={"size"}))
 
 
 class Slurm(Section):

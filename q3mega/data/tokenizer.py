@@ -86,7 +86,8 @@ class Tokenizer:
             raise UserError(
                 f"tokenizer.path={path}: no readable tokenizer.json ({error}): give a HF folder"
             ) from error
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        entries = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(entries.values()) + 1  # some leave ids out
         self.eod, self.eos = self.id("<|endoftext|>"), self.id("<|im_end|>")
         self.think_open, self.think_close = self.id("<think>"), self.id("</think>")
 
