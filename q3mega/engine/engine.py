@@ -6,7 +6,7 @@ caller's choice and every layout gives the same gradient.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,11 +30,12 @@ from torch import Tensor
 
 from q3mega.data.batch import Batch, Sample, collate
 from q3mega.engine import checkpoint, parallel
-from q3mega.engine.optimizer import OptimizerSpec, build_optimizer
-from q3mega.engine.parallel import Part
+from q3mega.engine.optimizer import OptimizerSpec, Updates, build_optimizer
+from q3mega.engine.parallel import Count, Part
 from q3mega.errors import UserError
-from q3mega.model import Qwen3Shape, huggingface
+from q3mega.model import Qwen3Shape, huggingface, initial
 from q3mega.model.attention import Positions
+from q3mega.model.balance import Balance
 from q3mega.model.megatron import build_model, transformer_config
 from q3mega.model.routing import COLUMN, Routing
 from q3mega.ops import vocab
@@ -68,6 +69,7 @@ class Head:
         return vocab.total(torch.where(held, own, 0.0), self.tp_group)
 
 
+_CHOICES = "expert_choices"  # in a checkpoint's state
 FP8_TOKENS = 16  # a product's rows are a multiple of it
 # (head, batch) -> (loss: a sum, metrics: name -> a sum, to add up over micro-batches and ranks)
 LossFn = Callable[[Head, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -75,7 +77,11 @@ _T = TypeVar("_T")
 
 
 class Engine:
-    """One model. `optimizer=None` builds a frozen one (reference policy, teacher, judge)."""
+    """One model. `optimizer=None` builds a frozen one (reference policy, teacher, judge).
+
+    seed: of the weights that a fresh one starts from, the same ones under every layout; without
+    `fresh` they have yet to be loaded.
+    """
 
     def __init__(
         self,
@@ -87,6 +93,7 @@ class Engine:
         optimizer: OptimizerSpec | None = None,
         dtype: torch.dtype = torch.float32,
         fp8: bool = False,
+        fresh: bool = True,
     ) -> None:
         self.shape, self.layout, self.spec = shape, layout, optimizer
         parallel.initialise(layout, seed)
@@ -95,8 +102,12 @@ class Engine:
         positions = positions or Positions(shape.rope_base)
         stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
         self.chunks = [build_model(shape, self.config, positions, stage) for stage in stages]
-        self.routing = Routing(shape.experts, shape.topk) if shape.experts else None
-        if self.routing:
+        if fresh:
+            initial.draw(self.chunks, shape, seed)
+        self.balance = Balance(self.config) if shape.experts and shape.balance else None
+        self.routing: Routing | None = None
+        if shape.experts:
+            self.routing = Routing(shape.experts, shape.topk, self.balance)
             self.routing.attach(self.chunks)
         self.modules: list[Any] = [c.to(device.device()) for c in self.chunks]
         if dtype == torch.bfloat16:
@@ -123,6 +134,7 @@ class Engine:
         self.optimizer, self.schedule = build_optimizer(
             optimizer, self.modules, distributed=distributed, dtype=dtype
         )
+        self.updates = Updates(self.optimizer, self.schedule, optimizer.max_skipped)
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
 
@@ -131,7 +143,10 @@ class Engine:
     def load_hf(self, folder: str | Path) -> None:
         """Weights from a Hugging Face folder of this shape."""
         huggingface.load(self.chunks, self.shape, folder)
+        checkpoint.check_finite(self.chunks, f"checkpoint {folder} has", "restore or rebuild it")
         self.changes += 1
+        if self.balance:
+            self.balance.restore(None)  # they were other routers'
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
@@ -140,6 +155,7 @@ class Engine:
 
         lm_head: write it where it is tied, too.
         """
+        checkpoint.check_finite(self.chunks, f"{folder} would get")
         base = self.positions.base
         huggingface.save(
             self.chunks, self.shape, folder, rope_base=base, tokens=tokens, lm_head=lm_head
@@ -165,33 +181,42 @@ class Engine:
         """Forward and backward over this data-parallel rank's micro-batches, then one update.
 
         Returns the metrics summed over micro-batches and data-parallel ranks, plus `loss`,
-        `grad_norm` and `lr`.
+        `grad_norm` and `lr`, and those of a mixture's balance. A loss or gradient that is not
+        finite gives `skipped` and updates nothing, see `Updates`.
         """
         self.schedule.step(1)
         for module in self.modules:
             module.zero_grad_buffer()
             module.train()
         self.optimizer.zero_grad()
-        parts = [self._part(b) for b in batches]
-        parts, tokens = self._same_count(parts)
+        parts, count = self._in_step([self._part(b) for b in batches])
 
         def loss_func(part: Part, out: Head) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             loss, metrics = loss_fn(out, part.batch)
-            # megatron divides gradients by the token count; the MoE balance loss relies on it
-            count = torch.tensor(len(part.batch), dtype=torch.int, device=loss.device)
-            return loss * tokens, count, {"loss": loss.detach(), **metrics}
+            # megatron divides gradients by the token count
+            held = torch.tensor(len(part.batch), dtype=torch.int, device=loss.device)
+            return loss * count.held, held, {"loss": loss.detach(), **metrics}
 
-        found = self._forward(parts, loss_func, forward_only=False)
-        success, grad_norm, _ = self.optimizer.step()
+        with self._balanced(parts, count):
+            metrics = self._total(self._forward(parts, loss_func, forward_only=False))
+        metrics |= self.updates.step(metrics["loss"])
+        self.saver.poll()
+        if "skipped" in metrics:
+            return metrics
         self.updated = True
         self.changes += 1
-        self.saver.poll()
-        metrics = self._total(found)
-        if not success:
-            metrics["skipped"] = 1.0
-        metrics["grad_norm"] = float(grad_norm or 0.0)
-        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        return metrics
+        return metrics | (self.balance.close() if self.balance else {})
+
+    def _balanced(self, parts: list[Part], count: Count) -> AbstractContextManager[None]:
+        """A step with balanced routers: count its choices first, or take those of the last one."""
+        if not (self.balance and self.spec):
+            return nullcontext()
+        if self.balance.choices is None or self.spec.expert_shares == "step":
+            with torch.no_grad(), self.balance.step(count.documents, count.held):
+                zero = torch.zeros((), device=device.device())
+                self._forward(parts, lambda *_: (zero, zero.int(), {}), forward_only=True)
+            self.balance.close()
+        return self.balance.step(count.documents, count.held)
 
     def evaluate(self, batches: Sequence[Batch], fn: Callable[[Head, Batch], _T]) -> list[_T]:
         """fn over this rank's micro-batches, no gradient: run by the last pipeline stage on whole
@@ -219,7 +244,7 @@ class Engine:
             module.eval()
         parts = [self._part(b) for b in batches]
         if self.layout.expert > 1 or self.layout.virtual_pipeline > 1:  # ranks meet in every layer
-            parts, _ = self._same_count(parts)
+            parts, _ = self._in_step(parts)
 
         def loss_func(part: Part, out: Head) -> tuple[Tensor, Tensor, Any]:
             zero = out.hidden.new_zeros(())
@@ -256,7 +281,7 @@ class Engine:
                 max_seqlen_q=longest,
                 max_seqlen_kv=longest,
             )
-            with self._replaying(part.batch):
+            with self._replaying(part):
                 out = module(
                     part.batch.tokens[None],
                     None,
@@ -291,15 +316,16 @@ class Engine:
             return hidden
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
 
-    def _replaying(self, batch: Batch) -> AbstractContextManager[None]:
+    def _replaying(self, part: Part) -> AbstractContextManager[None]:
         """A forward pass in which the routers follow the batch's routes, if it has some."""
         if self.routing is None:
             return nullcontext()
-        routes = batch.columns.get(COLUMN)
-        if routes is not None and self.config.sequence_parallel:
+        routes, real = part.batch.columns.get(COLUMN), part.real
+        if self.config.sequence_parallel:
             ways, rank = self.layout.tensor, ps.get_tensor_model_parallel_rank()
-            routes = routes.chunk(ways)[rank]
-        return self.routing.replaying(routes)
+            routes = None if routes is None else routes.chunk(ways)[rank]
+            real = real.chunk(ways)[rank]
+        return self.routing.replaying(routes, real)
 
     def routes(self) -> list[dict[int, Tensor]]:
         """What the routers of this rank's layers recorded since the last call: of each pass, layer
@@ -325,24 +351,10 @@ class Engine:
             found.append(torch.cat([layers[i] for i in sorted(layers)], 1))
         return found
 
-    def _same_count(self, parts: list[Part]) -> tuple[list[Part], int]:
-        """As many micro-batches on every rank (weightless repeats), and all ranks' tokens."""
-        here = device.device()
-        count = torch.tensor([len(parts), sum(len(p.batch) for p in parts)], device=here)
-        counts = [count.clone() for _ in range(parallel.data_size())]
-        if len(counts) > 1:
-            dist.all_gather(counts, count, group=parallel.data_group())
-        most = max(int(c[0]) for c in counts)
-        if self.layout.virtual_pipeline > 1:  # an interleaved pipeline goes round in whole turns
-            most = -(-most // self.layout.pipeline) * self.layout.pipeline
-        spare = parts[0] if parts else self._part(collate([Sample([0], [0.0])]))
-        fillers = [_weightless(spare) for _ in range(most - len(parts))]
-        tokens = sum(int(c[1]) for c in counts)
-        if most * len(counts) > sum(int(c[0]) for c in counts):  # they count in megatron's divisor
-            extra = torch.tensor(sum(len(p.batch) for p in fillers), device=here)
-            dist.all_reduce(extra, group=parallel.data_group())
-            tokens += int(extra)
-        return [*parts, *fillers], tokens * self.layout.context
+    def _in_step(self, parts: list[Part]) -> tuple[list[Part], Count]:
+        # an interleaved pipeline goes round in whole turns
+        turn = self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1
+        return parallel.in_step(parts, lambda: self._part(collate([Sample([0], [0.0])])), turn)
 
     def _total(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
         names = sorted(parts[0]) if parts else []
@@ -365,8 +377,12 @@ class Engine:
         It counts once all of it is on the disk: a later step, or `finish_saving`, publishes it.
         Before the first update there is nothing to save: a resume starts over to the same state.
         """
-        if self.updated:
-            self.saver.save(self, folder, step, state, tensors or {})
+        if not self.updated:
+            return
+        checkpoint.check_finite(self.chunks, f"checkpoint {folder} would get")
+        if self.balance and self.balance.choices is not None:
+            state = {**state, _CHOICES: self.balance.choices.tolist()}
+        self.saver.save(self, folder, step, state, tensors or {})
 
     def finish_saving(self) -> None:
         """Wait until the last checkpoint is published."""
@@ -378,9 +394,6 @@ class Engine:
         found = checkpoint.load_latest(self, folder)
         self.updated = found is not None
         self.changes += self.updated
+        if found and self.balance:
+            self.balance.restore(found[1].pop(_CHOICES, None))
         return found
-
-
-def _weightless(part: Part) -> Part:
-    weights = torch.zeros_like(part.batch.loss_weights)
-    return replace(part, batch=replace(part.batch, loss_weights=weights))

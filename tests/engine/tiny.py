@@ -35,7 +35,7 @@ SHAPES = {
     "dense": SHAPE(tied=False),
     "tied": SHAPE(tied=True),
     "deep": SHAPE(tied=False, layers=4),
-    "moe": SHAPE(tied=False, experts=4, topk=2, moe_ffn=32),
+    "moe": SHAPE(tied=False, experts=4, topk=2, moe_ffn=32, balance=0.2),
 }
 LAYOUT = partial(Layout, processes=1)
 
