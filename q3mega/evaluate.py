@@ -205,7 +205,7 @@ def thinking(
 def entropy_ratio(metrics: Path) -> dict[str, dict[str, float]]:
     """Mean token entropy of the last ten RL steps over that of the first ten."""
     rows = whole_records(metrics)
-    values = [row["entropy"] for row in rows if "entropy" in row]
+    values = [row["entropy"] for row in rows if row.get("entropy") is not None]
     ratio = float(np.mean(values[-10:]) / np.mean(values[:10]))
     return {"entropy_ratio": {"value": ratio, "n": len(values)}}
 
