@@ -12,7 +12,13 @@ from q3mega import device  # noqa: F401
 # isort: split
 from tiny import LAYOUT, SHAPES, documents
 
-from q3mega.algorithms.losses import normalise, policy_gradient, supervised
+from q3mega.algorithms.losses import (
+    distillation,
+    distillation_topk,
+    normalise,
+    policy_gradient,
+    supervised,
+)
 from q3mega.data.batch import Batch, pack
 from q3mega.engine import Engine, OptimizerSpec, checkpoint
 from q3mega.errors import UserError
@@ -34,8 +40,22 @@ def infinite_gradient(head, batch):
     return loss + (head.hidden.sum() * 0).sqrt(), metrics
 
 
+def taught(name: str, row: list[float]) -> list[Batch]:
+    """With a teacher's row of numbers at every token, one of which is none at a single one."""
+    found = batches(1)
+    for batch in found:
+        batch.columns["teacher_ids"] = torch.arange(len(row)).float().repeat(len(batch), 1)
+        batch.columns[name] = torch.tensor(row).repeat(len(batch), 1)
+    found[0].columns[name][5, 1] = math.nan
+    return found
+
+
 LOSS = policy_gradient(variant="dapo")
+HIDDEN = distillation(torch.randn(64, 2, generator=torch.Generator().manual_seed(0)), "reverse_kl")
+TOPK = distillation_topk("forward_kl")
 BROKEN = {
+    "a teacher's state": (lambda: taught("teacher_hidden", [0.5, -0.5]), HIDDEN),
+    "a teacher's log-probability": (lambda: taught("teacher_logprobs", [-1.0, -2.0]), TOPK),
     "an unknown log-probability": (lambda: batches(1, old_logprobs=math.nan), LOSS),
     "an advantage that is none": (lambda: batches(1, advantages=math.nan), LOSS),
     "an infinite advantage": (lambda: batches(1, advantages=math.inf), LOSS),
