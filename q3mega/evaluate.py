@@ -228,7 +228,7 @@ def entropy_ratio(metrics: Path) -> dict[str, dict[str, float]]:
     """Mean token entropy of the last ten RL steps over that of the first ten; nothing where no step
     had a token with a signal."""
     rows = whole_records(metrics)
-    values = [row["entropy"] for row in rows if "entropy" in row]
+    values = [row["entropy"] for row in rows if row.get("entropy") is not None]
     if not values:
         return {}
     ratio = float(np.mean(values[-10:]) / np.mean(values[:10]))

@@ -1,5 +1,6 @@
 """Entropy held by a controller: the report asks that it stay level or rise, and says not how."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -18,7 +19,12 @@ class EntropyController:
     target: float | None = None
 
     def update(self, entropy: float) -> float:
-        """Take the last batch's mean entropy, return the coefficient of the next update."""
+        """Take the last batch's mean entropy, return the coefficient of the next update.
+
+        An entropy that is not finite says nothing, and changes nothing.
+        """
+        if not math.isfinite(entropy):
+            return self.coefficient
         if self.target is None:
             self.target = self.hold * entropy
         direction = 1 if entropy < self.target else -1

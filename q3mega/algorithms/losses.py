@@ -70,12 +70,16 @@ def policy_gradient(**settings: Any) -> LossFn:
             **settings,
         )
         active = batch.loss_weights > 0
-        gap = (out.logprobs - columns["old_logprobs"]).abs() * active
+        gap = (out.logprobs - columns["old_logprobs"]).abs()
+
+        def total(values: Tensor) -> Tensor:
+            return torch.where(active, values, 0.0).sum()  # 0 * NaN is NaN
+
         return out.loss, {
-            "entropy": (out.entropy * active).sum(),
-            "kl": (out.kl * active).sum(),
+            "entropy": total(out.entropy),
+            "kl": total(out.kl),
             "clipped": out.clip_fraction * active.sum(),
-            "gap": gap.sum(),  # on the first update of a rollout batch: trainer against sampler
+            "gap": total(gap),  # on the first update of a rollout batch: trainer against sampler
             "active": active.sum(),
         }
 

@@ -5,7 +5,7 @@ scores reach the loss beside the tokens they belong to.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class Batch:
     loss_weights (T,) fp32: mask times normaliser; a document's last position weighs 0.
     cu_seqlens (B + 1,) int32: document borders.
     columns: name -> (T,) or (T, K), aligned with targets: fp32, or uint8 where samples' are.
+    filler: keeps ranks in step with others that have more; without weight, and in no statistics.
     """
 
     tokens: Tensor
@@ -44,6 +45,7 @@ class Batch:
     loss_weights: Tensor
     cu_seqlens: Tensor
     columns: dict[str, Tensor] = field(default_factory=dict)
+    filler: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -82,7 +84,11 @@ class Batch:
             change(self.loss_weights),
             cu_seqlens,
             columns,
+            self.filler,
         )
+
+    def as_filler(self) -> "Batch":
+        return replace(self, loss_weights=torch.zeros_like(self.loss_weights), filler=True)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from q3mega.engine import parallel
+from q3mega.engine.optimizer import TOO_FAST
 from q3mega.errors import UserError
 
 KEEP = 2
@@ -228,6 +229,14 @@ def _crc(path: Path) -> int:
         while block := file.read(1 << 24):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+def check_finite(chunks: list[Any], where: str, remedy: str = TOO_FAST) -> None:
+    """Raise UserError on every rank where a weight of any rank is not finite."""
+    weights = [p.detach() for chunk in chunks for p in chunk.parameters()]
+    largest = torch.stack([torch.linalg.vector_norm(p, torch.inf).float() for p in weights])
+    if not parallel.everywhere(bool(largest.isfinite().all())):
+        raise UserError(f"{where} weights that are not finite: {remedy}")
 
 
 def complete(folder: Path) -> list[Path]:

@@ -30,11 +30,12 @@ from torch import Tensor
 
 from q3mega.data.batch import Batch, Sample, collate
 from q3mega.engine import checkpoint, parallel
-from q3mega.engine.optimizer import OptimizerSpec, build_optimizer
-from q3mega.engine.parallel import Part
+from q3mega.engine.optimizer import OptimizerSpec, Updates, build_optimizer
+from q3mega.engine.parallel import Count, Part
 from q3mega.errors import UserError
-from q3mega.model import Qwen3Shape, huggingface
+from q3mega.model import Qwen3Shape, huggingface, initial
 from q3mega.model.attention import Positions
+from q3mega.model.balance import Balance
 from q3mega.model.megatron import build_model, transformer_config
 from q3mega.model.routing import COLUMN, Routing
 from q3mega.ops import vocab
@@ -71,6 +72,7 @@ class Head:
         return vocab.total(torch.where(held, own, 0.0), self.tp_group)
 
 
+_CHOICES = "expert_choices"  # in a checkpoint's state
 FP8_TOKENS = 16  # a product's rows are a multiple of it
 # (head, batch) -> (loss: a sum, metrics: name -> a sum, to add up over micro-batches and ranks)
 LossFn = Callable[[Head, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -82,6 +84,8 @@ class Engine:
 
     ids: of the tokenizer, where the embedding has more rows: the others have no mass in any loss
     and are never sampled. UserError for a tokenizer of more ids than rows.
+    seed: of the weights that a fresh one starts from, the same ones under every layout; without
+    `fresh` they have yet to be loaded.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         fp8: bool = False,
         ids: int | None = None,
+        fresh: bool = True,
     ) -> None:
         if ids is not None and ids > shape.vocab:
             raise UserError(
@@ -109,8 +114,12 @@ class Engine:
         positions = positions or Positions(shape.rope_base, shape.yarn)
         stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
         self.chunks = [build_model(shape, self.config, positions, stage) for stage in stages]
-        self.routing = Routing(shape.experts, shape.topk) if shape.experts else None
-        if self.routing:
+        if fresh:
+            initial.draw(self.chunks, shape, seed)
+        self.balance = Balance(self.config) if shape.experts and shape.balance else None
+        self.routing: Routing | None = None
+        if shape.experts:
+            self.routing = Routing(shape.experts, shape.topk, self.balance)
             self.routing.attach(self.chunks)
         self.modules: list[Any] = [c.to(device.device()) for c in self.chunks]
         if dtype == torch.bfloat16:
@@ -137,6 +146,7 @@ class Engine:
         self.optimizer, self.schedule = build_optimizer(
             optimizer, self.modules, distributed=distributed, dtype=dtype
         )
+        self.updates = Updates(self.optimizer, self.schedule, optimizer.max_skipped)
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
 
@@ -145,7 +155,10 @@ class Engine:
     def load_hf(self, folder: str | Path) -> None:
         """Weights from a Hugging Face folder of this shape."""
         huggingface.load(self.chunks, self.shape, folder, self.ids)
+        checkpoint.check_finite(self.chunks, f"checkpoint {folder} has", "restore or rebuild it")
         self.changes += 1
+        if self.balance:
+            self.balance.restore(None)  # they were other routers'
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
@@ -154,6 +167,7 @@ class Engine:
 
         lm_head: write it where it is tied, too.
         """
+        checkpoint.check_finite(self.chunks, f"{folder} would get")
         at = self.positions
         shape = replace(self.shape, rope_base=at.base, yarn=at.yarn)
         huggingface.save(self.chunks, shape, folder, tokens=tokens, lm_head=lm_head)
@@ -183,33 +197,42 @@ class Engine:
         """Forward and backward over this data-parallel rank's micro-batches, then one update.
 
         Returns the metrics summed over micro-batches and data-parallel ranks, plus `loss`,
-        `grad_norm` and `lr`.
+        `grad_norm` and `lr`, and those of a mixture's balance. A loss or gradient that is not
+        finite gives `skipped` and updates nothing, see `Updates`.
         """
         self.schedule.step(1)
         for module in self.modules:
             module.zero_grad_buffer()
             module.train()
         self.optimizer.zero_grad()
-        parts = [self._part(b) for b in batches]
-        parts, tokens = self._same_count(parts)
+        parts, count = self._in_step([self._part(b) for b in batches])
 
         def loss_func(part: Part, out: Head) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             loss, metrics = loss_fn(out, part.batch)
-            # megatron divides gradients by the token count; the MoE balance loss relies on it
-            count = torch.tensor(len(part.batch), dtype=torch.int, device=loss.device)
-            return loss * tokens, count, {"loss": loss.detach(), **metrics}
+            # megatron divides gradients by the token count
+            held = torch.tensor(len(part.batch), dtype=torch.int, device=loss.device)
+            return loss * count.held, held, {"loss": loss.detach(), **metrics}
 
-        found = self._forward(parts, loss_func, forward_only=False)
-        success, grad_norm, _ = self.optimizer.step()
+        with self._balanced(parts, count):
+            metrics = self._total(self._forward(parts, loss_func, forward_only=False))
+        metrics |= self.updates.step(metrics["loss"])
+        self.saver.poll()
+        if "skipped" in metrics:
+            return metrics
         self.updated = True
         self.changes += 1
-        self.saver.poll()
-        metrics = self._total(found)
-        if not success:
-            metrics["skipped"] = 1.0
-        metrics["grad_norm"] = float(grad_norm or 0.0)
-        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        return metrics
+        return metrics | (self.balance.close() if self.balance else {})
+
+    def _balanced(self, parts: list[Part], count: Count) -> AbstractContextManager[None]:
+        """A step with balanced routers: count its choices first, or take those of the last one."""
+        if not (self.balance and self.spec):
+            return nullcontext()
+        if self.balance.choices is None or self.spec.expert_shares == "step":
+            with torch.no_grad(), self.balance.step(count.documents, count.held):
+                zero = torch.zeros((), device=device.device())
+                self._forward(parts, lambda *_: (zero, zero.int(), {}), forward_only=True)
+            self.balance.close()
+        return self.balance.step(count.documents, count.held)
 
     def evaluate(self, batches: Sequence[Batch], fn: Callable[[Head, Batch], _T]) -> list[_T]:
         """fn over this rank's micro-batches, no gradient: run by the last pipeline stage on whole
@@ -237,7 +260,7 @@ class Engine:
             module.eval()
         parts = [self._part(b) for b in batches]
         if self.layout.expert > 1 or self.layout.virtual_pipeline > 1:  # ranks meet in every layer
-            parts, _ = self._same_count(parts)
+            parts, _ = self._in_step(parts)
 
         def loss_func(part: Part, out: Head) -> tuple[Tensor, Tensor, Any]:
             zero = out.hidden.new_zeros(())
@@ -274,7 +297,7 @@ class Engine:
                 max_seqlen_q=longest,
                 max_seqlen_kv=longest,
             )
-            with self._replaying(part.batch):
+            with self._replaying(part):
                 out = module(
                     part.batch.tokens[None],
                     None,
@@ -309,15 +332,16 @@ class Engine:
             return hidden
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
 
-    def _replaying(self, batch: Batch) -> AbstractContextManager[None]:
+    def _replaying(self, part: Part) -> AbstractContextManager[None]:
         """A forward pass in which the routers follow the batch's routes, if it has some."""
         if self.routing is None:
             return nullcontext()
-        routes = batch.columns.get(COLUMN)
-        if routes is not None and self.config.sequence_parallel:
+        routes, real = part.batch.columns.get(COLUMN), part.real
+        if self.config.sequence_parallel:
             ways, rank = self.layout.tensor, ps.get_tensor_model_parallel_rank()
-            routes = routes.chunk(ways)[rank]
-        return self.routing.replaying(routes)
+            routes = None if routes is None else routes.chunk(ways)[rank]
+            real = real.chunk(ways)[rank]
+        return self.routing.replaying(routes, real)
 
     def routes(self) -> list[dict[int, Tensor]]:
         """What the routers of this rank's layers recorded since the last call: of each pass, layer
@@ -343,24 +367,10 @@ class Engine:
             found.append(torch.cat([layers[i] for i in sorted(layers)], 1))
         return found
 
-    def _same_count(self, parts: list[Part]) -> tuple[list[Part], int]:
-        """As many micro-batches on every rank (weightless repeats), and all ranks' tokens."""
-        here = device.device()
-        count = torch.tensor([len(parts), sum(len(p.batch) for p in parts)], device=here)
-        counts = [count.clone() for _ in range(parallel.data_size())]
-        if len(counts) > 1:
-            dist.all_gather(counts, count, group=parallel.data_group())
-        most = max(int(c[0]) for c in counts)
-        if self.layout.virtual_pipeline > 1:  # an interleaved pipeline goes round in whole turns
-            most = -(-most // self.layout.pipeline) * self.layout.pipeline
-        spare = parts[0] if parts else self._part(collate([Sample([0], [0.0])]))
-        fillers = [_weightless(spare) for _ in range(most - len(parts))]
-        tokens = sum(int(c[1]) for c in counts)
-        if most * len(counts) > sum(int(c[0]) for c in counts):  # they count in megatron's divisor
-            extra = torch.tensor(sum(len(p.batch) for p in fillers), device=here)
-            dist.all_reduce(extra, group=parallel.data_group())
-            tokens += int(extra)
-        return [*parts, *fillers], tokens * self.layout.context
+    def _in_step(self, parts: list[Part]) -> tuple[list[Part], Count]:
+        # an interleaved pipeline goes round in whole turns
+        turn = self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1
+        return parallel.in_step(parts, lambda: self._part(collate([Sample([0], [0.0])])), turn)
 
     def _total(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
         names = sorted(parts[0]) if parts else []
@@ -383,8 +393,12 @@ class Engine:
         It counts once all of it is on the disk: a later step, or `finish_saving`, publishes it.
         Before the first update there is nothing to save: a resume starts over to the same state.
         """
-        if self.updated:
-            self.saver.save(self, folder, step, state, tensors or {})
+        if not self.updated:
+            return
+        checkpoint.check_finite(self.chunks, f"checkpoint {folder} would get")
+        if self.balance and self.balance.choices is not None:
+            state = {**state, _CHOICES: self.balance.choices.tolist()}
+        self.saver.save(self, folder, step, state, tensors or {})
 
     def finish_saving(self) -> None:
         """Wait until the last checkpoint is published."""
@@ -396,9 +410,6 @@ class Engine:
         found = checkpoint.load_latest(self, folder)
         self.updated = found is not None
         self.changes += self.updated
+        if found and self.balance:
+            self.balance.restore(found[1].pop(_CHOICES, None))
         return found
-
-
-def _weightless(part: Part) -> Part:
-    weights = torch.zeros_like(part.batch.loss_weights)
-    return replace(part, batch=replace(part.batch, loss_weights=weights))

@@ -92,17 +92,23 @@ class Part:
 
     batch: the tokens held here, borders among them. cu_seqlens: the borders of the whole pack, in
     which documents are filled up so that they can be cut, and the whole so that sequence
-    parallelism can cut it. place (T,): where the whole holds the tokens of `original`.
+    parallelism can cut it. place (T,): where the whole holds the tokens of `original`. real: which
+    of the tokens held here are some of these, not filling.
     """
 
     original: Batch
     batch: Batch
     cu_seqlens: Tensor
     place: Tensor
+    real: Tensor
 
     def to(self, device: torch.device) -> "Part":
         batches = self.original.to(device), self.batch.to(device)
-        return Part(*batches, self.cu_seqlens.to(device), self.place.to(device))
+        return Part(*batches, *(x.to(device) for x in (self.cu_seqlens, self.place, self.real)))
+
+    def as_filler(self) -> "Part":
+        batches = self.original.as_filler(), self.batch.as_filler()
+        return Part(*batches, self.cu_seqlens, self.place, torch.zeros_like(self.real))
 
     def whole(self, hidden: Tensor) -> Tensor:
         """(T, ...) of all the original's tokens from what each rank has of its own. No gradient."""
@@ -132,7 +138,53 @@ def part(batch: Batch, *, sequence_parallel: bool, multiple: int = 1) -> Part:
     spread = batch.at(place, int(end[-1]))
     rank = ps.get_context_parallel_rank()
     held = context_parallel.zigzag(end, rank, size) if size > 1 else torch.arange(len(spread))
-    return Part(batch, spread.take(held.to(place.device), end // size), end, place)
+    held = held.to(place.device)
+    real = torch.zeros(len(spread), dtype=torch.bool, device=place.device)
+    real[place] = not batch.filler
+    return Part(batch, spread.take(held, end // size), end, place, real[held])
+
+
+@dataclass
+class Count:
+    """Tokens of a step on all ranks. held: with filling and fillers, as context-parallel ranks hold
+    them. documents: those of documents alone."""
+
+    held: int
+    documents: int
+
+
+def in_step(
+    parts: list[Part], spare: Callable[[], Part], multiple: int
+) -> tuple[list[Part], Count]:
+    """As many micro-batches on every rank, a multiple of `multiple`, by fillers at the end.
+
+    spare: makes one for a rank that has none.
+    """
+    documents = sum(len(p.original) for p in parts if not p.original.filler)
+    sizes = len(parts), sum(len(p.batch) for p in parts), documents
+    here = torch.tensor(sizes, device=device.device())
+    counts = [here.clone() for _ in range(data_size())]
+    if len(counts) > 1:
+        dist.all_gather(counts, here, group=data_group())
+    most = max(int(c[0]) for c in counts)
+    most = -(-most // multiple) * multiple
+    held, documents = (sum(int(c[i]) for c in counts) for i in (1, 2))
+    filler = (parts[0] if parts else spare()).as_filler()
+    fillers = [filler] * (most - len(parts))
+    if most * len(counts) > sum(int(c[0]) for c in counts):  # they are held, too
+        extra = torch.tensor(len(fillers) * len(filler.batch), device=device.device())
+        dist.all_reduce(extra, group=data_group())
+        held += int(extra)
+    return [*parts, *fillers], Count(held * _context_size(), documents)
+
+
+def everywhere(flag: bool) -> bool:
+    """Whether it holds on every rank."""
+    if dist.get_world_size() == 1:
+        return flag
+    holds = torch.tensor(int(flag), device=device.device())
+    dist.all_reduce(holds, dist.ReduceOp.MIN)
+    return bool(holds)
 
 
 def _context_size() -> int:

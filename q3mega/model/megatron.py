@@ -123,7 +123,7 @@ def transformer_config(
             "num_moe_experts": shape.experts,
             "moe_router_topk": shape.topk,
             "moe_ffn_hidden_size": shape.moe_ffn,
-            "moe_router_load_balancing_type": "global_aux_loss",  # Qwen3's global-batch balance
+            "moe_router_load_balancing_type": "none",  # `routing` attaches its own, exact one
             "moe_aux_loss_coeff": shape.balance,
             "moe_router_dtype": "fp32",
             # after the choice: softmax over the chosen ones, which is norm_topk_prob
@@ -151,7 +151,8 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        use_cpu_initialization=True,  # initial weights do not depend on the layout
+        use_cpu_initialization=True,
+        perform_initialization=False,  # `initial.draw` does, the same under every layout
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -166,7 +167,9 @@ def transformer_config(
 def build_model(
     shape: Qwen3Shape, config: TransformerConfig, positions: Positions, vp_stage: int | None = None
 ) -> GPTModel:
-    """This rank's part of the model. `model.attention_state` is shared by its core attentions."""
+    """This rank's part of the model, its matrices not yet filled. `model.attention_state` is shared
+    by its core attentions.
+    """
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     spec = TransformerBlockSubmodules(
         layer_specs=[_layer_spec(config)] * layers, layer_norm=RMSNorm

@@ -15,23 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q3mega.model.balance import Balance
+
 COLUMN = "routes"
 
 
 class Routing:
     """What all routers of an engine share.
 
-    given: (tokens held here, layers, topk) of the micro-batch in its forward pass. recorded: what
-    each layer's router chose by itself, (tokens held here, topk) a pass; None: not asked for.
+    given: (tokens held here, layers, topk) of the micro-batch in its forward pass. real (tokens
+    held here,): which of them are no padding. recorded: what each layer's router chose by itself,
+    (tokens held here, topk) a pass; None: not asked for.
     """
 
-    def __init__(self, experts: int, topk: int) -> None:
-        self.topk = topk
+    def __init__(self, experts: int, topk: int, balance: Balance | None) -> None:
+        self.topk, self.balance = topk, balance
         self.dtype = torch.uint8 if experts < 256 else torch.int32
         self.routers: list[_Router] = []
         self.forward = False  # else a router that is called is recomputed in the backward
         self.recomputes = False
         self.given: Tensor | None = None
+        self.real: Tensor | None = None
         self.recorded: dict[int, list[Tensor]] | None = None
 
     def attach(self, chunks: Sequence[Any]) -> None:
@@ -43,14 +47,15 @@ class Routing:
                 layer.mlp.router.router_replay = self.routers[-1]
 
     @contextmanager
-    def replaying(self, routes: Tensor | None) -> Iterator[None]:
+    def replaying(self, routes: Tensor | None, real: Tensor | None = None) -> Iterator[None]:
         """One forward pass over a micro-batch with (tokens held here, layers * topk) routes."""
         self.given = None if routes is None else routes.unflatten(1, (-1, self.topk))
+        self.real = real
         self.forward = True
         try:
             yield
         finally:
-            self.given, self.forward = None, False
+            self.given, self.real, self.forward = None, None, False
 
     def begin(self, *, recomputes: bool) -> None:
         """Forward passes come next, and with `recomputes` each router again in the backward."""
@@ -82,7 +87,7 @@ class _Router:
     def __init__(self, layer: int, routing: Routing) -> None:
         self.layer, self.routing = layer, routing
         # A stage's backward passes come in the order of its forward passes, in every schedule.
-        self.waiting: deque[Tensor | None] = deque()
+        self.waiting: deque[tuple[Tensor | None, Tensor | None]] = deque()
 
     def get_replay_topk(
         self,
@@ -93,25 +98,32 @@ class _Router:
         choose: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         """Scores (T, topk) and experts (T, topk) int64 that each token takes, of scores (T, E)."""
+        routes, real = self._of_these_tokens()
+        balance = self.routing.balance
+        if balance and real is not None:
+            scores = balance.attach(self.layer, scores, real)
         values, own = choose(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        if balance and real is not None and self.routing.forward:
+            balance.count(self.layer, own, real)
         recorded = self.routing.recorded
         if recorded is not None:
             recorded.setdefault(self.layer, []).append((own + 1).to(self.routing.dtype))
-        routes = self._routes()
         if routes is None:
             return values, own
         routes = routes.to(own)  # ids are exact in whatever type they come
         taken = torch.where(routes > 0, routes - 1, own)
         return scores.gather(1, taken), taken
 
-    def _routes(self) -> Tensor | None:
-        if not self.routing.forward:
-            return self.waiting.popleft() if self.waiting else None
-        given = self.routing.given
-        routes = None if given is None else given[:, self.layer]
-        if self.routing.recomputes:
-            self.waiting.append(routes)
-        return routes
+    def _of_these_tokens(self) -> tuple[Tensor | None, Tensor | None]:
+        """The routes of the tokens in this call, and which of them are real."""
+        routing = self.routing
+        if not routing.forward:
+            return self.waiting.popleft() if self.waiting else (None, None)
+        given = routing.given
+        columns = None if given is None else given[:, self.layer], routing.real
+        if routing.recomputes:
+            self.waiting.append(columns)
+        return columns
 
 
 def column(routes: Tensor) -> Tensor:

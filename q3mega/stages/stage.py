@@ -127,6 +127,7 @@ class Stage:
             shape, self.config.layout, seed=self.seed("init"), optimizer=spec,
             dtype=PRECISION[self.recipe.precision], fp8=self.config.fp8 and steps > 0,
             ids=self.tokenizer.vocab_size,
+            fresh=source is None,
         )  # fmt: skip
         if source is not None:
             engine.load_hf(source)
@@ -137,7 +138,8 @@ class Stage:
         return OptimizerSpec(
             lr=c.lr, steps=steps, kind=c.optimizer, adam_lr=c.adam_lr, min_lr=c.min_lr,
             warmup_steps=c.warmup_steps, decay=c.decay, weight_decay=c.weight_decay,
-            clip_grad=c.clip_grad, betas=c.betas,
+            clip_grad=c.clip_grad, betas=c.betas, max_skipped=c.max_skipped,
+            expert_shares=c.expert_shares,
         )  # fmt: skip
 
     def sampler(self, engine: Engine) -> Sampler:

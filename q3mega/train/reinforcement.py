@@ -1,5 +1,6 @@
 """The second loop: roll out, score, credit, update. Both RL stages are this loop."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -146,20 +147,26 @@ def train(
         rollouts = ready.pop(step)
         oldest = statistics.fmean(min(r.versions) for r in rollouts)
         samples, dropped = credit(rollouts, settings)
+        _leave_out_unknown(samples, dropped)
         corrected = _correct(engine, rollouts, samples, dropped, settings)
         if reference:
             _refer(reference, rollouts, samples, settings)
+            _leave_out_unknown(samples, dropped)
         ledger.dropped(step, dropped)
         totals = {"staleness": updates - oldest, **corrected}
         _check_gap(totals, settings.max_gap, step)
         for places in _split(list(samples), settings.updates):
             metrics = _update(engine, [samples[p] for p in places], settings, entropy)
-            updates += 1
-            ledger.used(step, updates, [p for p in places if p not in dropped])
+            learnt = [p for p in places if p not in dropped]
+            if "skipped" in metrics:
+                ledger.dropped(step, dict.fromkeys(learnt, "skipped update"))
+            else:
+                updates += 1
+                ledger.used(step, updates, learnt)
             _add(totals, metrics, settings.updates)
             _check_gap(totals, settings.max_gap, step)
         totals["entropy_coef"] = entropy.coefficient
-        if samples:
+        if "entropy" in totals:  # else nothing was learnt from
             entropy.update(totals["entropy"])
         _record(log, step, rollouts, list(samples.values()), totals)
         if watch:
@@ -168,6 +175,18 @@ def train(
             keep(schedule.finished())
             _save(engine, folder, step, entropy, updates, ready)
     engine.finish_saving()
+
+
+def _leave_out_unknown(samples: dict[int, Sample], dropped: dict[int, str]) -> None:
+    """Drop those with a number on a token to learn from that is none: so would their loss be."""
+    for place, sample in list(samples.items()):
+        for name in ("advantages", "old_logprobs", "ref_logprobs"):
+            column = sample.columns.get(name, ())
+            pairs = zip(column, sample.weights, strict=False)
+            if not all(math.isfinite(value) for value, weight in pairs if weight):
+                del samples[place]
+                dropped[place] = f"{name} not finite"
+                break
 
 
 def _shared(
@@ -222,6 +241,10 @@ def _correct(
         chosen = np.array(completion.mask, dtype=bool)
         own, _ = traced[place]
         trainer, sampler = np.array(own), np.array(completion.logprobs)
+        if not np.isfinite(trainer[chosen]).all():
+            del samples[place]
+            dropped[place] = "trainer's log-probability not finite"
+            continue
         advantages = np.array(sample.columns["advantages"][before:])
         trust = settings.correction.trust(trainer[chosen], sampler[chosen], advantages[0])
         advantages[chosen] *= trust
@@ -233,6 +256,8 @@ def _correct(
             dropped[place] = "off-policy"
         gaps += np.abs(trainer - sampler)[chosen].tolist()
         trusts += trust.tolist()
+    if not gaps:
+        return {}
     metrics = {"gap": statistics.fmean(gaps), "trust": statistics.fmean(trusts)}
     if replay == "r3":
         differ, of = (sum(n) for n in zip(*(counts for _, counts in traced.values()), strict=True))
@@ -301,12 +326,16 @@ def _update(
 
 
 def _add(totals: dict[str, float], metrics: dict[str, float], updates: int) -> None:
-    """One update's metrics to the means over a batch's updates."""
+    """One update's metrics to the means over a batch's updates; skipped ones are counted."""
+    if "skipped" in metrics:
+        totals["skipped"] = totals.get("skipped", 0.0) + 1
+        return
     if "entropy" not in totals:  # the policy that sampled: its entropy, and the sampler-trainer gap
         first = {k: metrics[k] / metrics["active"] for k in ("entropy", "gap")}
         totals |= first | totals  # a correction has measured the gap already
-    for name in ("loss", "grad_norm", "lr"):
-        totals[name] = totals.get(name, 0.0) + metrics[name] / updates
+    for name in ("loss", "grad_norm", "lr", "balance", "expert_load"):
+        if name in metrics:  # the last two are a mixture's
+            totals[name] = totals.get(name, 0.0) + metrics[name] / updates
     for name in ("kl", "clipped"):
         mean = metrics[name] / max(metrics["active"], 1.0)
         totals[name] = totals.get(name, 0.0) + mean / updates

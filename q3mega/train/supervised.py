@@ -1,11 +1,10 @@
 """The first loop: predict the next token under a mask. Five of the nine stages are this loop."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from q3mega.algorithms.losses import normalise, supervised
-from q3mega.data.batch import Batch, Sample, pack
+from q3mega.data.batch import Batch, Sample, collate, pack
 from q3mega.engine import Engine, LossFn, parallel
 from q3mega.train.log import Log, size
 
@@ -14,7 +13,7 @@ def shard(samples: Sequence[Sample], capacity: int) -> list[Batch]:
     """This data-parallel rank's part of a global batch, in micro-batches of `capacity` tokens.
 
     Longest first to the rank with the least, so that ranks finish together. With fewer samples than
-    ranks (few groups of a rollout batch may carry a signal) the others get one without weight.
+    ranks (few groups of a rollout batch may carry a signal) the others get a filler.
     """
     size, rank = parallel.data_size(), parallel.data_rank()
     loads, mine = [0] * size, []
@@ -24,8 +23,7 @@ def shard(samples: Sequence[Sample], capacity: int) -> list[Batch]:
         if lightest == rank:
             mine.append(sample)
     if samples and not mine:
-        shortest = min(samples, key=len)
-        mine = [replace(shortest, weights=[0.0] * len(shortest))]
+        return [collate([min(samples, key=len)]).as_filler()]
     return pack(mine, capacity)
 
 

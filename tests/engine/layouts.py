@@ -1,10 +1,11 @@
-"""Three optimizer steps under each of some layouts; rank 0 prints losses and weights of all.
+"""Three optimizer steps, and one that is left out, under each of some layouts.
 
-Run by test_layouts.py: `torchrun layouts.py CASES`, a JSON list of [kind, layout, loss, folder,
-wrong]. The folder holds the initial weights, since random ones depend on where the layers are
-built; wrong: each rank normalises by its own token count.
+Run by test_layouts.py: `torchrun layouts.py CASES`, a JSON list of [kind, layout, loss, wrong];
+rank 0 prints losses and weights of all. Each starts from the weights that its layout draws. wrong:
+each rank normalises by its own token count.
 """
 
+import math
 import sys
 
 from q3mega import device  # noqa: F401
@@ -34,23 +35,26 @@ LOSSES = {
 }
 
 
-def steps(kind: str, layout: dict, loss_name: str, folder: str, wrong: bool) -> dict:
+def steps(kind: str, layout: dict, loss_name: str, wrong: bool) -> dict:
     spec = OptimizerSpec(lr=2e-3, steps=10, weight_decay=0.1)
     engine = Engine(SHAPES[kind], LAYOUT(**layout), seed=3, optimizer=spec, ids=64)
-    engine.load_hf(folder)
-    engine.config.moe_aux_loss_coeff = (
-        0.0  # its running estimate depends on the order of micro-batches
-    )
-    found = []
-    for step in range(3):
-        batches = shard(normalise(documents(step)), 96)
+    found, skipped = [], 0.0
+    for step, broken in ((0, False), (1, True), (1, False), (2, False)):
+        samples = normalise(documents(step))
+        if broken:
+            samples[0].weights[-1] = math.nan  # the loss of one rank
+        batches = shard(samples, 96)
         for batch in batches:
             batch.columns["teacher_hidden"] = TEACHER[0][batch.tokens]
             if wrong:
                 batch.loss_weights /= batch.loss_weights.sum()
         metrics = engine.train_step(batches, LOSSES[loss_name])
-        found.append((metrics["loss"], metrics["grad_norm"]))
-    return {"steps": found, "weights": weights(engine)}
+        if broken:
+            skipped += metrics["skipped"]
+            continue
+        names = ("loss", "grad_norm", *(("balance", "expert_load") if kind == "moe" else ()))
+        found.append([metrics[name] for name in names])
+    return {"steps": found, "skipped": skipped, "weights": weights(engine)}
 
 
 if __name__ == "__main__":

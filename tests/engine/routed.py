@@ -18,7 +18,7 @@ from q3mega.data.batch import Batch, Sample
 from q3mega.engine import Engine, OptimizerSpec, parallel
 from q3mega.train.supervised import shard
 
-SHAPE_OF = SHAPE(tied=False, layers=4, experts=8, topk=2, moe_ffn=32)
+SHAPE_OF = SHAPE(tied=False, layers=4, experts=8, topk=2, moe_ffn=32, balance=0.2)
 LAYERS = torch.arange(SHAPE_OF.layers).repeat_interleave(SHAPE_OF.topk)
 
 
@@ -51,7 +51,6 @@ def case(layout: dict, folder: str) -> dict:
     spec = OptimizerSpec(lr=2e-3, steps=10)
     engine = Engine(SHAPE_OF, LAYOUT(**layout), seed=3, optimizer=spec)
     engine.load_hf(folder)
-    engine.config.moe_aux_loss_coeff = 0.0  # it depends on the order of micro-batches
     batches = shard(samples(1), 96)
     found, chosen = engine.evaluate_routed(batches, logprobs)
     out = {

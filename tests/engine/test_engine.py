@@ -203,11 +203,3 @@ def test_a_wrong_folder_is_named(damage, message, tmp_path):
 def _widen(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-
-
-def test_experts_are_balanced_by_the_global_loss():
-    engine = Engine(SHAPES["moe"], LAYOUT(), seed=1, optimizer=SPEC)
-    metrics = engine.train_step(pack(normalise(documents(0)), 200), supervised)
-    assert metrics["grad_norm"] > 0
-    router = engine.chunks[0].decoder.layers[0].mlp.router
-    assert router.config.moe_router_load_balancing_type == "global_aux_loss"

@@ -52,7 +52,6 @@ def policy(**optimizer) -> Engine:
     engine = Engine(
         SHAPE_OF, LAYOUT(), seed=3, optimizer=OptimizerSpec(**{"lr": 5e-3, "steps": 9} | optimizer)
     )
-    engine.config.moe_aux_loss_coeff = 0.0
     return engine
 
 

@@ -1,6 +1,7 @@
 """Run under torchrun: the engine's tensors on rank 0 under each layout of argv, against a folder.
 
-Prints for each the names that are missing, in excess, or other than the folder's.
+Prints for each their number and the names that are missing, in excess, or other than the folder's:
+of the weights that an engine with the folder's seed draws, and of those loaded from it.
 """
 
 import sys
@@ -17,8 +18,13 @@ from q3mega.engine import Engine
 
 
 def compare(kind: str, layout: dict, folder: str) -> list:
-    engine = Engine(SHAPES[kind], LAYOUT(processes=2, **layout), seed=7)
-    engine.load_hf(folder)
+    fresh = Engine(SHAPES[kind], LAYOUT(processes=2, **layout), seed=3)
+    loaded = Engine(SHAPES[kind], LAYOUT(processes=2, **layout), seed=7, fresh=False)
+    loaded.load_hf(folder)
+    return [differences(engine, folder) for engine in (fresh, loaded)]
+
+
+def differences(engine: Engine, folder: str) -> list:
     found = list(engine.tensors())
     if torch.distributed.get_rank():
         assert not found

@@ -35,7 +35,6 @@ def learn(layout: dict, weights: str, replay: str, folder: str) -> list[dict]:
     spec = OptimizerSpec(lr=5e-3, steps=9)
     engine = Engine(SHAPES["moe"], LAYOUT(**layout), seed=3, optimizer=spec)
     engine.load_hf(weights)
-    engine.config.moe_aux_loss_coeff = 0.0  # it depends on the order of micro-batches
     sampler = InProcessSampler(engine, TOKENIZER)
 
     def roll_out(step: int) -> list[Rollout]:

@@ -40,7 +40,6 @@ WIDTH = SHAPES["moe"].layers * SHAPES["moe"].topk
 
 def mixture(kind: str = "moe", lr: float = 0.02) -> Engine:
     engine = Engine(SHAPES[kind], LAYOUT(), seed=3, optimizer=OptimizerSpec(lr=lr, steps=9))
-    engine.config.moe_aux_loss_coeff = 0.0
     for parameter in engine.chunks[0].parameters():
         parameter.data *= 3  # so that sequences end at different lengths
     return engine
