@@ -3,6 +3,7 @@
 from q3mega import device  # noqa: F401
 
 # isort: split
-from q3mega.engine.engine import Engine, Head, LossFn, OptimizerSpec
+from q3mega.engine.engine import Engine, LossFn, OptimizerSpec
+from q3mega.engine.head import Head
 
 __all__ = ["Engine", "Head", "LossFn", "OptimizerSpec"]

@@ -6,7 +6,7 @@ caller's choice and every layout gives the same gradient.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,6 @@ from q3mega import device
 
 # isort: split
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from q3mega.data.batch import Batch, Sample, collate
 from q3mega.engine import checkpoint, parallel
+from q3mega.engine.head import Head
 from q3mega.engine.optimizer import OptimizerSpec, Updates, build_optimizer
 from q3mega.engine.parallel import Count, Part
 from q3mega.errors import UserError
@@ -38,39 +38,6 @@ from q3mega.model.attention import Positions
 from q3mega.model.balance import Balance
 from q3mega.model.megatron import build_model, transformer_config
 from q3mega.model.routing import COLUMN, Routing
-from q3mega.ops import vocab
-
-
-@dataclass
-class Head:
-    """What a loss sees: final hidden states (T, H), lm_head weight (V / TP, H), its TP group, and
-    the group over which the documents of the batch are cut.
-
-    valid_vocab: ids that the tokenizer has; rows of the lm_head from there on stand for nothing.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    tp_group: dist.ProcessGroup | None
-    cp_group: dist.ProcessGroup | None = None
-    valid_vocab: int | None = None
-
-    def logits(self) -> Tensor:
-        """(T, ids) fp32, of the whole vocabulary: for a few rows to sample from or to compare."""
-        own = (self.hidden @ self.weight.T).float()
-        if self.tp_group is None:
-            return own[:, : self.valid_vocab]
-        shards = [torch.empty_like(own) for _ in range(self.tp_group.size())]
-        dist.all_gather(shards, own, group=self.tp_group)
-        return torch.cat(shards, -1)[:, : self.valid_vocab]
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """(n, H) the lm_head's rows of the ids, whichever rank holds them; differentiable."""
-        place = ids - vocab.offset(self.weight, self.tp_group)
-        held = ((place >= 0) & (place < len(self.weight)))[:, None]
-        own = self.weight[place.clamp(0, len(self.weight) - 1)]
-        return vocab.total(torch.where(held, own, 0.0), self.tp_group)
-
 
 _CHOICES = "expert_choices"  # in a checkpoint's state
 FP8_TOKENS = 16  # a product's rows are a multiple of it

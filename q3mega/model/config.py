@@ -8,7 +8,6 @@ by name.
 import copy
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,10 @@ _NEVER = {
     "n_shared_experts": "start from a mixture without shared experts",
     "num_shared_experts": "start from a mixture without shared experts",
 }
+_SIZES = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
 _ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _YARN = {
     "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
@@ -66,7 +69,41 @@ def shape_of(folder: str | Path) -> Qwen3Shape:
     Raises UserError, by name, for a field that asks for what is not computed here.
     """
     raw, path = read(folder), Path(folder) / "config.json"
-    kind = raw.get("model_type")
+    kind = _kind(raw, path)
+    config = _parsed(raw, kind, path)
+    _check(config, path)
+    fields: dict[str, Any] = {
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "ffn": config.intermediate_size,
+        "head_dim": getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
+        "vocab": config.vocab_size,
+        "tied": config.tie_word_embeddings,
+        "rope_base": _number(config.rope_parameters, "rope_theta", path),
+        "yarn": _yarn(config, path),
+        "max_positions": config.max_position_embeddings,
+        "norm_eps": config.rms_norm_eps,
+    }
+    if kind == "qwen3_moe" and config.num_experts:
+        fields |= {
+            "experts": config.num_experts,
+            "topk": config.num_experts_per_tok,
+            "moe_ffn": config.moe_intermediate_size,
+            "norm_topk": config.norm_topk_prob,
+            "balance": config.router_aux_loss_coef,
+        }
+    try:
+        return Qwen3Shape(**fields)
+    except UserError as error:  # it knows no file
+        raise UserError(f"{path}: {str(error).removeprefix('model.')}") from None
+
+
+def _kind(raw: dict[str, Any], path: Path) -> str:
+    """The model_type of a causal language model whose weights are not quantised."""
+    kind = str(raw.get("model_type"))
     if kind not in _KINDS:
         raise UserError(
             f"{path}: model_type={kind} is not one of {', '.join(_KINDS)}: give a Qwen3"
@@ -79,42 +116,19 @@ def shape_of(folder: str | Path) -> Qwen3Shape:
     for field, remedy in _NEVER.items():
         if raw.get(field):
             raise UserError(f"{path}: {field} is not supported: {remedy}")
-    config = _parsed(raw, kind, path)
-    _check_rope(config.rope_parameters, path)  # with what stood beside them
+    return kind
+
+
+def _check(config: Any, path: Path) -> None:
+    for field in _SIZES:
+        if getattr(config, field) < 1:
+            raise UserError(f"{path}: {field}={getattr(config, field)} must be at least 1: mend it")
     for field, (values, remedy) in _ONLY.items():
         value = getattr(config, field, values[0])
         if value not in values:
             raise UserError(f"{path}: {field}={value} is not supported, {values[0]} is: {remedy}")
+    _check_rope(config.rope_parameters, path)  # with what stood beside them
     _check_window(config, path)
-    experts = config.num_experts if kind == "qwen3_moe" else 0
-    try:
-        shape = Qwen3Shape(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            ffn=config.intermediate_size,
-            head_dim=getattr(config, "head_dim", None)
-            or config.hidden_size // config.num_attention_heads,
-            vocab=config.vocab_size,
-            tied=config.tie_word_embeddings,
-            rope_base=_number(config.rope_parameters, "rope_theta", path),
-            max_positions=config.max_position_embeddings,
-            norm_eps=config.rms_norm_eps,
-            yarn=_yarn(config, path),
-        )
-        if experts:
-            shape = replace(
-                shape,
-                experts=experts,
-                topk=config.num_experts_per_tok,
-                moe_ffn=config.moe_intermediate_size,
-                norm_topk=config.norm_topk_prob,
-                balance=config.router_aux_loss_coef,
-            )
-    except UserError as error:  # of the shape, which knows no file
-        raise UserError(f"{path}: {str(error).removeprefix('model.')}") from None
-    return shape
 
 
 def _parsed(raw: dict[str, Any], kind: str, path: Path) -> Any:

@@ -1,0 +1,40 @@
+"""The lm_head as a loss or a sampler sees it."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from q3mega.ops import vocab
+
+
+@dataclass
+class Head:
+    """What a loss sees: final hidden states (T, H), lm_head weight (V / TP, H), its TP group, and
+    the group over which the documents of the batch are cut.
+
+    valid_vocab: ids that the tokenizer has; rows of the lm_head from there on stand for nothing.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    tp_group: dist.ProcessGroup | None
+    cp_group: dist.ProcessGroup | None = None
+    valid_vocab: int | None = None
+
+    def logits(self) -> Tensor:
+        """(T, ids) fp32, of the whole vocabulary: for a few rows to sample from or to compare."""
+        own = (self.hidden @ self.weight.T).float()
+        if self.tp_group is None:
+            return own[:, : self.valid_vocab]
+        shards = [torch.empty_like(own) for _ in range(self.tp_group.size())]
+        dist.all_gather(shards, own, group=self.tp_group)
+        return torch.cat(shards, -1)[:, : self.valid_vocab]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """(n, H) the lm_head's rows of the ids, whichever rank holds them; differentiable."""
+        place = ids - vocab.offset(self.weight, self.tp_group)
+        held = ((place >= 0) & (place < len(self.weight)))[:, None]
+        own = self.weight[place.clamp(0, len(self.weight) - 1)]
+        return vocab.total(torch.where(held, own, 0.0), self.tp_group)
