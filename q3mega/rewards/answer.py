@@ -7,31 +7,52 @@ from typing import Any
 from q3mega.rewards import Verdict, reference, reward
 from q3mega.rewards.equality import equal
 from q3mega.rewards.mode import reply
-from q3mega.rewards.notation import normal, number
+from q3mega.rewards.notation import normal
+from q3mega.rewards.quantities import number
+
+MAX_WAYS = 8  # in which one answer is boxed: each may cost the time of a comparison
+
+# A box that opens, another command (an escaped brace is none of TeX's own), a brace.
+_TOKEN = re.compile(
+    r"\\(?:boxed|fbox)\s*\{|\\(?:[a-zA-Z]+|\\(?!boxed|fbox)|[^\\a-zA-Z])|[{}]", re.DOTALL
+)
+_UNBRACED = re.compile(
+    r"\\boxed *(?=[-+0-9]|\\[a-zA-Z]|[A-Z](?![A-Za-z]))((?:\\[a-zA-Z]+|\{[^{}]*\}|[^\s$\\{}])+)"
+)
 
 
 @reward("answer", needs=reference)
 def answer(completion: str, row: Mapping[str, Any]) -> Verdict:
-    """1 for the reference answer, exactly or in value. Two different boxes are no answer."""
+    """1 for the reference answer, exactly or in value.
+
+    Several boxes must all hold it, or each one item of a reference that is a list: a reply that
+    names two answers has not decided, whichever comes last.
+    """
     wanted = row["answer"]
-    given, problem = _single_box(completion)
-    if given is None:
+    given, problem = _boxed(completion)
+    if problem:
         return Verdict(0.0, problem)
-    if given == wanted:
+    if given == [wanted]:
         return Verdict(1.0, "exact")
-    if not equal(wanted, given):
-        return Verdict(0.0, "wrong answer")
-    return Verdict(0.0, "copied question") if _copied(given, row) else Verdict(1.0, "equal")
+    is_right = len(given) <= MAX_WAYS and all(equal(wanted, way) for way in given)
+    if not is_right and not (len(given) > 1 and equal(wanted, "; ".join(given))):
+        several = len(given) > 1
+        return Verdict(0.0, "several different boxed answers" if several else "wrong answer")
+    copied = all(_copied(way, row) for way in given)
+    return Verdict(0.0, "copied question") if copied else Verdict(1.0, "equal")
 
 
 @reward("answered")
 def answered(completion: str, row: Mapping[str, Any]) -> Verdict:
     """1 for one boxed number, right or wrong: beside `mode`, so that obeying without answering
     earns nothing."""
-    given, problem = _single_box(completion)
-    if given is None:
+    given, problem = _boxed(completion)
+    if problem:
         return Verdict(0.0, problem)
-    return Verdict(1.0, "a number") if number(given) is not None else Verdict(0.0, "not a number")
+    values = {number(way) for way in given}
+    if len(values) > 1:
+        return Verdict(0.0, "several different boxed answers")
+    return Verdict(0.0, "not a number") if None in values else Verdict(1.0, "a number")
 
 
 def _copied(given: str, row: Mapping[str, Any]) -> bool:
@@ -44,22 +65,29 @@ def _copied(given: str, row: Mapping[str, Any]) -> bool:
 
 
 def boxes(text: str) -> list[str]:
-    r"""The contents of every \boxed{...} that is closed, inner braces matched."""
-    found, starts = [], []
-    for i, character in enumerate(text):
-        if character == "{":
-            starts.append(i + 1 if text.endswith(r"\boxed", 0, i) else None)
-        elif character == "}" and starts and (start := starts.pop()) is not None:
-            found.append(text[start:i])
-    return found
+    r"""The contents of every \boxed{...} and \fbox{...} that is closed, inner braces matched; a box
+    that holds nothing but a box is not another. Without any, what follows a \boxed with no brace.
+    """
+    contents: list[str] = []
+    opened: list[tuple[int, int] | None] = []  # where a box and its content start; None: a group
+    last = (0, 0)  # from the start of the box that was closed last to its end
+    for token in _TOKEN.finditer(text):
+        if token.group().endswith("{") and token.group() != r"\{":
+            is_box = token.group() != "{"
+            opened.append(token.span() if is_box else None)
+        elif token.group() == "}" and opened and (box := opened.pop()):
+            start, end = box[1], token.start()
+            around = text[start : last[0]] + text[last[1] : end] if last[0] >= start else "a"
+            if around.strip(" $\n"):
+                contents.append(text[start:end])
+            last = (box[0], token.end())
+    return contents or [match.rstrip(".,;:!?") for match in _UNBRACED.findall(text)]
 
 
-def _single_box(completion: str) -> tuple[str | None, str]:
-    """(the boxed answer, its white space made single) or (None, what is wrong)."""
+def _boxed(completion: str) -> tuple[list[str], str]:
+    """(the different boxed answers, their white space made single, what is wrong or "")."""
     text = reply(completion)
     if text is None:
-        return None, "think block malformed or never closed"
-    found = {" ".join(b.split()) for b in boxes(text)}
-    if len(found) != 1:
-        return None, "several different boxed answers" if found else "no boxed answer"
-    return found.pop(), ""
+        return [], "think block malformed or never closed"
+    given = list(dict.fromkeys(" ".join(content.split()) for content in boxes(text)))
+    return given, "" if given else "no boxed answer"

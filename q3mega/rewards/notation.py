@@ -1,269 +1,188 @@
-r"""How an answer is written: LaTeX put into one form, numbers, units, lists, brackets.
+r"""How an answer is written: LaTeX and East Asian text put into one form.
 
 Only strings are moved about here: nothing is evaluated, so untrusted text may be read in process.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from fractions import Fraction
 
 MAX_CHARACTERS = 200  # a longer "answer" is not one, and would only cost the parser time
 
-_SYMBOLS = {
-    "−": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
-    "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "<=": r"\le ", ">=": r"\ge ",
-    "!=": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in ", "°": r"^\circ", "²": "^2", "³": "^3",
-    r"\%": "%", r"\$": "$", "{,}": ",", r"\lbrace": r"\{", r"\rbrace": r"\}",
-}  # fmt: skip
-_FORMS = [
-    (r"\\(left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])", ""),
-    (r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))|(?<!\\)\\!", ""),  # 1\,000, 1,\!000
-    (r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|~", " "),
+CJK = r"\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3"
+_EAST_ASIAN = re.compile(f"[{CJK}\u3000-\u303f\uff01-\uff0f\uff1a-\uff5e\uffe5]")
+_WIDE_DIGITS = {0xFF10 + digit: str(digit) for digit in range(10)}
+
+# One sign each. What follows a command keeps its distance from it.
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho "
+    "varsigma sigma tau upsilon phi chi psi omega"
+)
+_SIGNS = str.maketrans(
+    {chr(wide): chr(wide - 0xFEE0) for wide in range(0xFF01, 0xFF5F) if wide not in _WIDE_DIGITS}
+    | {0xFF3C: 0xFF3C}  # a full-width backslash starts no command
+    | {0x3B1 + i: rf"\{name} " for i, name in enumerate(_GREEK.split())}
+    | dict.fromkeys("−–—‐‑‒―～〜", "-")
+    | dict.fromkeys("，、", ", ")
+    | dict.fromkeys("·⋅∙•・", r"\cdot ")
+    | dict.fromkeys("≤≦⩽", r"\le ")
+    | dict.fromkeys("≥≧⩾", r"\ge ")
+    | {c: rf"\mathbb{{{letter}}}" for c, letter in zip("ℝℤℕℚℂ", "RZNQC", strict=True)}
+    | {
+        "×": r"\times ", "✕": r"\times ", "÷": "/", "∕": "/", "⁄": "/", "∞": r"\infty ",
+        "√": r"\sqrt ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ",
+        "∈": r"\in ", "∉": r"\notin ", "∅": r"\emptyset ", "∧": r"\wedge ", "∨": r"\vee ",
+        "∖": r"\setminus ", "∠": r"\angle ", "⊥": r"\perp ", "∥": r"\parallel ", "△": r"\triangle ",
+        "\u0394": r"\Delta ", "\u2206": r"\Delta ", "\u03a9": r"\Omega ", "\u2126": r"\Omega ",
+        "\u00b5": r"\mu ", "→": r"\to ", "∣": "|", "′": "'", "″": "''",
+        "°": r"^\circ", "℃": r"^\circ C", "℉": r"^\circ F", "∶": ":", "￥": "¥", "￡": "£",
+        "ϕ": r"\phi ", "【": "(", "】": ")", "〔": "(", "〕": ")", "〈": "(", "〉": ")",
+    }
+)  # fmt: skip
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
+_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_DIGRAPHS = {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "{,}": ",", "**": "^"}
+
+# Commands that print the same sign, or none.
+_COMMANDS = {
+    alias: sign
+    for sign, aliases in {
+        "": r"\left \right \middle \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr "
+        r"\Biggl \Biggr \displaystyle \textstyle \scriptstyle \limits \therefore \mathstrut \!",
+        " ": r"\quad \qquad \enspace \thinspace \space \, \; \: \ ",
+        r"\le": r"\leq \leqslant \leqq", r"\ge": r"\geq \geqslant \geqq", r"\ne": r"\neq",
+        "<": r"\lt", ">": r"\gt", "|": r"\lvert \rvert \vert \mid", r"\|": r"\lVert \rVert \Vert",
+        r"\emptyset": r"\varnothing", r"\frac": r"\dfrac \tfrac \cfrac", "*": r"\ast",
+        ":": r"\colon", r"\wedge": r"\land", r"\vee": r"\lor", "/": r"\div",
+        r"\setminus": r"\backslash \smallsetminus", r"^\circ": r"\degree \textdegree",
+        r"\phi": r"\varphi", r"\epsilon": r"\varepsilon", r"\theta": r"\vartheta",
+        r"\{": r"\lbrace", r"\}": r"\rbrace", "[": r"\lbrack", "]": r"\rbrack", "'": r"\prime",
+        r"\tan": r"\tg", r"\cot": r"\ctg", r"\arctan": r"\arctg", r"\to": r"\rightarrow",
+        r"\in": r"\isin", r"\infty": r"\infin", r"\cdot": r"\bullet", r"\ldots": r"\dots \cdots",
+        r"\mathbb{R}": r"\R", r"\mathbb{Z}": r"\Z", r"\mathbb{N}": r"\N", r"\mathbb{Q}": r"\Q",
+        "%": r"\%", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "¥": r"\yen",
+    }.items()
+    for alias in aliases.split(" ") if alias
+} | {"\\ ": " "}  # fmt: skip
+_COMMAND = re.compile(r"\\(?:left|right) *\.|\\(?:[a-zA-Z]+|.)")
+
+_PLAIN_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|csc|ln|log"
+_FUNCTIONS = rf"{_PLAIN_FUNCTIONS}|sec|exp|gcd|lcm|max|min"
+_GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
+_FORMS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))|(?<=,)\\!(?=[0-9])", ""),  # 1\,000, 1,\!000
+    (_COMMAND.pattern, lambda m: _COMMANDS.get(m[0], "" if m[0][-1] == "." else m[0])),
+    (r"~", " "),
     (r", +(?=[0-9]{3}(?![0-9]))", ";"),  # "1, 234" is two numbers, 1,234 is one
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\(?:math(?:rm|bf|it)|text(?:bf|it|rm|normal)|mbox|operatorname) *\{", r"\\text{"),
-    (r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1"),
-    (r"\\lt(?![a-zA-Z])", "<"),
-    (r"\\gt(?![a-zA-Z])", ">"),
+    (rf"\\(?:mathrm|operatorname\*?|text) *\{{ *({_FUNCTIONS}) *\}}", r"\\\1 "),
+    # As plain text has it; not sec, min, max and exp, which are words too.
+    (rf"(?<![A-Za-z\\{{])({_PLAIN_FUNCTIONS})(?=[ (^_0-9\\])", r"\\\1"),
+    (r"(?<![A-Za-z\\{])pi(?![A-Za-z])", r"\\pi "),
+    (r"(?<![A-Za-z\\])sqrt *\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\^ *\(([^()]*)\)", r"^{\1}"),
+    (r"\\mathbf *\{ *([RZNQ]) *\}", r"\\mathbb{\1}"),
+    (r"\\mathrm *\{ *([ei]) *\}|\\mathbf *\{ *([a-zA-Z]) *\}", lambda m: _bare(m)),
+    (
+        rf"\\(?:vec|overrightarrow|boldsymbol|bm|pmb|underline|mathop) *(?:{_GROUP}|([a-zA-Z]))",
+        lambda m: _bare(m),
+    ),
+    (
+        r"\\(?:math(?:rm|bf|it|sf|tt)|text(?:bf|it|rm|sf|tt|normal)|[mh]box|emph|operatorname) *\{",
+        r"\\text{",
+    ),
+    (r"\{ *\\(?:rm|bf|it) +([^{}]*)\}", r"\\text{\1}"),
     (r"\\text\{ *([^{}]*?) *\}", r"\\text{\1}"),
-    (r"\^ *\{ *\\circ *\}|\^ *\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z])", r"^\\circ"),
-    (r"\\frac *([0-9])", r"\\frac{\1}"),
-    (r"(\\frac\{[^{}]*\}) *([0-9])", r"\1{\2}"),
-    (r"\\sqrt *([0-9a-zA-Z])", r"\\sqrt{\1}"),
+    (r"\^ *\{ *\\circ *\}|\^ *\\circ(?![a-zA-Z])", r"^\\circ"),
+    (r"\\frac *([0-9a-zA-Z]|\\pi(?![a-zA-Z]))", r"\\frac{\1}"),
+    (rf"(\\frac{_GROUP}) *([0-9a-zA-Z]|\\pi(?![a-zA-Z]))", r"\1{\3}"),
+    (r"\\sqrt *(\[[^\[\]]*\])? *([0-9a-zA-Z]|\\pi(?![a-zA-Z]))", r"\\sqrt\1{\2}"),
+    (r"\^ *([0-9]{2,}|-[0-9a-zA-Z])(?![0-9])", r"^{\1}"),  # x^10 of plain text
     (r"([_^]) *\{ *([0-9a-zA-Z]) *\}", r"\1\2"),
     (r"(\\[a-zA-Z]+) +(?=[0-9])", r"\1"),
     (r"\\mathbb *([A-Z])", r"\\mathbb{\1}"),
+    (r"(\\in) *([RZNQ])(?![a-zA-Z])", r"\1\\mathbb{\2}"),
     (r"(?<![0-9A-Za-z})]) +| +(?![0-9A-Za-z])", ""),  # but "1 2" is not 12
-    (r"(\^\\circ) *(?:\\text\{)?([CF])(?![a-zA-Z])\}?", r"\1\2"),
+    (r"[, ]*\(([a-z]\\in[^()]*)\)$", r",\1"),  # x=2k\pi (k\in\mathbb{Z})
+    (r"(?<![0-9a-zA-Z}])\+\\infty", r"\\infty"),
+    (r"\(-\\infty,\\infty\)", r"\\mathbb{R}"),
+    (r"(\^\\circ) *(?:\\text\{([CF])\}|([CF])(?![a-zA-Z]))", r"\1\2\3"),
+    (r"([0-9])\\text\{([万亿萬億])", r"\1\2\\text{"),
+    (r"\\text\{\}", ""),
     (r"^\\text\{([^{}]*)\}[.,]?$", r"\1"),
 ]  # fmt: skip
-
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
-_DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
-_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
-_MIXED = re.compile(r"([0-9]+)(?:\\frac\{([0-9]+)\}\{([0-9]+)\}| ([0-9]+)/([0-9]+))")
-_RATIO = re.compile(rf"({_DECIMAL})/([-+]?{_DECIMAL})")
-_FRACTION = re.compile(rf"\\frac\{{([-+]?{_DECIMAL})\}}\{{([-+]?{_DECIMAL})\}}")
-_POWER_OF_TEN = re.compile(
-    r"([1-9](?:\.[0-9]+)?)(?:[eE]([-+]?[0-9]{1,3})"
-    r"|(?:\\times|\\cdot|\*)10\^(?:([0-9])|\{([-+]?[0-9]{1,3})\}))"
+_COMPILED = [(re.compile(pattern), form) for pattern, form in _FORMS]
+_PERIOD = re.compile(
+    r"(?<=\.)([0-9]*)(?:\\(?:dot|bar|overline) *\{?([0-9]+)\}?([0-9]*)(?:\\dot *\{?([0-9])\}?)?"
+    r"|\(([0-9]+)\)(?![0-9(]))"
 )
-_PLAIN = re.compile(_DECIMAL)
-_VALUE = re.compile(
-    "|".join(
-        f"(?:{p.pattern})" for p in (_REPEATING, _MIXED, _POWER_OF_TEN, _RATIO, _FRACTION, _PLAIN)
-    )
+# 3万, 1.5亿, 2亿3000万, 3万5000. A thousand is one only where no metre, gram or watt follows.
+_MYRIADS = re.compile(
+    r"(?<![0-9.,])(?:([0-9]{1,30}(?:\.[0-9]{1,30})?)[亿億])?(?:([0-9]{1,30}(?:\.[0-9]{1,30})?)[万萬](?!分之))?"
+    r"(?:([0-9]{1,30}(?:\.[0-9]{1,30})?)千(?![米克瓦卡焦帕赫伏升吨]))?([0-9]{0,30})"
 )
-
-_UNITS = {
-    "mm": "millimeter millimetre", "cm": "centimeter centimetre", "m": "meter metre",
-    "km": "kilometer kilometre", "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile",
-    "mg": "milligram", "g": "gram", "kg": "kilogram", "lb": "pound", "oz": "ounce",
-    "mL": "ml milliliter millilitre", "L": "liter litre", "s": "sec second", "min": "minute",
-    "h": "hr hour", "day": "", "week": "", "month": "", "year": "", "mph": "", "kph": "",
-    "N": "newton", "J": "joule", "W": "watt", "V": "volt", "Hz": "hertz", "Pa": "pascal",
-    "K": "kelvin", "unit": "", "rad": "radian", r"^\circ": "degree deg", r"^\circC": "",
-    r"^\circF": "", "%": "percent pct percentage", "$": "dollar USD", "cent": "¢", "€": "euro EUR",
-    "£": "GBP", "¥": "yen yuan",
-}  # fmt: skip
-_UNIT = {alias: unit for unit, more in _UNITS.items() for alias in (unit, *more.split())}
-_UNIT_TOKEN = re.compile(r"\^\\circ[CF]?|\^\{?-?[0-9]\}?|[A-Za-z]+|[%$€£¥¢/]")
-_POWERS = {"square": "^2", "sq": "^2", "cubic": "^3", "squared": "^2", "cubed": "^3"}
+_NAMED = {
+    name: sign
+    for sign, names in {
+        r"\mathbb{R}": "all real numbers;all reals;the set of all real numbers;实数集;全体实数"
+        ";任意实数;一切实数;所有实数;すべての実数;実数全体",
+        r"\emptyset": "empty set;the empty set;空集;空集合",
+    }.items()
+    for name in names.split(";")
+}
+_QUOTES = '“”"「」『』《》'
 
 
-def normal(text: str) -> str:
-    r"""One form for one notation: \dfrac12, \frac{1}{2} and $\frac 1 2$ read the same."""
-    text = " ".join(text.split())
+def normal(text: str, *, wide_digits: bool = False) -> str:
+    r"""One form for one notation: \dfrac12, \frac{1}{2} and $\frac 1 2$ read the same.
+
+    wide_digits: full-width ones are digits although nothing else in text is East Asian.
+    """
+    if wide_digits or _EAST_ASIAN.search(text):
+        text = text.translate(_WIDE_DIGITS)
+    text = re.sub(r"^\s*([A-ZＡ-Ｚ])、(?!\s*[A-ZＡ-Ｚ](?:、|\s*$))", r"\1. ", text)  # an option
+    text = " ".join(text.translate(_SIGNS).split())
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) * 2:
             text = text[len(opening) : -len(closing)]
-    for symbol, latex in _SYMBOLS.items():
-        text = text.replace(symbol, latex)
-    for pattern, form in _FORMS:
-        text = re.sub(pattern, form, text)
-    return text.strip().rstrip(".,").strip()
+    for signs, latex in _DIGRAPHS.items():
+        text = text.replace(signs, latex)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
+    text = re.sub("[₀-₉]+", lambda m: f"_{{{m[0].translate(_LOWERED)}}}", text)
+    for pattern, form in _COMPILED:
+        text = pattern.sub(form, text)
+    text = _PERIOD.sub(_overlined, text)
+    if any(myriad in text for myriad in "万萬亿億千"):
+        text = _MYRIADS.sub(_multiplied, text)
+    text = re.sub(r"^=|(?:です)?(?:[.,。]|\\\\)*$", "", text.strip(" ")).strip(_QUOTES + " ")
+    return _NAMED.get(text.lower(), text)
 
 
 def words(text: str) -> str:
     r"""text without \text{} around its pieces."""
-    return re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    return re.sub(rf"\\text{_GROUP}", r"\1", text)
 
 
-def number(text: str) -> Fraction | None:
-    r"""The value of '-1,200.5', '1/2', '\frac{1}{2}', '1\frac12', '0.\overline{3}', '1.2e3' and
-    '1.2\times10^{3}'; None for anything else, a sum or a power among it: those are work left over.
-    """
-    if len(text) > MAX_CHARACTERS:
-        return None
-    text = normal(text)
-    sign = -1 if text.startswith("-") else 1
-    value = _unsigned(text[1:] if text[:1] in ("-", "+") else text)
-    return None if value is None else sign * value
+def _bare(dressed: re.Match[str]) -> str:
+    r"""What a command such as \vec{} dresses, apart from a command that stands before it."""
+    inside = next(filter(None, dressed.groups()), "").strip()
+    before = dressed.string[: dressed.start()]
+    return f" {inside}" if re.search(r"\\[a-zA-Z]+$", before) else inside
 
 
-def _unsigned(text: str) -> Fraction | None:
-    if _PLAIN.fullmatch(text):
-        return Fraction(text.replace(",", ""))
-    if found := _RATIO.fullmatch(text) or _FRACTION.fullmatch(text):
-        above, below = (Fraction(part.replace(",", "")) for part in found.groups())
-        return above / below if below else None
-    if found := _POWER_OF_TEN.fullmatch(text):
-        mantissa, *exponents = found.groups()
-        return Fraction(mantissa) * Fraction(10) ** int(next(filter(None, exponents)))
-    if found := _MIXED.fullmatch(text):
-        mixed, above, below = (Fraction(part) for part in found.groups() if part)
-        return mixed + above / below if above < below else None
-    if found := _REPEATING.fullmatch(text):
-        whole, fixed, period = found.groups()
-        parts = Fraction(int(period), 10 ** len(period) - 1) + int(fixed or 0)
-        return int(whole or 0) + parts / 10 ** len(fixed)
-    return None
+def _overlined(digits: re.Match[str]) -> str:
+    r"""0.\dot{1}4285\dot{7}, 0.\bar{3} and 0.(3), each as 0.\overline{3} is written."""
+    fixed, first, between, last, bracketed = digits.groups(default="")
+    if bracketed:
+        return rf"{fixed}\overline{{{bracketed}}}"
+    if between and not last:
+        return digits[0]  # digits behind the period are no number
+    return rf"{fixed}\overline{{{first}{between}{last}}}"
 
 
-def unit(text: str, *, noun: bool) -> str | None:
-    r"""The canonical name of a unit, 'cm^2' for '\text{ square centimeters}', "" for none; None
-    when it is not one. noun: any word of four letters, or in \text{}, counts: '12 apples'.
-
-    A unit of one letter stands in \text{} or after a space: 5m is five times m.
-    """
-    if not text:
-        return ""
-    marked = r"\text{" in text
-    plain = re.sub(r"\bper\b", "/", words(text)).replace(r"\cdot", " ")
-    tokens = _UNIT_TOKEN.findall(plain)
-    if "".join(tokens) != plain.replace(" ", "") or (len(text) == 1 and text.isalpha()):
-        return None
-    found: list[str] = []
-    power = ""
-    for token in tokens:
-        if token in ("square", "sq", "cubic"):
-            power = _POWERS[token]
-            continue
-        singular = token[:-1] if len(token) > 2 and token.endswith("s") else token
-        if token in _POWERS or (token[0] == "^" and token not in _UNIT):
-            if not found:
-                return None
-            found[-1] += _POWERS.get(token) or "^" + token.strip("^{}")
-        elif (name := _UNIT.get(token) or _UNIT.get(singular)) or token == "/":
-            found.append((name or "/") + power)
-            power = ""
-        elif noun and (marked or (text[0] == " " and len(token) > 3)):
-            found.append(singular.lower() + power)
-            power = ""
-        else:
-            return None
-    return " ".join(found)
-
-
-def quantity(text: str, *, noun: bool = True) -> tuple[Fraction, str] | None:
-    """(value, unit) of a number with its unit before or behind it, a percent sign among them."""
-    sign = -1 if text.startswith("-") else 1
-    text = text[1:].strip() if text[:1] in ("-", "+") else text
-    currency = text[0] if text[:1] in tuple("$€£¥") else ""
-    text = text.removeprefix(currency)
-    if not (found := _VALUE.match(text)) or (value := _unsigned(found.group())) is None:
-        return None
-    rest = text[found.end() :]
-    name = unit(rest, noun=noun)
-    if name is None or (currency and name not in ("", currency)):
-        return None
-    return sign * value, currency or name
-
-
-@dataclass(frozen=True)
-class Node:
-    r"""A piece of an answer: its normal text, and how it is built.
-
-    kind: "" for a single thing, "set" and "union" (in any order), brackets such as "()" and "[)"
-    for pairs and intervals, ":" for a ratio, "matrix", "row", and "name" for `x=5` or `x\in S`:
-    the name is `label`, the one item what it stands for.
-    """
-
-    text: str
-    kind: str = ""
-    items: tuple["Node", ...] = ()
-    label: str = ""
-
-
-_AND = re.compile(r",? *(?:\\text\{,? *(?:and|or) *\}|\b(?:and|or)\b) *")
-_NAME = re.compile(
-    r"((?:\\?[A-Za-z]+(?: [A-Z]+)?|\|[A-Z]{2}\|)(?:_\w|_\{[^{}]*\})?(?:\([a-z0-9]\))?"
-    r"|\([a-z](?:,[a-z])+\))(?:=|\\in(?![a-zA-Z])) *"
-)
-_MATRIX = re.compile(
-    r"(\[?)\\begin\{([pbB]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\2\}(\]?)", re.DOTALL
-)
-THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
-_PAIRS = {"(": ")[", "[": "])"}
-
-
-def read(text: str, *, thousands: bool = True) -> Node:
-    r"""How a normal text is built. thousands: 1,234 is a number and not a pair."""
-    parts = [p for p in _split(_AND.sub(",", text), ",;", thousands=thousands) if p]
-    if len(parts) > 1:
-        items = [read(p, thousands=False) for p in parts]
-        return Node(text, "set", tuple(flat for item in items for flat in _flat(item)))
-    if (found := _NAME.match(text)) and not re.search(r"[=<>]", rest := text[found.end() :]):
-        return Node(text, "name", (read(rest, thousands=thousands),), found.group(1))
-    if len(parts := _split(text, r"\cup")) > 1:
-        return Node(text, "union", tuple(map(read, parts)))
-    if found := _MATRIX.fullmatch(text):
-        rows = [r for r in re.split(r"\\\\", found.group(3)) if r.strip()]
-        cells = [[read(c.strip(), thousands=False) for c in r.split("&")] for r in rows]
-        return Node(text, "matrix", tuple(Node("", "row", tuple(row)) for row in cells))
-    if text[:1] == "{" and _closes_last(text):
-        return read(text[1:-1].strip(), thousands=False)
-    if text[:2] == r"\{" and _closes_last(text):
-        inside = read(text[2:-2].strip(), thousands=False)
-        return Node(text, "set", inside.items) if inside.kind == "set" else inside
-    if text[:1] in _PAIRS and _closes_last(text):
-        parts = _split(text[1:-1], ",;")
-        if len(parts) > 1:
-            items = [read(p.strip(), thousands=False) for p in parts]
-            return Node(text, text[0] + text[-1], tuple(items))
-        if text[0] + text[-1] == "()":
-            return read(text[1:-1].strip(), thousands=thousands)
-    if len(parts := _split(text, ":")) > 1:
-        return Node(text, ":", tuple(map(read, parts)))
-    if text.count(r"\pm") == 1 and r"\mp" not in text:
-        signs = [re.sub(r"\\pm *", sign, text).removeprefix("+") for sign in "+-"]
-        return Node(text, "set", tuple(map(read, signs)))
-    return Node(text)
-
-
-def _flat(item: Node) -> tuple[Node, ...]:
-    r"""The items of `1\pm x` among others of a set; any other item is itself."""
-    return item.items if item.kind == "set" and r"\{" not in item.text else (item,)
-
-
-def _tokens(text: str) -> Iterator[tuple[int, str, int]]:
-    r"""(position, token, depth of brackets there); \{ is one token, and so is a command."""
-    depth = 0
-    for found in re.finditer(r"\\[a-zA-Z]+|\\.|.", text):
-        token = found.group()
-        depth -= token in (")", "]", "}", r"\}")
-        yield found.start(), token, depth
-        depth += token in ("(", "[", "{", r"\{")
-
-
-def _split(text: str, separators: str, *, thousands: bool = False) -> list[str]:
-    r"""text cut at separators outside of brackets: a command such as \cup, or any of some signs."""
-    signs = (separators,) if separators.startswith("\\") else tuple(separators)
-    parts, start = [], 0
-    for position, token, depth in _tokens(text):
-        if thousands and token == "," and THOUSANDS.match(text, position):
-            continue
-        if depth == 0 and token in signs:
-            parts.append(text[start:position].strip())
-            start = position + len(token)
-    return [*parts, text[start:].strip()]
-
-
-def _closes_last(text: str) -> bool:
-    """Whether the bracket that opens text is closed by its end, and of a kind that may close it."""
-    closed = [position for position, token, depth in _tokens(text) if depth <= 0 and position]
-    if not closed or closed[0] < len(text) - (2 if text[0] == "\\" else 1):
-        return False
-    closing = {"{": ("}",), "\\": (r"\}",), "(": (")", "]"), "[": ("]", ")")}
-    return text.endswith(closing[text[0]])
+def _multiplied(digits: re.Match[str]) -> str:
+    parts = digits.groups()
+    if not any(parts[:3]):
+        return digits[0]
+    scales = (10**8, 10**4, 10**3, 1)
+    value = sum(Fraction(n) * scale for n, scale in zip(parts, scales, strict=True) if n)
+    return str(value) if value.denominator == 1 else digits[0]

@@ -1,3 +1,4 @@
+import re
 from fractions import Fraction
 
 import pytest
@@ -23,6 +24,22 @@ THOUGHT = "<think>\n2+6=8\n</think>\n\n"
         (r"\boxed{8", 0.0, "no boxed answer"),
         ("8", 0.0, "no boxed answer"),
         (r"<think>\boxed{8}", 0.0, "think block malformed or never closed"),
+        (r"\boxed{8}, that is \boxed{8.0}", 1.0, "equal"),
+        (r"$x=\boxed{8}$, so \boxed{x=8}", 1.0, "equal"),
+        (r"\boxed{8} \boxed{8.0} \boxed{9}", 0.0, "several different boxed answers"),
+        (r"\boxed{9} is wrong, so \boxed{8}", 0.0, "several different boxed answers"),
+        (r"\boxed{8} or \boxed{}", 0.0, "several different boxed answers"),
+        (r"\boxed{\boxed{8}}", 1.0, "exact"),
+        (r"\boxed{ $\boxed{8}$ }", 1.0, "exact"),
+        (r"\boxed{9 \boxed{8}}", 0.0, "several different boxed answers"),
+        (r"\fbox{8}", 1.0, "exact"),
+        (r"\boxed {8}", 1.0, "exact"),
+        ("\\boxed\n{8}", 1.0, "exact"),
+        (r"\\boxed{8}", 1.0, "exact"),
+        (r"\boxed 8.", 1.0, "exact"),
+        (r"$\boxed 8$", 1.0, "exact"),
+        (r"\boxed 9", 0.0, "wrong answer"),
+        (r"Put it in \boxed as asked: \boxed{8}", 1.0, "exact"),
     ],
 )
 def test_answer(reply, value, reason):
@@ -40,6 +57,32 @@ def test_answered_asks_for_a_number_right_or_wrong():
     assert score("answered", f"{THOUGHT}8", {"answer": "8"}).score == 0.0
 
 
+@pytest.mark.parametrize(
+    ("reference", "reply", "value"),
+    [
+        ("1, 2", r"\boxed{1} and \boxed{2}", 1.0),
+        ("1, 2", r"\boxed{x=2} or \boxed{x=1}", 1.0),
+        ("x=1, y=2", r"\boxed{y=2}, \boxed{x=1}", 1.0),
+        ("x=1, y=2", r"\boxed{x=2}, \boxed{y=1}", 0.0),
+        ("ACD", r"\boxed{A}, \boxed{C}, \boxed{D}", 1.0),
+        ("A", r"\boxed{A}, \boxed{C}", 0.0),
+        ("1, 2", r"\boxed{1}, \boxed{2}, \boxed{3}", 0.0),
+        ("1, 2", r"\boxed{1}", 0.0),
+        ("(1,2)", r"\boxed{1}, \boxed{2}", 0.0),
+        ("12", r"\boxed{1}, \boxed{2}", 0.0),
+    ],
+)
+def test_a_list_may_have_a_box_for_each_item(reference, reply, value):
+    assert score("answer", THOUGHT + reply, {"answer": reference}).score == value
+
+
+def test_an_escaped_brace_is_no_brace():
+    piecewise = r"f(x)=\left\{\begin{array}{l}1\\0\end{array}\right."
+    assert boxes(rf"so \boxed{{{piecewise}}}") == [piecewise]
+    assert score("answer", rf"\boxed{{{piecewise}}}", {"answer": piecewise}).score == 1.0
+    assert boxes(r"\boxed{\{1,2\}} \boxed{a\\}") == [r"\{1,2\}", "a\\\\"]
+
+
 def test_boxes_match_braces():
     assert boxes(r"a \boxed{\frac{1}{\sqrt{2}}} {b} \boxed{}") == [r"\frac{1}{\sqrt{2}}", ""]
     assert boxes(r"}} \boxed{a \boxed{b}}") == ["b", r"a \boxed{b}"]
@@ -49,8 +92,9 @@ def test_boxes_match_braces():
 @given(st.text(alphabet="{}\\boxed 1", max_size=60))
 def test_boxes_are_pieces_of_the_text_with_balanced_braces(text):
     for box in boxes(text):
-        assert rf"\boxed{{{box}}}" in text
-        assert box.count("{") == box.count("}")
+        assert box in text
+        plain = re.sub(r"\\.", "", box)
+        assert plain.count("{") == plain.count("}")
 
 
 @given(st.fractions())

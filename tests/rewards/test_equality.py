@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from q3mega.rewards import equality
@@ -106,6 +106,14 @@ HOSTILE = [
     "1:" * 99,
     "\\begin{pmatrix}" * 12,
     "&" * 150,
+    r"x\ne" + "1," * 90,
+    r"x>1\vee " * 20,
+    "百分之" * 60,
+    "1亿" * 90,
+    "、" * 190,
+    r"\vec{" * 35,
+    r"\{x|" * 45,
+    r"0.\dot{" * 25,
     "\\\\" * 90,
     "\\text{" * 30,
     "\\pm" * 60 + "x",
@@ -247,6 +255,64 @@ def test_fractions_are_equal_by_value(value, other):
     assert equal(str(value), rf"\frac{{{other.numerator}}}{{{other.denominator}}}") == (
         value == other
     )
+
+
+BOUNDS = st.lists(st.integers(-9, 9), min_size=2, max_size=2, unique=True).map(sorted)
+
+
+@settings(max_examples=20)
+@given(BOUNDS, st.sampled_from(["<", r"\le "]), st.sampled_from([">", r"\ge "]))
+def test_inequalities_are_the_intervals_that_they_leave(bounds, less, more):
+    low, high = bounds
+    outside = rf"x{less}{low} \text{{ or }} x{more}{high}"
+    left, right = ")" if less == "<" else "]", "(" if more == ">" else "["
+    assert equal(outside, rf"{right}{high},\infty)\cup(-\infty,{low}{left}")
+    assert equal(outside, f"x{more}{high}, x{less}{low}")
+    assert not equal(outside, rf"{right}{high},\infty)\cup(-\infty,{low + 1}{left}")
+    assert not equal(outside, f"{low}{less}x{less}{high}")
+    assert equal(f"{low}{less}x{less}{high}", rf"x<={high} and x>={low}") == (less != "<")
+    assert equal(rf"x\ne{low}, x\ne{high}", rf"\mathbb{{R}}\setminus\{{{high},{low}\}}")
+
+
+@given(st.integers(1, 28), st.integers(1, 12), st.integers(1, 28), st.integers(1, 12))
+def test_dates_are_their_text(day, month, other_day, other_month):
+    for form in ("2024-{:02}-{:02}", "{:02}/{:02}/2024", "{}.{}.2024", "2024年{}月{}日"):
+        date, other = form.format(month, day), form.format(other_month, other_day)
+        assert equal(date, other) == (date == other)
+        assert not equal(date, str(2024 - month - day)) and not equal(str(day), date)
+
+
+UNITS = ["元", "円", "米", "厘米", "平方米", "千克", "克", "秒", "天", "%", "℃", "km/h", "m/s^2"]
+
+
+@given(st.integers(2, 10**6), st.sampled_from(UNITS), st.sampled_from(UNITS))
+def test_a_unit_may_be_left_out_and_not_be_another(value, unit, other):
+    assert equal(f"{value}{unit}", rf"{value:,}\text{{{unit}}}") and equal(
+        f"{value}{unit}", str(value)
+    )
+    assert equal(str(value), f"{value} {unit}")
+    assert equal(f"{value}{unit}", f"{value}{other}") == (unit == other)
+
+
+@given(st.integers(1, 9999), st.integers(0, 9999))
+def test_myriads_are_ten_thousands(value, below):
+    assert equal(str(value * 10**4 + below), f"{value}万{below or ''}")
+    assert equal(f"{value}亿{below or 1}万元", f"{value * 10**8 + (below or 1) * 10**4:,}元")
+    assert not equal(str(value), f"{value}万") and not equal(f"{value}万", str(value))
+
+
+@given(st.sets(st.sampled_from("ABCDEFGH"), min_size=1), st.sets(st.sampled_from("ABCDEFGH")))
+def test_options_are_a_set_of_letters(letters, others):
+    for reference in ("".join(sorted(letters)), ", ".join(sorted(letters))):
+        for form in (", ".join, "".join, "、".join, " and ".join):
+            assert equal(reference, form(others)) == (letters == others)
+
+
+def test_what_is_long_or_has_many_parts_gets_a_verdict():
+    many = r"x\ne" + ",".join(map(str, range(90)))
+    assert not equal(many, r"x\ne1") and not equal(r"x\ne1", many[:MAX_CHARACTERS])
+    for reference in ("1" * 5000, "1" * 5000 + "亿", "1" * 5000 + "元", "x>" + "1" * 5000):
+        assert not equal(reference, "1" * MAX_CHARACTERS)
 
 
 @given(st.lists(st.integers(-99, 99), min_size=2, max_size=6), st.randoms())
