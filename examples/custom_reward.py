@@ -11,7 +11,13 @@ from q3mega.rewards import Verdict, reward
 from q3mega.rewards.mode import reply
 
 
-@reward("cites")
+def has_documents(row: Mapping[str, Any]) -> None:
+    """A row without documents is refused before anything computes."""
+    if not isinstance(row.get("documents"), list) or not row["documents"]:
+        raise ValueError(f"documents={row.get('documents')!r:.80} must be a list of texts")
+
+
+@reward("cites", needs=has_documents)
 def cites(completion: str, row: Mapping[str, Any]) -> Verdict:
     """Share of the citations, such as [2], that name one of row["documents"]; 0 without any."""
     cited = re.findall(r"\[(\d{1,6})\]", reply(completion) or "")

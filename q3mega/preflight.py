@@ -60,7 +60,7 @@ def _check_tasks(stage: GeneralRL) -> None:
     needs = {"judge": "judge_model", "preference": "preference.file"}
     if not stage.problems:
         confinement()  # which one of the generated tasks needs
-    for problem in itertools.chain.from_iterable(map(files.problems, stage.problems)):
+    for problem in itertools.chain.from_iterable(Pool([name]) for name in stage.problems):
         _check_length(problem)
         _check_sandbox(problem)
         _try_reward(problem)

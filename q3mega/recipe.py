@@ -231,9 +231,9 @@ class Recipe(Section):
                     raise UserError(f"override {short(item)}: the recipe has no stage {stage}")
                 field = f"stages.{field}"
             override(raw, field, parse_yaml(value, f"override {short(item)}"))
-        raw = _located(raw, Path.cwd())  # the overrides' paths: those of files are absolute by now
         try:
-            return cls.model_validate(raw)
+            cls.model_validate(raw)  # whose errors show the overrides as they were typed
+            return cls.model_validate(_located(raw, Path.cwd()))  # files' paths are absolute by now
         except ValidationError as error:
             raise UserError(explain(error.errors()[0], _names)) from None
 

@@ -371,3 +371,26 @@ def test_a_teacher_elsewhere_need_not_fit_the_layout_of_its_student(tmp_path: Pa
     Recipe.load(path, [*given, "distill_on_policy.teacher_at=tcp://node9:29600"])
     with pytest.raises(UserError, match=r"a q3mega teach \(tcp\) writes no text"):
         Recipe.load(EXAMPLES / "laptop.yaml", ["distill_off_policy.teacher_at=tcp://node9:1"])
+
+
+def test_paths_are_those_beside_the_recipe_and_of_overrides_those_of_the_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "shell").mkdir()
+    tiny = (Path(__file__).parent / "stages" / "tiny.yaml").read_text()
+    (tmp_path / "base" / "b.yaml").write_text(tiny + "\nrewards: [mine.py]\n")
+    (tmp_path / "r.yaml").write_text(
+        "base: base/b.yaml\nstages:\n  general_rl: {problems: {rows/a.jsonl: 1, agent_sql: 2}}\n"
+        "  pretrain_long: {init: hf}\n  reasoning_rl: {init: /models/x}\n"
+    )
+    monkeypatch.chdir(tmp_path / "shell")
+    mixture = "pretrain_general.mixture={'curated:web': 1, facts: 1}"
+    recipe = Recipe.load("../r.yaml", [mixture, "general_rl.judge_examples=~/j.jsonl"])
+    stages = recipe.stages
+    assert recipe.rewards == (f"{tmp_path}/base/mine.py",)
+    assert set(stages["general_rl"].problems) == {f"{tmp_path}/rows/a.jsonl", "agent_sql"}
+    assert stages["general_rl"].judge_examples == str(Path("~/j.jsonl").expanduser())
+    assert stages["pretrain_long"].init == f"{tmp_path}/hf"
+    assert stages["reasoning_rl"].init == "/models/x"
+    assert set(stages["pretrain_general"].mixture) == {f"curated:{tmp_path}/shell/web", "facts"}

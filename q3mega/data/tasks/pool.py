@@ -15,11 +15,14 @@ class Pool:
 
     names: files of JSON lines (`data.tasks.files.problems`). Without any, the domains are the
     generated families, which never run out.
-    Raises UserError for files with too few problems to hold any out.
+    Raises UserError for files with too few problems to hold any out, or with one question whose
+    rows have different references.
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
-        distinct = {p.id: p for name in names for p in files.problems(name)}
+        distinct: dict[str, Problem] = {}
+        for drawn in itertools.chain.from_iterable(map(files.problems, names)):
+            _agrees(drawn, distinct.setdefault(drawn.id, drawn))
         self._rows: dict[str, list[Problem]] = {}
         for found in distinct.values():
             self._rows.setdefault(found.family, []).append(found)
@@ -48,3 +51,12 @@ class Pool:
         drawn = [self.draw(domain, each, seed=0, heldout=True) for domain in self.domains]
         turns = itertools.chain.from_iterable(itertools.zip_longest(*drawn))
         return [p for p in turns if p is not None][:n]
+
+
+def _agrees(problem: Problem, first: Problem) -> None:
+    if problem.answer != first.answer:
+        raise UserError(
+            f"{problem.meta.get('where')}: answer={problem.answer!r:.80} of "
+            f"{problem.question[:60]!r}, which has answer={first.answer!r:.80} in "
+            f"{first.meta.get('where')}: leave one of the rows out"
+        )
