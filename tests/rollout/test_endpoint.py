@@ -89,7 +89,7 @@ def test_what_was_answered_before_a_failure_is_kept(tmp_path):
 
     def script(request, number):
         bad = request["messages"][-1]["content"] == "c"
-        return (400, {}, '{"error": {"message": "no"}}') if bad else ["yes"]
+        return (401, {}, '{"error": {"message": "no"}}') if bad else ["yes"]
 
     with served(script) as server:
         endpoint = Endpoint(server.url, "judge", cache=cache, concurrency=1)
