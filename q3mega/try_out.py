@@ -150,14 +150,13 @@ def _engine(folder: str | Path, layout: Layout) -> Engine:
 
 
 def _summary(
-    task: str, rows: Sequence[files.Row], scores: Sequence[Sequence[float]]
+    task: str, rows: Sequence[files.Row], scores: Sequence[Sequence[float | None]]
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    means = [sum(tries) / len(tries) for tries in scores]
-    yield f"{task} score", evaluate.proportion(means)
+    yield f"{task} score", evaluate.averages(scores)
     groups = [row.get("group") for row in rows]
     for group in sorted({str(g) for g in groups if g is not None}):
-        members = [m for m, g in zip(means, groups, strict=True) if str(g) == group]
-        yield f"{task}/{group}", evaluate.proportion(members)
+        members = [tries for tries, g in zip(scores, groups, strict=True) if str(g) == group]
+        yield f"{task}/{group}", evaluate.averages(members)
     if (tries := len(scores[0])) > 1:
-        passed = [[score == 1 for score in found] for found in scores]
+        passed = [[None if score is None else score >= 1 for score in some] for some in scores]
         yield f"{task} pass@{tries}", evaluate.pass_at_k(passed, tries)

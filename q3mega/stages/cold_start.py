@@ -97,7 +97,8 @@ def curate(stage: Stage, helpers: "Helpers") -> None:
 
 
 def _right(query: Problem) -> Callable[[str], bool]:
-    return lambda text: judge_answer(query, text).score == 1.0
+    """Whether the query's reward gives a text full marks."""
+    return lambda text: (judge_answer(query, text).score or 0.0) >= 1
 
 
 def _described(item: Any) -> dict[str, Any]:

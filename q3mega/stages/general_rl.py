@@ -151,7 +151,7 @@ def own_tasks(
         episodes = played(stage, sampler, mine, params)
         verdicts = scorer(mine, [turns for *_, turns in episodes])
         scores = parallel.gather_over_data([v.score for v in verdicts])
-        results[f"score/{Path(name).stem}"] = evaluate.proportion(scores)
+        results[f"score/{Path(name).stem}"] = evaluate.averages([[score] for score in scores])
     return results
 
 

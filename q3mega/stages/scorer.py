@@ -7,6 +7,7 @@ none, are trained here from the start of the stage, or the judge is one of the r
 import functools
 import random
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,20 +73,24 @@ class Scorer:
         ]
 
     def audit(self, tasks: Sequence[Problem]) -> dict[str, dict[str, Any]]:
-        """Of every task the known cheat that earns most, and what all earn on average."""
+        """Of every task the known cheat that earns most, and what all earn on average, of those
+        that can be judged."""
         by_task: dict[str, list[Problem]] = {}
         for problem in tasks:
             by_task.setdefault(problem.family, []).append(problem)
         rows = {}
         for task, members in by_task.items():
             tried = [(p, name, text) for p in members for name, text in probes(p.row)]
-            scores = [v.score for v in self([p for p, *_ in tried], [[t] for *_, t in tried])]
-            best = max(range(len(tried)), key=scores.__getitem__)
+            verdicts = self([p for p, *_ in tried], [[t] for *_, t in tried])
+            earned = {i: v.score for i, v in enumerate(verdicts) if v.score is not None}
+            if not earned:
+                continue
+            best = max(earned, key=earned.__getitem__)
             rows[task] = {
                 "reward": ", ".join(models_of(members[0])) or "rule",
-                "probes": len(tried),
-                "mean": sum(scores) / len(scores),
-                "highest": scores[best],
+                "probes": len(earned),
+                "mean": statistics.fmean(earned.values()),
+                "highest": earned[best],
                 "probe": tried[best][1],
             }
         return rows
@@ -101,12 +106,12 @@ def _verdict(problem: Problem, turns: list[str], scored: dict[str, Verdict]) -> 
     if problem.family not in FAMILIES or not problem.tools:
         return verdict
     call = score("tool_call", turns[0], problem.row)
+    reason = f"{call.reason}, {verdict.reason}"
     final = verdict.score if len(turns) > 1 else 0.0
-    return Verdict(
-        CALL_SHARE * call.score + (1 - CALL_SHARE) * final,
-        f"{call.reason}, {verdict.reason}",
-        {"tool_call": call.score, "answer": final},
-    )
+    if call.score is None or final is None:
+        return Verdict(None, reason)
+    total = CALL_SHARE * call.score + (1 - CALL_SHARE) * final
+    return Verdict(total, reason, {"tool_call": call.score, "answer": final})
 
 
 # -- the judge -------------------------------------------------------------------------------------
