@@ -190,7 +190,8 @@ def usable(answer: httpx2.Response, remedies: Mapping[int, str]) -> httpx2.Respo
     said = f"{answer.url} answered {status}: {excerpt(answer.text)}"
     if status >= 500 or status in (408, 429):
         raise Unusable(said)
-    raise UserError(f"{said}: {{**_REMEDIES, **remedies}.get(status, _REQUEST)}")
+    remedy = remedies.get(status) or _REMEDIES.get(status, _REQUEST)
+    raise UserError(f"{said}: {remedy}")
 
 
 def read(kind: type[_Model], answer: httpx2.Response) -> _Model:
