@@ -30,7 +30,7 @@ REMEDIES = {
     "shape": "is it a server of chat completions? url must end in its path, mostly /v1",
     "stream": "set extra_body: {stream: false}",
     "log": "see the server's log",
-    "slow": "it took too long: a higher timeout, fewer requests at once (concurrency), or more "
+    "slow": "it took too long; a higher timeout, fewer requests at once (concurrency), or more "
     "servers",
     "down": "is the server up, and url right?",
     "busy": "fewer requests at once (concurrency), or more retries",
