@@ -1,5 +1,7 @@
 """The one error a user is meant to see: a sentence, no traceback, exit code 2."""
 
+from dataclasses import dataclass
+
 
 class UserError(ValueError):
     """Bad input. The message names the field, the value, and the remedy, in one line."""
@@ -7,3 +9,14 @@ class UserError(ValueError):
 
 class JudgeFailed(UserError):
     """A judge model gave no usable verdict, which is never a score, and never silent."""
+
+
+@dataclass(frozen=True)
+class NoReply:
+    """Stands where a model's text, or an opinion read from one, could not be had: that costs its
+    sample. rule: what dropped samples are counted by. detail: what happened, and the remedy.
+    again: another temperature may give one."""
+
+    rule: str
+    detail: str
+    again: bool = False

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from q3mega.errors import UserError
+from q3mega.keys import is_secret, redacted
 
 
 class Section(BaseModel):
@@ -75,7 +76,8 @@ def explain(error: Mapping[str, Any], names: Callable[[list[Any]], Sequence[str]
             return f"{path} is missing and has no default"
         case "extra_forbidden":
             valid = ".".join(map(str, (*parents, nearest(name, names(parents)))))
-            return f"{path}={short(error['input'])} is not a field, the nearest is {valid}"
+            held = "***" if is_secret(str(name)) else shown(error["input"])
+            return f"{path}={held} is not a field, the nearest is {valid}"
         case "literal_error" if "[key]" in error["loc"]:  # pydantic's mark for a mapping's key
             *section, key = map(str, error["loc"][: error["loc"].index("[key]")])
             kinds = re.findall(r"'([^']+)'", error["ctx"]["expected"])
@@ -85,7 +87,7 @@ def explain(error: Mapping[str, Any], names: Callable[[list[Any]], Sequence[str]
             message = one_line(str(error["ctx"]["error"]))
             return message if not error["loc"] or message.startswith(path) else f"{path}: {message}"
     allowed = one_line(error["msg"]).replace("Input should be", "must be", 1)
-    return f"{path}={short(error['input'])} is not allowed: {allowed}"
+    return f"{path}={shown(error['input'])} is not allowed: {allowed}"
 
 
 def field_names(section: type[BaseModel], path: Sequence[Any]) -> list[str]:
@@ -110,6 +112,11 @@ def nearest(name: object, valid: Sequence[str]) -> str:
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def shown(value: object) -> str:
+    """`short`, without a password that stands in a URL."""
+    return short(redacted(value) if isinstance(value, str) else value)
 
 
 def short(value: object) -> str:

@@ -1,16 +1,21 @@
 """What each stage can be told: one class a stage, one line a setting, one row in `STAGES`."""
 
+import json
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
+from q3mega import keys
 from q3mega.errors import UserError
 from q3mega.layout import Layout
 from q3mega.sections import Section
@@ -21,6 +26,31 @@ Kind = Literal[
 Curated = Annotated[str, Field(pattern="^curated:.")]  # a folder that q3mega curate has written
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+Url = Annotated[str, Field(pattern="^https?://."), AfterValidator(keys.public_url)]
+Variable = Annotated[str, AfterValidator(keys.variable)]  # of the environment
+# fields of a request for a chat that are not free: they have a setting, or the stage sets them
+_OF_REQUESTS = {
+    "model",
+    "messages",
+    "n",
+    "seed",
+    "temperature",
+    "max_tokens",
+    "max_completion_tokens",
+}
+
+
+def _secrets(fields: object, path: str = "") -> Iterator[str]:
+    """The dotted paths of fields that hold keys or passwords."""
+    if isinstance(fields, dict):
+        for name, value in fields.items():
+            if keys.is_secret(str(name)):
+                yield f"{path}{name}"
+            yield from _secrets(value, f"{path}{name}.")
+
+
+def _teachers_url(url: str) -> str:
+    return keys.public_url(url, "teacher_at", "teacher_key_env")
 
 
 class StageConfig(Section):
@@ -89,14 +119,50 @@ class SFT(StageConfig):
 class ChatModelSpec(Section):
     """A teacher or judge: `model` of an OpenAI-compatible server at `url`, or the folder `path`."""
 
-    url: Annotated[str, Field(pattern="^https?://.")] | None = None
+    url: Url | None = None
     model: str | None = None
     path: str | None = None  # a Hugging Face folder, sampled from by the stage's own processes
-    key_env: str | None = None  # the environment variable that holds the server's key
+    key_env: Variable | None = None  # the environment variable that holds the server's key
     max_tokens: PositiveInt = 32768  # of a reply
-    temperature: NonNegativeFloat = 0.6  # of a teacher
+    temperature: NonNegativeFloat | None = 0.6  # of a teacher; None: the server's, of a judge too
     concurrency: PositiveInt = 64  # requests at once
     token_budget: PositiveInt | None = None  # tokens of all requests; None: no limit
+    max_failures: Fraction = 0.05  # share of texts without a usable reply that ends the stage
+    timeout: PositiveFloat = 3600.0  # seconds a request
+    retries: NonNegativeInt = 6  # of a request
+    switch: bool = True  # send chat_template_kwargs.enable_thinking
+    # the field that bounds a reply; reasoning models of some hosts take the second alone
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    extra_body: dict[str, Any] = Field({})  # further fields of every request
+
+    @field_validator("extra_body")
+    @classmethod
+    def _can_be_sent(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        for name in fields:
+            if name in _OF_REQUESTS:
+                raise UserError(f"extra_body.{name} is set by the stage; leave it out")
+        if fields.get("stream"):
+            raise UserError("extra_body.stream=true: replies are read whole; set it to false")
+        secret = next(_secrets(fields), None)
+        if secret:
+            raise UserError(
+                f"extra_body.{secret} would be kept in the run's folder: name the variable that "
+                "holds the key in key_env"
+            )
+        try:
+            json.dumps(fields, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"extra_body={fields!r:.80} is no JSON: {error}") from None
+        return fields
+
+    @model_validator(mode="after")
+    def _of_servers(self) -> Self:
+        for name in ("timeout", "retries", "switch", "token_limit", "extra_body"):
+            if self.path is not None and name in self.model_fields_set:
+                raise UserError(f"{name}={getattr(self, name)!r} is for a server (url); drop it")
+        if self.path is not None and self.temperature is None:
+            raise UserError("temperature=None is for a server (url); give a number")
+        return self
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -205,11 +271,11 @@ class RolloutEngine(Section):
     """Servers that sample instead of the training processes: docs/engines.md."""
 
     kind: Literal["vllm", "sglang"]
-    urls: Annotated[tuple[Annotated[str, Field(pattern="^https?://.")], ...], Field(min_length=1)]
+    urls: Annotated[tuple[Url, ...], Field(min_length=1)]
     concurrency: PositiveInt = 256  # sequences under way on each server
     timeout: PositiveFloat = 3600.0  # seconds a request
     retries: NonNegativeInt = 3  # of a sequence
-    key_env: str | None = None  # the environment variable that holds the servers' key
+    key_env: Variable | None = None  # the environment variable that holds the servers' key
     max_gap: PositiveFloat | None = 0.1  # mean |delta log p| to the trainer that ends the run
     sync: Literal["folder", "broadcast"] = "folder"  # how the servers get the weights
     weights: str | None = None  # this stage's own folder for them; None: in the stage's folder
@@ -288,8 +354,13 @@ class TeacherSettings(Section):
 
     teacher: str | None = None  # a Hugging Face folder; None: the latest stage of the model
     # the teacher elsewhere: tcp://host:port of a q3mega teach, http://host:port of a vLLM server
-    teacher_at: Annotated[str, Field(pattern=r"^(tcp://[^/]+:\d+|https?://.+)$")] | None = None
-    teacher_key_env: str | None = None  # the environment variable that holds the key of teacher_at
+    teacher_at: (
+        Annotated[
+            str, Field(pattern=r"^(tcp://[^/]+:\d+|https?://.+)$"), AfterValidator(_teachers_url)
+        ]
+        | None
+    ) = None
+    teacher_key_env: Variable | None = None  # the variable that holds the key of teacher_at
     teacher_timeout: PositiveFloat = 1800.0  # seconds until teacher_at says something
     teacher_topk: NonNegativeInt = 0  # its best tokens of each position; 0: see the stage
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [  # from the ground up; rooms of one floor may import each other
     {"kernels", "_data", "_cpu", "_cuda"},
     {"ops"},
-    {"model", "data", "device", "keys"},
+    {"model", "data", "device"},
     {"algorithms", "rewards", "rollout", "engine", "teacher"},
     {"train"},
     {"stages", "evaluate", "claims", "figures", "report"},
@@ -30,9 +30,10 @@ FLOORS = [  # from the ground up; rooms of one floor may import each other
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Plain words that every floor speaks, and what the recipe itself may lean on.
-EVERYWHERE = {"errors", "io", "layout", "recipe", "sections", "settings"}
+EVERYWHERE = {"errors", "io", "keys", "layout", "recipe", "sections", "settings"}
 BELOW_RECIPE = {
     "q3mega.errors",
+    "q3mega.keys",
     "q3mega.layout",
     "q3mega.model.sizes",
     "q3mega.sections",

@@ -2,22 +2,26 @@
 
 The judge is asked for one JSON object. What it is asked about is untrusted text: it stands between
 lines that hold a hash of it, so that it cannot end the quotation and speak for the judge. A judge
-that gives no such object, asked again, is an error and never an opinion.
+that gives no such object, asked again, has given no opinion: where somebody counts those, a
+`NoReply` stands for it, else it is an error.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from q3mega.data.chat import parse
-from q3mega.errors import JudgeFailed
+from q3mega.errors import JudgeFailed, NoReply
 
 # (chats, temperature) -> one reply to each, as raw assistant text
-Ask = Callable[[list[list[dict[str, Any]]], float], list[str]]
+Ask = Callable[[list[list[dict[str, Any]]], float], Sequence[str | NoReply]]
+# takes in opinions and what stands for missing ones, and raises when those are too many
+Count = Callable[[Iterable[object]], None]
 TEMPERATURES = (0.0, 0.7, 1.0)  # of the first time of asking, and of those after a bad reply
+UNREADABLE = "no valid opinion"  # why there is none: `NoReply.rule`
 
 
 class Opinion(BaseModel):
@@ -117,7 +121,9 @@ of JSON:
 {parts}"""
 
 
-def of_queries(questions: Sequence[str], domains: Sequence[str], ask: Ask) -> list[OfQuery]:
+def of_queries(
+    questions: Sequence[str], domains: Sequence[str], ask: Ask, count: Count | None = None
+) -> list[OfQuery | NoReply]:
     """The judge's opinion of each query; its domain is one of `domains`."""
     known = set(domains)
 
@@ -125,22 +131,31 @@ def of_queries(questions: Sequence[str], domains: Sequence[str], ask: Ask) -> li
         return opinion.domain in known
 
     prompts = [_prompt(_QUERY, domains=", ".join(domains), task=text) for text in questions]
-    return _asked(prompts, OfQuery, ask, valid)
+    return _asked(prompts, OfQuery, ask, count, valid)
 
 
-def of_responses(triples: Sequence[tuple[str, str, str]], ask: Ask) -> list[OfResponse]:
+def of_responses(
+    triples: Sequence[tuple[str, str, str]], ask: Ask, count: Count | None = None
+) -> list[OfResponse | NoReply]:
     """The judge's opinion of each (question, thinking, response)."""
     prompts = [_prompt(_RESPONSE, task=q, thinking=t, response=r) for q, t, r in triples]
-    return _asked(prompts, OfResponse, ask)
+    return _asked(prompts, OfResponse, ask, count)
 
 
-def checklists(questions: Sequence[str], ask: Ask) -> list[list[str]]:
+def checklists(
+    questions: Sequence[str], ask: Ask, count: Count | None = None
+) -> list[list[str] | NoReply]:
     """A checklist for each query, by which `check` judges responses to it."""
     prompts = [_prompt(_CHECKLIST, task=text) for text in questions]
-    return [found.items for found in _asked(prompts, Checklist, ask)]
+    return [
+        found if isinstance(found, NoReply) else found.items
+        for found in _asked(prompts, Checklist, ask, count)
+    ]
 
 
-def check(rows: Sequence[tuple[str, str, Sequence[str]]], ask: Ask) -> list[list[bool]]:
+def check(
+    rows: Sequence[tuple[str, str, Sequence[str]]], ask: Ask, count: Count | None = None
+) -> list[list[bool] | NoReply]:
     """Which items each (question, response, checklist) meets."""
     prompts = [
         _prompt(_CHECK, task=q, response=r, items="\n".join(f"- {item}" for item in items))
@@ -150,10 +165,15 @@ def check(rows: Sequence[tuple[str, str, Sequence[str]]], ask: Ask) -> list[list
     def valid(found: Checked, i: int) -> bool:
         return len(found.met) == len(rows[i][2])
 
-    return [found.met for found in _asked(prompts, Checked, ask, valid)]
+    return [
+        found if isinstance(found, NoReply) else found.met
+        for found in _asked(prompts, Checked, ask, count, valid)
+    ]
 
 
-def grades(rows: Sequence[tuple[str, str, str]], ask: Ask) -> list[tuple[int, int]]:
+def grades(
+    rows: Sequence[tuple[str, str, str]], ask: Ask, count: Count | None = None
+) -> list[tuple[int, int] | NoReply]:
     """How well the answer of each (question, reference, answer) agrees with the reference, 0 to 10:
     with the reference read first, and with the answer read first."""
     prompts = []
@@ -163,8 +183,13 @@ def grades(rows: Sequence[tuple[str, str, str]], ask: Ask) -> list[tuple[int, in
             fence = _fence(parts)
             texts = [f"\n{name}:\n{fence}\n{text}\n{fence}" for name, text in parts]
             prompts.append(_GRADE.format(fence=fence, parts="".join(texts)))
-    found = [grade.score for grade in _asked(prompts, Grade, ask)]
-    return list(zip(found[::2], found[1::2], strict=True))
+    found = _asked(prompts, Grade, ask, count)
+    return [
+        first if isinstance(first, NoReply)
+        else second if isinstance(second, NoReply)
+        else (first.score, second.score)
+        for first, second in zip(found[::2], found[1::2], strict=True)
+    ]  # fmt: skip
 
 
 def _prompt(template: str, **parts: str) -> str:
@@ -179,28 +204,33 @@ def _asked(
     prompts: Sequence[str],
     kind: type[_Found],
     ask: Ask,
+    count: Count | None,
     valid: Callable[[_Found, int], bool] = lambda found, i: True,
-) -> list[_Found]:
-    """One opinion a prompt. Raises JudgeFailed for a judge that stays unintelligible."""
-    found: dict[int, _Found] = {}
+) -> list[_Found | NoReply]:
+    """One opinion a prompt, or why there is none. Raises JudgeFailed where nobody counts those."""
+    found: dict[int, _Found | NoReply] = {}
+    missing = list(range(len(prompts)))
     for temperature in TEMPERATURES:
-        missing = [i for i in range(len(prompts)) if i not in found]
         if not missing:
             break
-        chats = [[{"role": "user", "content": prompts[i]}] for i in missing]
-        replies = ask(chats, temperature)
+        replies = ask([[{"role": "user", "content": prompts[i]}] for i in missing], temperature)
         for i, reply in zip(missing, replies, strict=True):
-            opinion = _read(reply, kind)
-            if opinion is not None and valid(opinion, i):
-                found[i] = opinion
-    if len(found) < len(prompts):
-        lost = [i for i in range(len(prompts)) if i not in found]
+            opinion = reply if isinstance(reply, NoReply) else _read(reply, kind)
+            if opinion is None or not (isinstance(opinion, NoReply) or valid(opinion, i)):
+                said = f"no {kind.__name__} in {str(reply)[-200:]!r}: take a model that follows "
+                opinion = NoReply(UNREADABLE, f"{said}instructions, or more max_tokens", again=True)
+            found[i] = opinion
+        missing = [i for i in missing if isinstance(o := found[i], NoReply) and o.again]
+    results = [found[i] for i in range(len(prompts))]
+    lost = [result for result in results if isinstance(result, NoReply)]
+    if count:
+        count(results)
+    elif lost:
         raise JudgeFailed(
             f"the judge gave no valid {kind.__name__} for {len(lost)} of {len(prompts)} texts in "
-            f"{len(TEMPERATURES)} tries; its last reply was {replies[-1][-200:]!r}: take a model "
-            "that follows instructions, or give it more max_tokens"
+            f"{len(TEMPERATURES)} tries: {lost[-1].detail}"
         )
-    return [found[i] for i in range(len(prompts))]
+    return results
 
 
 def _read(reply: str, kind: type[_Found]) -> _Found | None:

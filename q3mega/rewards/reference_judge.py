@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from q3mega.data.opinions import Ask, grades
-from q3mega.errors import UserError
+from q3mega.data.opinions import Ask, Count, grades
+from q3mega.errors import NoReply, UserError
 from q3mega.rewards import Verdict
 from q3mega.rewards.mode import reply
 
@@ -24,13 +24,13 @@ Example = tuple[Mapping[str, Any], str, bool]  # (row, completion, right)
 
 
 class ReferenceJudge:
-    """ask: a judge model in text (`data.opinions.Ask`). Rows need messages and answer.
+    """ask, count: a judge model in text (`data.opinions`). Rows need messages and answer.
 
     disagreement: the mean difference of the two orders' grades so far, in [0, 1].
     """
 
-    def __init__(self, ask: Ask) -> None:
-        self.ask = ask
+    def __init__(self, ask: Ask, count: Count | None = None) -> None:
+        self.ask, self.count = ask, count
         self.grades: NDArray[np.float64] = np.array([0.0, 1.0])  # raw grade -> probability:
         self.right: NDArray[np.float64] = np.array([0.0, 1.0])  # as it is, until calibrated
         self._differences: list[float] = []
@@ -42,15 +42,19 @@ class ReferenceJudge:
     def __call__(
         self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> list[Verdict]:
-        """The probability that each completion's reply, after the thinking, is right.
+        """The probability that each completion's reply, after the thinking, is right; None where
+        the judge gave no grade.
 
-        Raises JudgeFailed for a judge that stays unintelligible.
+        Raises JudgeFailed for a judge that gave none where nobody counts those.
         """
         replies = [reply(text) for text in completions]
         shown = [i for i, text in enumerate(replies) if text and len(text) <= MAX_CHARACTERS]
         raw = self._raw([(rows[i], replies[i] or "") for i in shown])
         verdicts = [Verdict(0.0, "no answer, or one too long to judge")] * len(completions)
         for i, grade in zip(shown, raw, strict=True):
+            if isinstance(grade, NoReply):
+                verdicts[i] = Verdict(None, f"not judged: {grade.rule}")
+                continue
             value = float(np.interp(grade, self.grades, self.right))
             verdicts[i] = Verdict(value, f"graded {10 * grade:.1f} of 10")
         return verdicts
@@ -61,12 +65,20 @@ class ReferenceJudge:
         accuracy: of a map that was fitted on one half, on the other. Raises UserError for too few
         examples, or for a judge that cannot tell right answers from wrong ones.
         """
-        truth = np.array([float(right) for *_, right in examples])
+        graded = self._raw([(row, reply(text) or "") for row, text, _ in examples])
+        known = [
+            (grade, float(right))
+            for grade, (*_, right) in zip(graded, examples, strict=True)
+            if not isinstance(grade, NoReply)
+        ]
+        raw, truth = (
+            np.array([grade for grade, _ in known]),
+            np.array([right for _, right in known]),
+        )
         if len(truth) < FEWEST or truth.min() == truth.max():
             raise UserError(
                 f"judge_examples: {len(truth)} examples; give {FEWEST} or more, right and wrong"
             )
-        raw = np.array(self._raw([(row, reply(text) or "") for row, text, _ in examples]))
         auc, right = _auc(raw, truth), int(truth.sum())
         wrong = len(truth) - right
         # Chance alone gives more in one case of twenty (Mann-Whitney).
@@ -90,12 +102,12 @@ class ReferenceJudge:
             "disagreement": self.disagreement,
         }
 
-    def _raw(self, pairs: Sequence[tuple[Mapping[str, Any], str]]) -> list[float]:
-        """Mean grade of both orders, in [0, 1]."""
+    def _raw(self, pairs: Sequence[tuple[Mapping[str, Any], str]]) -> list[float | NoReply]:
+        """Mean grade of both orders, in [0, 1], or why there is none."""
         asked = [(row["messages"][-1]["content"], row["answer"], text) for row, text in pairs]
-        both = grades(asked, self.ask) if asked else []
-        self._differences += [abs(a - b) / 10 for a, b in both]
-        return [(a + b) / 20 for a, b in both]
+        both = grades(asked, self.ask, self.count) if asked else []
+        self._differences += [abs(g[0] - g[1]) / 10 for g in both if not isinstance(g, NoReply)]
+        return [g if isinstance(g, NoReply) else (g[0] + g[1]) / 20 for g in both]
 
 
 def _auc(raw: NDArray[np.float64], truth: NDArray[np.float64]) -> float:

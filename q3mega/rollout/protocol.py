@@ -5,15 +5,22 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import httpx2
+from pydantic import BaseModel
 from torch import Tensor
 
 from q3mega.errors import UserError
+from q3mega.keys import excerpt
 
 GLANCE = 30.0  # seconds in which a healthy server says so
 LOADING = "loading"  # the version of a server whose weights are being replaced
+_KEY = "name the variable that holds the key in key_env"
+_ELSEWHERE = "a proxy or a log-in page stands before it: give the server's own address"
+_REQUEST = "a shorter prompt, or fewer max_tokens?"
+_REMEDIES = {401: _KEY, 403: _KEY} | dict.fromkeys((301, 302, 303, 307, 308, 405), _ELSEWHERE)
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class EngineFailed(UserError):
@@ -179,11 +186,20 @@ def usable(answer: httpx2.Response, remedies: Mapping[int, str]) -> httpx2.Respo
     """Raises Unusable for what another try may better, UserError for what it cannot."""
     if answer.is_success:
         return answer
-    said = f"{answer.url} answered {answer.status_code}: {' '.join(answer.text.split()):.300}"
-    if answer.status_code >= 500 or answer.status_code in (408, 429):
+    status = answer.status_code
+    said = f"{answer.url} answered {status}: {excerpt(answer.text)}"
+    if status >= 500 or status in (408, 429):
         raise Unusable(said)
-    remedy = remedies.get(answer.status_code, "a shorter prompt, or fewer max_tokens?")
+    remedy = remedies.get(status) or _REMEDIES.get(status, _REQUEST)
     raise UserError(f"{said}: {remedy}")
+
+
+def read(kind: type[_Model], answer: httpx2.Response) -> _Model:
+    """What an answer says. Raises Unusable for what is none of this kind."""
+    try:
+        return kind.model_validate_json(answer.content)
+    except ValueError as error:
+        raise Unusable(f"{answer.url} gave no answer to use: {in_brief(error)}") from None
 
 
 def check_norms(server: Server, held: Mapping[str, str], norms: Mapping[str, set[str]]) -> None:
@@ -206,4 +222,4 @@ def described(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, list]:
 
 
 def in_brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+    return f"{type(error).__name__}: {excerpt(str(error))}"

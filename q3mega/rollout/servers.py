@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.errors import UserError
-from q3mega.keys import key_of
+from q3mega.keys import key_of, public_url
 from q3mega.model.routing import continued
 from q3mega.rollout import sglang_protocol, vllm_protocol
 from q3mega.rollout.base import Completion, SamplingParams, joined
@@ -73,7 +73,7 @@ class ServerSampler:
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.version: str | None = None
         self.batches: set[_Batch] = set()  # of the calls under way
-        bare = [url.rstrip("/") for url in urls]
+        bare = [public_url(url, "urls").rstrip("/") for url in urls]
         self.servers = self.run(lambda client: self.protocol.connect(client, bare))
         self.engines = {server.url: server.engine for server in self.servers}
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, NonNegativeInt
 from torch import Tensor
 
 from q3mega.errors import UserError
+from q3mega.keys import excerpt
 from q3mega.rollout.protocol import (
     GLANCE,
     LOADING,
@@ -26,6 +27,7 @@ from q3mega.rollout.protocol import (
     check_norms,
     described,
     in_brief,
+    read,
     usable,
 )
 
@@ -33,10 +35,7 @@ RAW = "start it without SGLANG_RETURN_ORIGINAL_LOGPROB"
 LONGER = "start it with a larger --context-length"
 VERSION = "/model_info"
 ROUTES = "take vLLM's servers, whose routes are read"
-_REMEDIES = {
-    401: "name the variable that holds the key in key_env",
-    404: "is it an SGLang 0.5.23?",
-}
+_REMEDIES = {404: "is it an SGLang 0.5.23?"}
 _Logprob = Annotated[float, Field(le=1e-3, gt=-1e30)]
 _Token = tuple[_Logprob, NonNegativeInt, Any]  # the third is its text
 
@@ -68,6 +67,14 @@ class _Info(BaseModel):
     tp_size: int
     pp_size: int
     dp_size: int
+
+
+class _Held(BaseModel):
+    checksums: dict[str, str]
+
+
+class _Ranks(BaseModel):
+    ranks: list[_Held]
 
 
 async def connect(client: httpx2.AsyncClient, urls: Sequence[str]) -> list[Server]:
@@ -140,7 +147,8 @@ async def finish(
     """On a GPU the server's checksums are of a kind of its own, and are not looked at."""
     if (await _info(client, server.url)).device == "cpu":
         answer = await _order(client, server, "/weights_checker", {"action": "checksum"})
-        held = {n: sha for rank in answer.json()["ranks"] for n, sha in rank["checksums"].items()}
+        ranks = read(_Ranks, answer).ranks
+        held = {n: sha for rank in ranks for n, sha in rank.checksums.items()}
         short = {n: {sha[:16] for sha in digests} for n, digests in norms.items()}
         check_norms(server, held, short)
     await _order(client, server, "/continue_generation", {})
@@ -241,7 +249,7 @@ async def _order(
     """An entry point that changes the server. It says 400 for whatever fails inside."""
     answer = await client.post(server.url + path, json=body)
     if answer.status_code == 400:
-        raise Unusable(f"{server.url}{path}: {' '.join(answer.text.split()):.300}")
+        raise Unusable(f"{server.url}{path}: {excerpt(answer.text)}")
     return usable(answer, _REMEDIES)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import httpx2
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, NonNegativeInt
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from q3mega.errors import UserError
@@ -28,6 +28,7 @@ from q3mega.rollout.protocol import (
     check_norms,
     described,
     in_brief,
+    read,
     usable,
 )
 
@@ -36,10 +37,19 @@ LONGER = "start it with a larger --max-model-len"
 VERSION = "/weight_info"
 ROUTES = "start them with --enable-return-routed-experts"
 _GENERATE = "/inference/v1/generate"
-_REMEDIES = {
-    401: "name the variable that holds the key in key_env",
-    404: "start it with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out",
-}
+_REMEDIES = {404: "start it with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"}
+
+
+class _About(BaseModel):
+    version: str
+
+
+class _World(BaseModel):
+    world_size: PositiveInt
+
+
+class _Held(BaseModel):
+    checksums: dict[str, str]
 
 
 class _Token(BaseModel):
@@ -82,16 +92,16 @@ async def connect(client: httpx2.AsyncClient, urls: Sequence[str]) -> list[Serve
     for url in urls:
         try:
             (await client.get(f"{url}/health", timeout=GLANCE)).raise_for_status()
-            version = (await client.get(f"{url}/version", timeout=GLANCE)).json()["version"]
+            about = read(_About, await client.get(f"{url}/version", timeout=GLANCE))
             served = await client.post(url + _GENERATE, json={}, timeout=GLANCE)
-        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, Unusable) as error:
             raise EngineFailed(
                 f"{url} is no vLLM server that is up ({in_brief(error)}): is it started, and the "
                 "url right, without /v1?"
             ) from None
         if served.status_code == 404:
             raise UserError(f"{url} has no token-level endpoint: start it with --enable-scale-out")
-        servers.append(Server(url, version))
+        servers.append(Server(url, about.version))
     return servers
 
 
@@ -116,8 +126,8 @@ async def load(
 
 async def check_receives(client: httpx2.AsyncClient, server: Server) -> None:
     answer = await client.get(f"{server.url}/get_world_size", timeout=GLANCE)
-    server.ranks = usable(answer, _REMEDIES).json()["world_size"]
     try:
+        server.ranks = read(_World, usable(answer, _REMEDIES)).world_size
         await _call(client, server, "leave_trainer")
     except Unusable as error:
         raise UserError(
@@ -157,9 +167,9 @@ async def close_update(client: httpx2.AsyncClient, server: Server) -> None:
 async def finish(
     client: httpx2.AsyncClient, server: Server, version: str, norms: Mapping[str, set[str]]
 ) -> None:
-    answer = await _ask(client, server, "/weight_checker", {"action": "checksum"})
+    answer = read(_Held, await _ask(client, server, "/weight_checker", {"action": "checksum"}))
     # the names begin with the place in the server's layout; norms are whole everywhere
-    held = {name.rpartition(":")[2]: sha for name, sha in answer.json()["checksums"].items()}
+    held = {name.rpartition(":")[2]: sha for name, sha in answer.checksums.items()}
     check_norms(server, held, norms)
     await _ask(client, server, "/resume", {})
     await _ask(client, server, "/update_weight_version", {"new_version": version})

@@ -7,7 +7,7 @@ trained on (Qwen3 report, section 4.1). Validation questions are held out before
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from q3mega.data.tasks import Problem
 from q3mega.data.tasks.solutions import boxed, check
 from q3mega.data.tasks.tutor import Candidate, candidates, unsuitable_queries
 from q3mega.engine import parallel
-from q3mega.errors import UserError
+from q3mega.errors import NoReply, UserError
 from q3mega.rewards import judge_answer
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
@@ -68,8 +68,11 @@ def curate(stage: Stage, helpers: "Helpers") -> None:
     funnel.step("queries of balanced domains", queries)
 
     tries = zip(queries, helpers.candidates(queries, held), strict=True)
-    answers = [(query, c) for query, some in tries for c in some]
-    funnel.step("responses", answers)
+    tried = [(query, c) for query, some in tries for c in some]
+    funnel.step("responses", tried)
+    missing = [f"no answer ({c.rule})" if isinstance(c, NoReply) else None for _, c in tried]
+    tried = funnel.keep("response", tried, missing)
+    answers = [(query, c) for query, c in tried if isinstance(c, Candidate)]
     rules = ResponseFilter([p.question for p in held])
     broken = (rules(q, c.thinking, c.response, _right(q)) for q, c in answers)
     answers = funnel.keep("response", answers, broken)
@@ -104,7 +107,10 @@ def _right(query: Problem) -> Callable[[str], bool]:
 
 def _described(item: Any) -> dict[str, Any]:
     query, candidate = item if isinstance(item, tuple) else (item, None)
-    return {"id": query.id, "question": query.question} | (
+    said = {"id": query.id, "question": query.question}
+    if isinstance(candidate, NoReply):
+        return said | {"reason": candidate.detail}
+    return said | (
         {"thinking": candidate.thinking, "response": candidate.response} if candidate else {}
     )
 
@@ -121,7 +127,9 @@ class Helpers(Protocol):
     def guessed(self, queries: list[Problem]) -> list[str | None]:
         """Which are answered right without thinking."""
 
-    def candidates(self, queries: list[Problem], held: list[Problem]) -> list[list[Candidate]]: ...
+    def candidates(
+        self, queries: list[Problem], held: list[Problem]
+    ) -> Sequence[Sequence[Candidate | NoReply]]: ...
 
     def unsound(self, answers: list[Answered]) -> list[str | None]:
         """Of responses that passed the rules, what is wrong with them all the same."""
@@ -169,8 +177,8 @@ class FromFiles:
 
     def __init__(self, stage: Stage) -> None:
         self.stage, config = stage, stage.config
-        self.teacher = Asked(stage, config.teacher)
-        self.judge = Asked(stage, config.judge) if config.judge else None
+        self.teacher = Asked(stage, config.teacher, "teacher")
+        self.judge = Asked(stage, config.judge, "judge") if config.judge else None
 
     def queries(self) -> list[Problem]:
         return self.stage.problems(
@@ -181,10 +189,15 @@ class FromFiles:
         if self.judge is None:
             return queries, [None] * len(queries)
         domains = self.stage.config.domains
-        said = opinions.of_queries([q.question for q in queries], domains, self.judge.opinion)
-        labelled = [replace(q, family=o.domain) for q, o in zip(queries, said, strict=True)]
+        questions = [q.question for q in queries]
+        said = opinions.of_queries(questions, domains, self.judge.opinion, self.judge.count)
+        labelled = [
+            q if isinstance(o, NoReply) else replace(q, family=o.domain)
+            for q, o in zip(queries, said, strict=True)
+        ]
         rules = [
-            "judged open-ended" if o.open_ended
+            f"not judged ({o.rule})" if isinstance(o, NoReply)
+            else "judged open-ended" if o.open_ended
             else "judged several questions" if o.questions > 1
             else None
             for o in said
@@ -195,26 +208,42 @@ class FromFiles:
         judge = self.judge or self.teacher
         said = judge([list(q.messages) for q in queries], temperature=0.0, thinking=False)
         return [
-            GUESSED if _right(q)(text) else None for q, (text,) in zip(queries, said, strict=True)
-        ]
+            f"not answered without thinking ({text.rule})" if isinstance(text, NoReply)
+            else GUESSED if _right(q)(text)
+            else None
+            for q, (text,) in zip(queries, said, strict=True)
+        ]  # fmt: skip
 
-    def candidates(self, queries: list[Problem], held: list[Problem]) -> list[list[Candidate]]:
+    def candidates(
+        self, queries: list[Problem], held: list[Problem]
+    ) -> list[list[Candidate | NoReply]]:
         said = self.teacher([list(q.messages) for q in queries], n=self.stage.config.candidates)
-        return [[_candidate(text) for text in texts] for texts in said]
+        return [[_candidate(text) for text in once(texts)] for texts in said]
 
     def unsound(self, answers: list[Answered]) -> list[str | None]:
         if self.judge is None:
             return [None] * len(answers)
         texts = [(q.question, c.thinking, c.response) for q, c in answers]
         return [
-            "judged a guess" if o.guess
+            f"not judged ({o.rule})" if isinstance(o, NoReply)
+            else "judged a guess" if o.guess
             else "judged in disagreement" if not o.agrees
             else "judged inconsistent in style" if not o.consistent
             else None
-            for o in opinions.of_responses(texts, self.judge.opinion)
+            for o in opinions.of_responses(texts, self.judge.opinion, self.judge.count)
         ]  # fmt: skip
 
 
-def _candidate(text: str) -> Candidate:
+def once(texts: Sequence[str | NoReply]) -> list[str | NoReply]:
+    """The candidates of a query, where a text that was said before is none: some servers draw the
+    same for every request."""
+    again = NoReply("same as another", "the server drew a text twice: raise the temperature")
+    return [again if text in texts[:i] and isinstance(text, str) else text
+            for i, text in enumerate(texts)]  # fmt: skip
+
+
+def _candidate(text: str | NoReply) -> Candidate | NoReply:
+    if isinstance(text, NoReply):
+        return text
     message = parse(text)
     return Candidate(message.thinking or "", message.content if message.closed else "", None)

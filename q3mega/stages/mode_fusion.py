@@ -20,6 +20,7 @@ from q3mega.data.tasks import Problem, files, general
 from q3mega.data.tasks.reasoning import chain_sum
 from q3mega.data.tasks.solutions import response_text, solve, thinking_text
 from q3mega.engine import Engine
+from q3mega.errors import NoReply
 from q3mega.evaluate import flagged
 from q3mega.rollout import STOP_THINKING, SamplingParams
 from q3mega.stages.asking import Asked
@@ -124,7 +125,8 @@ def chat_samples(stage: Stage, rng: random.Random, funnel: Funnel) -> list[Sampl
         rows += rng.sample(found, min(n, len(found)))
     funnel.step("answered chats", rows)
     if stage.config.judge and rows:
-        rows = funnel.keep("chat", rows, unmet(rows, Asked(stage, stage.config.judge).opinion))
+        judge = Asked(stage, stage.config.judge, "judge")
+        rows = funnel.keep("chat", rows, unmet(rows, judge.opinion, judge.count))
     funnel.step("non-thinking chats", rows)
     samples = []
     for row in rows:
@@ -135,17 +137,30 @@ def chat_samples(stage: Stage, rng: random.Random, funnel: Funnel) -> list[Sampl
     return samples
 
 
-def unmet(rows: Sequence[dict[str, Any]], ask: opinions.Ask) -> list[str | None]:
+def unmet(
+    rows: Sequence[dict[str, Any]], ask: opinions.Ask, count: opinions.Count
+) -> list[str | None]:
     """What each row's response does not do that its checklist asks for; the judge writes a
     checklist where the row has none (Qwen3 report, section 4.3)."""
     questions = [row["messages"][-1]["content"] for row in rows]
-    lists = [list(row.get("checklist", ())) for row in rows]
+    lists: list[list[str] | NoReply] = [list(row.get("checklist", ())) for row in rows]
     bare = [i for i, items in enumerate(lists) if not items]
-    for i, items in zip(bare, opinions.checklists([questions[i] for i in bare], ask), strict=True):
+    written = opinions.checklists([questions[i] for i in bare], ask, count)
+    for i, items in zip(bare, written, strict=True):
         lists[i] = items
-    responses = [row["response"] for row in rows]
-    met = opinions.check(list(zip(questions, responses, lists, strict=True)), ask)
-    return [None if all(some) else "misses its checklist" for some in met]
+    asked = [
+        (question, row["response"], items)
+        for question, row, items in zip(questions, rows, lists, strict=True)
+        if not isinstance(items, NoReply)
+    ]
+    met = iter(opinions.check(asked, ask, count))
+    found = [items if isinstance(items, NoReply) else next(met) for items in lists]
+    return [
+        f"not judged ({some.rule})" if isinstance(some, NoReply)
+        else None if all(some)
+        else "misses its checklist"
+        for some in found
+    ]  # fmt: skip
 
 
 def direct_samples(stage: Stage, rng: random.Random) -> list[Sample]:

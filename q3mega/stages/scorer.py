@@ -175,8 +175,8 @@ class AskedJudge:
     """The recipe's judge, which grades against the reference (`rewards.reference_judge`)."""
 
     def __init__(self, stage: Stage) -> None:
-        self.asked = Asked(stage, stage.config.judge_model)
-        self.judge = ReferenceJudge(self.asked.opinion)
+        self.asked = Asked(stage, stage.config.judge_model, "judge_model")
+        self.judge = ReferenceJudge(self.asked.opinion, self.asked.count)
         self.found: dict[str, float] = {}
         if stage.config.judge_examples:
             rows = files.judged(stage.config.judge_examples)
@@ -193,6 +193,7 @@ class AskedJudge:
 
     def quality(self) -> dict[str, Any]:
         found = self.found | {"disagreement": self.judge.disagreement}
+        found["failures"] = self.asked.failed / max(1, self.asked.asked)
         return {f"judge_{name}": {"value": value} for name, value in found.items()}
 
 

@@ -12,7 +12,9 @@ Status = tuple[int, dict[str, str], str]  # status, headers, body
 
 
 class Served:
-    """reply(request, number) -> texts of the choices, or a Status, or a message with reasoning."""
+    """reply(request, number) -> texts or messages of the choices, or a Status, or None: no answer.
+
+    models: the names of the list of models, or a Status."""
 
     def __init__(self, reply: Callable, models=("judge",)) -> None:
         self.reply, self.models = reply, models
@@ -31,9 +33,10 @@ def served(reply: Callable, models=("judge",)):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            self._send(
-                200, {}, json.dumps({"data": [{"id": m, "object": "model"} for m in models]})
-            )
+            if isinstance(models, tuple) and models and isinstance(models[0], int):
+                return self._send(*models)
+            listed = {"data": [{"id": m, "object": "model"} for m in models]}
+            self._send(200, {}, json.dumps(listed))
 
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -50,6 +53,9 @@ def served(reply: Callable, models=("judge",)):
                     state.at_once -= 1
             if isinstance(said, tuple):
                 return self._send(*said)
+            if said is None:  # the connection breaks
+                self.close_connection = True
+                return None
             choices = [
                 {
                     "index": i,
