@@ -3,11 +3,15 @@
 There is one truth, `chat_template.jinja`: `render` executes the file that checkpoints ship with.
 The template is not prefix-preserving (earlier turns lose their thinking): reinforcement learning
 keeps token ids and never renders a turn again.
+
+Control tokens are what the template writes, and the tags of an assistant's well-formed calls. What
+spells one in a message, a tool's result or a schema is text (`data.tagged`).
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,12 +20,23 @@ from typing import Any, Literal
 from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from q3mega.data.tagged import HALF_PAIR, SPELLED, Span, TaggedText
 from q3mega.errors import UserError
+from q3mega.sections import short
 
 TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 ROLES = ("system", "user", "assistant", "tool")
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
 _FLAG = re.compile(r"(?<!\S)/(think|no_think)(?!\S)")
+_Placed = tuple[int, int, dict[str, Any]]  # a call, its tags included, and where it stands
+# Half a surrogate pair, which no text holds, marks a spelling while the template runs. It stands on
+# the inner side, since the template looks at how a user's turn begins and ends.
+_MARK = "\udc00"
+_MARKED = re.compile(rf"{_MARK}</\w+>|(?:<\w+>|<\|\w+\|>){_MARK}|{SPELLED.pattern}")
+_CALL_OPENS = re.compile(r"<tool_call>[ \t\r\n]*(?=\{)")
+_CALL_CLOSES = re.compile(r"[ \t\r\n]*</tool_call>")
+# Up to the next brace outside a string; no < stands there in JSON.
+_TO_BRACE = re.compile(r'(?:[^"{}<]++|"(?:[^"\\]++|\\.)*+")*+[{}]', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -52,70 +67,267 @@ def render(
     enable_thinking: bool | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
-) -> str:
+) -> TaggedText:
     """Messages as the text that Qwen3 reads. enable_thinking=False pre-fills an empty think block.
 
-    Raises UserError for no messages, an unknown role, or content that is not a string.
+    Raises UserError for what `normalised` refuses, and for tools that are no JSON.
     """
+    turns = [_turn(m, f"messages[{i}]") for i, m in enumerate(normalised(messages))]
+    flag = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    text = _template().render(
+        messages=turns,
+        tools=_as_text(list(tools or ()), "tools"),
+        add_generation_prompt=add_generation_prompt,
+        **flag,
+    )
+    return _unmarked(text)
+
+
+def normalised(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in the one form that the template reads, from the forms that recorded chats have.
+
+    The role developer is system; content in parts is their text, joined; the null or missing
+    content of an assistant that calls tools is "", and `reasoning` is `reasoning_content`. A call's
+    arguments stay an object or a string that holds one, as OpenAI's wire form has it; the template
+    writes the string as it is. Raises UserError that names the message and the field for anything
+    else, and for no messages.
+    """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise UserError(f"messages={short(messages)} must be a list of turns")
     if not messages:
         raise UserError("messages is empty: a chat needs at least one turn")
-    _check(messages)
-    flag = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    return _template().render(
-        messages=messages, tools=tools or None, add_generation_prompt=add_generation_prompt, **flag
-    )
+    return [_normalised(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def _check(messages: Sequence[Mapping[str, Any]]) -> None:
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise UserError(f"messages[{i}]={message!r} must be a mapping of role and content")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise UserError(f"messages[{i}].role={role!r}: use one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise UserError(f"messages[{i}].content={content!r} must be a string")
+def _normalised(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise UserError(f"{name}={short(message)} must be a mapping of role and content")
+    role = "system" if message.get("role") == "developer" else message.get("role")
+    if role not in ROLES:
+        raise UserError(f"{name}.role={short(role)}: use one of {', '.join(ROLES)}")
+    if message.get("function_call"):
+        raise UserError(f"{name}.function_call is the form of old: give tool_calls")
+    turn = {**message, "role": role}
+    if role == "assistant":
+        thinking = message.get("reasoning_content", message.get("reasoning"))
+        if not isinstance(thinking, str | None):
+            raise UserError(f"{name}.reasoning_content={short(thinking)} must be a string or null")
+        turn["reasoning_content"] = thinking
+        turn["tool_calls"] = _calls_of(message.get("tool_calls"), f"{name}.tool_calls")
+        if turn["tool_calls"] and message.get("content") is None:
+            return {**turn, "content": ""}
+    return {**turn, "content": _content(message.get("content"), f"{name}.content")}
+
+
+def _content(content: Any, name: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise UserError(f"{name}={short(content)} must be a string")
+    for i, part in enumerate(content):
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if kind != "text":
+            raise UserError(f"{name}[{i}].type={short(kind)}: only text is read here")
+        if not isinstance(part if isinstance(part, str) else part.get("text"), str):
+            raise UserError(f"{name}[{i}]={short(part)} must have a string as its text")
+    return "".join(part if isinstance(part, str) else part["text"] for part in content)
+
+
+def _calls_of(calls: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list | tuple | None):
+        raise UserError(f"{name}={short(calls)} must be a list of calls")
+    return [_named_call(call, f"{name}[{i}]") for i, call in enumerate(calls or ())]
+
+
+def _named_call(call: Any, name: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else call
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise UserError(f"{name}={short(call)} must be a function with its name and arguments")
+    arguments = function.get("arguments")
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = {}
+    if not isinstance(_json(arguments) if isinstance(arguments, str) else arguments, Mapping):
+        raise UserError(f"{name}.arguments={short(arguments)} must be a JSON object")
+    return {"name": function["name"], "arguments": arguments}
+
+
+def _turn(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What the template reads of a message, with every spelling that is text marked.
+
+    An assistant's thinking is parted from its content here, as the template would do it, since the
+    template could not tell a marked tag.
+    """
+    content, thinking = message["content"], message.get("reasoning_content")
+    if message["role"] == "assistant":
+        if thinking is None and "</think>" in content:
+            before, *_, after = content.split("</think>")
+            thinking = before.rstrip("\n").split("<think>")[-1].lstrip("\n")
+            content = after.lstrip("\n")
+        content = with_calls(content)
+    return {
+        "role": message["role"],
+        "content": _as_text(content, f"{name}.content"),
+        "reasoning_content": _as_text(thinking, f"{name}.reasoning_content"),
+        "tool_calls": _as_text(message.get("tool_calls"), f"{name}.tool_calls"),
+    }
+
+
+def _as_text(value: Any, name: str) -> Any:
+    """JSON with every spelling of a control token marked, but for those that a TaggedText has.
+
+    Raises UserError that names the value where it is no JSON in UTF-8.
+    """
+    if isinstance(value, str):
+        if HALF_PAIR.search(value):
+            raise UserError(f"{name}={short(value)} holds half a surrogate pair: it is no text")
+        control = value.control if isinstance(value, TaggedText) else ()
+        return SPELLED.sub(lambda m: m[0] if m.span() in control else _marked(m[0]), value)
+    if isinstance(value, Mapping):
+        return {_as_text(k, name): _as_text(v, f"{name}.{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_text(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
+    if not isinstance(value, bool | int | float | None) or not math.isfinite(value or 0):
+        raise UserError(
+            f"{name}={short(value)} must be JSON: a text, a finite number, true or null"
+        )
+    return value
+
+
+def _marked(token: str) -> str:
+    return _MARK + token if token.startswith("</") else token + _MARK
+
+
+def _unmarked(text: str) -> TaggedText:
+    """What the template wrote, whose control tokens are the spellings without a mark."""
+    parts, control, at, size = [], list[Span](), 0, 0
+    for match in _MARKED.finditer(text):
+        token = match[0].strip(_MARK)
+        parts += [text[at : match.start()], token]
+        size += len(parts[-2]) + len(token)
+        at = match.end()
+        if token == match[0]:
+            control.append((size - len(token), size))
+    return TaggedText("".join([*parts, text[at:]]), control)
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """Where an assistant's raw text has its parts; the tags in a call's strings are no tags.
+
+    closes: the place of the last </think>, or -1. start, stop: of the content, which a later
+    <think> ends. calls: (start, stop, call) of the content's.
+    """
+
+    closes: int
+    start: int
+    stop: int
+    calls: list[_Placed]
+
+
+def _outline(text: str) -> _Outline:
+    calls = list(_calls(text))
+    bare = _without(text, 0, len(text), calls, " ")
+    closes = bare.rfind("</think>")
+    begin = 0 if closes < 0 else closes + len("</think>")
+    end = bare.find("<think>", begin)
+    end = len(text) if end < 0 else end
+    return _Outline(closes, begin, end, [c for c in calls if begin <= c[0] < end])
+
+
+def _without(text: str, start: int, stop: int, calls: Sequence[_Placed], fill: str = "") -> str:
+    """text[start:stop] without its calls, or with so many of `fill` in their place."""
+    parts = []
+    for begin, end, _ in calls:
+        parts += [text[start:begin], fill * (end - begin)]
+        start = end
+    return "".join([*parts, text[start:stop]])
 
 
 def parse(text: str) -> Message:
     """An assistant's raw text (without <|im_end|>) in parts; any text at all has an answer."""
-    before, closing, after = text.rpartition("</think>")
-    content, opening, rest = after.partition("<think>")  # a block that stays open is no answer
-    thinking = None
-    if closing or opening:
-        thinking = (before.split("<think>", 1)[-1] + rest).strip("\n")
-    calls = []
-    kept = ""
-    *parts, tail = content.split("</tool_call>")
-    for part in parts:
-        head, _, body = part.partition("<tool_call>")
-        call = _call(body)
-        if call is None:
-            kept += part + "</tool_call>"
-        else:
-            kept += head
-            calls.append(call)
-    return Message(thinking, (kept + tail).strip("\n"), calls, closed=not opening)
+    parts = _outline(text)
+    thinking, opened = None, parts.stop < len(text)
+    if parts.closes >= 0 or opened:
+        before = text[: max(parts.closes, 0)].split("<think>", 1)[-1]
+        thinking = (before + text[parts.stop :].removeprefix("<think>")).strip("\n")
+    content = _without(text, parts.start, parts.stop, parts.calls)
+    return Message(thinking, content.strip("\n"), [c for *_, c in parts.calls], closed=not opened)
+
+
+def assistant_text(text: str) -> TaggedText:
+    """An assistant's raw text: the tags of its think block, which begins it, and of its well-formed
+    calls are control tokens. What our own model sampled knows them already, and stays."""
+    if isinstance(text, TaggedText):
+        return text
+    parts = _outline(text)
+    opening = len(text) - len(text.lstrip())
+    spans = [(opening, opening + len("<think>"))] if text.startswith("<think>", opening) else []
+    if parts.closes >= 0:
+        spans.append((parts.closes, parts.start))
+    return TaggedText(text, [*spans, *_tags(parts.calls)])
+
+
+def with_calls(content: str) -> TaggedText:
+    """An assistant's content: the tags of its well-formed calls are control tokens."""
+    return TaggedText(content, _tags(_calls(content)))
+
+
+def _tags(calls: Iterable[_Placed]) -> Iterator[Span]:
+    for start, stop, _ in calls:
+        yield start, start + len("<tool_call>")
+        yield stop - len("</tool_call>"), stop
+
+
+def _calls(text: str) -> Iterator[_Placed]:
+    """(start, stop, call) of each well-formed call, its tags included."""
+    at = 0
+    while opening := _CALL_OPENS.search(text, at):
+        at = opening.end()
+        stop = _object_end(text, at)
+        closing = _CALL_CLOSES.match(text, stop)
+        if closing and (call := _call(text[at:stop])) is not None:
+            at = closing.end()
+            yield opening.start(), at, call
+
+
+def _object_end(text: str, start: int) -> int:
+    """Where the JSON object ends that begins at `start`; where none does, `start`.
+
+    A string is skipped whole, so of two calls that lie one in the other's string only one is read
+    on: the time is linear in the text.
+    """
+    at, depth = start, 0
+    while step := _TO_BRACE.match(text, at):
+        at = step.end()
+        depth += 1 if text[at - 1] == "{" else -1
+        if depth == 0:
+            return at
+    return start
 
 
 def _call(text: str) -> dict[str, Any] | None:
     """A call that can be written back as JSON in UTF-8, or None."""
-    try:
-        call = json.loads(text)
-        json.dumps(call, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no lone surrogate
-    except (ValueError, RecursionError):  # ValueError is also what an integer too long raises
-        return None
+    call = _json(text)
     good = isinstance(call, dict) and isinstance(call.get("name"), str)
     return call if good and isinstance(call.get("arguments"), dict) else None
+
+
+def _json(text: str) -> Any:
+    """The value of a text that is strict JSON in UTF-8; None for any other."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no lone surrogate
+    except (ValueError, RecursionError):  # ValueError is also what an integer too long raises
+        return None
+    return value
 
 
 def last_flag(messages: Sequence[Mapping[str, Any]]) -> Literal["think", "no_think"] | None:
     """The last /think or /no_think, as a word of its own, in a user or system turn.
 
-    Raises UserError for an unknown role or content that is not a string.
+    Raises UserError for what `normalised` refuses.
     """
-    _check(messages)
-    for message in reversed(messages):
+    for message in reversed(normalised(messages)):
         if message["role"] in ("user", "system") and (found := _FLAG.findall(message["content"])):
             return found[-1]
     return None
