@@ -32,11 +32,11 @@ _Placed = tuple[int, int, dict[str, Any]]  # a call, its tags included, and wher
 # Half a surrogate pair, which no text holds, marks a spelling while the template runs. It stands on
 # the inner side, since the template looks at how a user's turn begins and ends.
 _MARK = "\udc00"
-_MARKED = re.compile(rf"{_MARK}</\w+>|(?:<\w+>|<\|\w+\|>){_MARK}|{SPELLED.pattern}")
+_MARKED = re.compile(rf"{_MARK}(?:{SPELLED.pattern})|(?:{SPELLED.pattern}){_MARK}?")
 _CALL_OPENS = re.compile(r"<tool_call>[ \t\r\n]*(?=\{)")
 _CALL_CLOSES = re.compile(r"[ \t\r\n]*</tool_call>")
-# Up to the next brace outside a string; no < stands there in JSON.
-_TO_BRACE = re.compile(r'(?:[^"{}<]++|"(?:[^"\\]++|\\.)*+")*+[{}]', re.DOTALL)
+# Up to the next brace outside a string, where JSON has neither < nor a backslash.
+_TO_BRACE = re.compile(r'(?:[^"{}<\\]++|"(?:[^"\\]++|\\.)*+")*+[{}]', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ def _content(content: Any, name: str) -> str:
     if not isinstance(content, list):
         raise UserError(f"{name}={short(content)} must be a string")
     for i, part in enumerate(content):
-        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-        if kind != "text":
+        part = part if isinstance(part, Mapping) else {"text": part}
+        if (kind := part.get("type", "text")) != "text":
             raise UserError(f"{name}[{i}].type={short(kind)}: only text is read here")
-        if not isinstance(part if isinstance(part, str) else part.get("text"), str):
-            raise UserError(f"{name}[{i}]={short(part)} must have a string as its text")
+        if not isinstance(part.get("text"), str):
+            raise UserError(f"{name}[{i}]={short(content[i])} must have a string as its text")
     return "".join(part if isinstance(part, str) else part["text"] for part in content)
 
 
@@ -154,15 +154,13 @@ def _named_call(call: Any, name: str) -> dict[str, Any]:
 def _turn(message: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What the template reads of a message, with every spelling that is text marked.
 
-    An assistant's thinking is parted from its content here, as the template would do it, since the
-    template could not tell a marked tag.
+    An assistant's thinking is parted from its content here as the template does it, from which a
+    mark would hide the tags; those in the strings of its calls are none.
     """
     content, thinking = message["content"], message.get("reasoning_content")
     if message["role"] == "assistant":
-        if thinking is None and "</think>" in content:
-            before, *_, after = content.split("</think>")
-            thinking = before.rstrip("\n").split("<think>")[-1].lstrip("\n")
-            content = after.lstrip("\n")
+        if thinking is None:
+            thinking, content = _parted(content)
         content = with_calls(content)
     return {
         "role": message["role"],
@@ -170,6 +168,15 @@ def _turn(message: Mapping[str, Any], name: str) -> dict[str, Any]:
         "reasoning_content": _as_text(thinking, f"{name}.reasoning_content"),
         "tool_calls": _as_text(message.get("tool_calls"), f"{name}.tool_calls"),
     }
+
+
+def _parted(content: str) -> tuple[str, str]:
+    bare = _without(content, 0, len(content), list(_calls(content)), " ")
+    first, last = bare.find("</think>"), bare.rfind("</think>")
+    if first < 0:
+        return "", content
+    thinking = content[:first].rstrip("\n").split("<think>")[-1].lstrip("\n")
+    return thinking, content[last + len("</think>") :].lstrip("\n")
 
 
 def _as_text(value: Any, name: str) -> Any:
@@ -293,8 +300,8 @@ def _calls(text: str) -> Iterator[_Placed]:
 def _object_end(text: str, start: int) -> int:
     """Where the JSON object ends that begins at `start`; where none does, `start`.
 
-    A string is skipped whole, so of two calls that lie one in the other's string only one is read
-    on: the time is linear in the text.
+    The quote that begins a string here ends the one that an earlier call began before: of two that
+    are read to the next <tool_call>, one stops there. So the time is linear in the text.
     """
     at, depth = start, 0
     while step := _TO_BRACE.match(text, at):
