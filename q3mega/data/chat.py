@@ -33,8 +33,8 @@ _Placed = tuple[int, int, dict[str, Any]]  # a call, its tags included, and wher
 # the inner side, since the template looks at how a user's turn begins and ends.
 _MARK = "\udc00"
 _MARKED = re.compile(rf"{_MARK}(?:{SPELLED.pattern})|(?:{SPELLED.pattern}){_MARK}?")
-_CALL_OPENS = re.compile(r"<tool_call>[ \t\r\n]*(?=\{)")
-_CALL_CLOSES = re.compile(r"[ \t\r\n]*</tool_call>")
+_CALL_OPENS = re.compile(r"<tool_call>[ \t\r\n]*+")
+_CALL_CLOSES = re.compile(r"[ \t\r\n]*+</tool_call>")
 # Up to the next brace outside a string, where JSON has neither < nor a backslash.
 _TO_BRACE = re.compile(r'(?:[^"{}<\\]++|"(?:[^"\\]++|\\.)*+")*+[{}]', re.DOTALL)
 
@@ -171,7 +171,7 @@ def _turn(message: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _parted(content: str) -> tuple[str, str]:
-    bare = _without(content, 0, len(content), list(_calls(content)), " ")
+    bare = _blanked(content)
     first, last = bare.find("</think>"), bare.rfind("</think>")
     if first < 0:
         return "", content
@@ -217,48 +217,35 @@ def _unmarked(text: str) -> TaggedText:
     return TaggedText("".join([*parts, text[at:]]), control)
 
 
-@dataclass(frozen=True)
-class _Outline:
-    """Where an assistant's raw text has its parts; the tags in a call's strings are no tags.
-
-    closes: the place of the last </think>, or -1. start, stop: of the content, which a later
-    <think> ends. calls: (start, stop, call) of the content's.
-    """
-
-    closes: int
-    start: int
-    stop: int
-    calls: list[_Placed]
+def _without(text: str, calls: Iterable[_Placed], fill: str = "") -> str:
+    """The text without its calls, or with so many of `fill` in their place."""
+    parts, at = [], 0
+    for start, stop, _ in calls:
+        parts += [text[at:start], fill * (stop - start)]
+        at = stop
+    return "".join([*parts, text[at:]])
 
 
-def _outline(text: str) -> _Outline:
-    calls = list(_calls(text))
-    bare = _without(text, 0, len(text), calls, " ")
+def _content_of(text: str) -> tuple[int, int, int]:
+    """Where an assistant's raw text has its last </think>, or -1, and its content (start, stop),
+    which ends where another think block begins."""
+    bare = _blanked(text)
     closes = bare.rfind("</think>")
-    begin = 0 if closes < 0 else closes + len("</think>")
-    end = bare.find("<think>", begin)
-    end = len(text) if end < 0 else end
-    return _Outline(closes, begin, end, [c for c in calls if begin <= c[0] < end])
-
-
-def _without(text: str, start: int, stop: int, calls: Sequence[_Placed], fill: str = "") -> str:
-    """text[start:stop] without its calls, or with so many of `fill` in their place."""
-    parts = []
-    for begin, end, _ in calls:
-        parts += [text[start:begin], fill * (end - begin)]
-        start = end
-    return "".join([*parts, text[start:stop]])
+    start = 0 if closes < 0 else closes + len("</think>")
+    stop = bare.find("<think>", start)
+    return closes, start, len(text) if stop < 0 else stop
 
 
 def parse(text: str) -> Message:
     """An assistant's raw text (without <|im_end|>) in parts; any text at all has an answer."""
-    parts = _outline(text)
-    thinking, opened = None, parts.stop < len(text)
-    if parts.closes >= 0 or opened:
-        before = text[: max(parts.closes, 0)].split("<think>", 1)[-1]
-        thinking = (before + text[parts.stop :].removeprefix("<think>")).strip("\n")
-    content = _without(text, parts.start, parts.stop, parts.calls)
-    return Message(thinking, content.strip("\n"), [c for *_, c in parts.calls], closed=not opened)
+    closes, start, stop = _content_of(text)
+    thinking, opened, content = None, stop < len(text), text[start:stop]
+    if closes >= 0 or opened:
+        before = text[: max(closes, 0)].split("<think>", 1)[-1]
+        thinking = (before + text[stop:].removeprefix("<think>")).strip("\n")
+    calls = list(_calls(content))
+    content = _without(content, calls).strip("\n")
+    return Message(thinking, content, [call for *_, call in calls], closed=not opened)
 
 
 def assistant_text(text: str) -> TaggedText:
@@ -266,12 +253,13 @@ def assistant_text(text: str) -> TaggedText:
     calls are control tokens. What our own model sampled knows them already, and stays."""
     if isinstance(text, TaggedText):
         return text
-    parts = _outline(text)
+    closes, start, stop = _content_of(text)
     opening = len(text) - len(text.lstrip())
-    spans = [(opening, opening + len("<think>"))] if text.startswith("<think>", opening) else []
-    if parts.closes >= 0:
-        spans.append((parts.closes, parts.start))
-    return TaggedText(text, [*spans, *_tags(parts.calls)])
+    tags = [(opening, opening + len("<think>"))] if text.startswith("<think>", opening) else []
+    if closes >= 0:
+        tags.append((closes, start))
+    calls = with_calls(text[start:stop]).control
+    return TaggedText(text, [*tags, *((start + a, start + b) for a, b in calls)])
 
 
 def with_calls(content: str) -> TaggedText:
@@ -286,22 +274,43 @@ def _tags(calls: Iterable[_Placed]) -> Iterator[Span]:
 
 
 def _calls(text: str) -> Iterator[_Placed]:
-    """(start, stop, call) of each well-formed call, its tags included."""
+    """The well-formed calls of a content; a malformed one reaches to the next closing tag."""
     at = 0
     while opening := _CALL_OPENS.search(text, at):
+        if placed := _call_at(text, opening):
+            yield placed
+            at = placed[1]
+        elif (closes := text.find("</tool_call>", opening.end())) >= 0:
+            at = closes
+        else:
+            return
+
+
+def _blanked(text: str) -> str:
+    """The text with blanks for what looks like a call, in whatever it stands: tags in the strings
+    of one are no tags."""
+    calls, at = list[_Placed](), 0
+    while opening := _CALL_OPENS.search(text, at):
         at = opening.end()
-        stop = _object_end(text, at)
-        closing = _CALL_CLOSES.match(text, stop)
-        if closing and (call := _call(text[at:stop])) is not None:
-            at = closing.end()
-            yield opening.start(), at, call
+        if placed := _call_at(text, opening):
+            calls.append(placed)
+            at = placed[1]
+    return _without(text, calls, " ")
+
+
+def _call_at(text: str, opening: re.Match[str]) -> _Placed | None:
+    start = opening.end()
+    stop = _object_end(text, start)
+    closing = _CALL_CLOSES.match(text, stop)
+    call = _call(text[start:stop]) if closing else None
+    return (opening.start(), closing.end(), call) if closing and call is not None else None
 
 
 def _object_end(text: str, start: int) -> int:
     """Where the JSON object ends that begins at `start`; where none does, `start`.
 
-    The quote that begins a string here ends the one that an earlier call began before: of two that
-    are read to the next <tool_call>, one stops there. So the time is linear in the text.
+    Of two that are read on one is in a string where the other is not, and stops at the next
+    <tool_call>: reading from each takes linear time all the same.
     """
     at, depth = start, 0
     while step := _TO_BRACE.match(text, at):

@@ -92,6 +92,13 @@ def test_a_call_may_speak_of_the_tags(tag):
     assert message.tool_calls[0] == call and message.closed
 
 
+def test_a_call_that_is_only_spoken_of_hides_none_of_the_answer():
+    message = parse(f"<think>\nI write <tool_call> now\n</think>\n\n{CALL}")
+    assert (message.thinking, len(message.tool_calls)) == ("I write <tool_call> now", 1)
+    message = parse(f"<tool_call>now\n{CALL}\n{CALL}")  # malformed to the next closing tag
+    assert (message.content, len(message.tool_calls)) == (f"<tool_call>now\n{CALL}", 1)
+
+
 def test_recorded_chats_are_read_in_their_forms():
     call = {"type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
     bare = {"name": "f", "arguments": {"a": 1}}
