@@ -109,7 +109,8 @@ def _normalised(message: Mapping[str, Any], name: str) -> dict[str, Any]:
         raise UserError(f"{name}.function_call is the form of old: give tool_calls")
     turn = {**message, "role": role}
     if role == "assistant":
-        thinking = message.get("reasoning_content", message.get("reasoning"))
+        thinking = message.get("reasoning_content")
+        thinking = message.get("reasoning") if thinking is None else thinking
         if not isinstance(thinking, str | None):
             raise UserError(f"{name}.reasoning_content={short(thinking)} must be a string or null")
         turn["reasoning_content"] = thinking
@@ -187,13 +188,14 @@ def _as_text(value: Any, name: str) -> Any:
     if isinstance(value, str):
         if HALF_PAIR.search(value):
             raise UserError(f"{name}={short(value)} holds half a surrogate pair: it is no text")
-        control = value.control if isinstance(value, TaggedText) else ()
+        control = set(value.control) if isinstance(value, TaggedText) else ()
         return SPELLED.sub(lambda m: m[0] if m.span() in control else _marked(m[0]), value)
     if isinstance(value, Mapping):
         return {_as_text(k, name): _as_text(v, f"{name}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_as_text(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
-    if not isinstance(value, bool | int | float | None) or not math.isfinite(value or 0):
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if not isinstance(value, bool | int | float | None) or not finite:
         raise UserError(
             f"{name}={short(value)} must be JSON: a text, a finite number, true or null"
         )

@@ -108,7 +108,7 @@ def test_recorded_chats_are_read_in_their_forms():
     for turn, arguments in (
         ({"content": None, "tool_calls": [call]}, '{"a":1}'),  # a string is written as it is
         ({"tool_calls": [bare]}, '{"a": 1}'),
-        ({"content": "", "tool_calls": [{"name": "f", "arguments": ""}]}, "{}"),
+        ({"tool_calls": [{"name": "f", "arguments": ""}], "reasoning_content": None}, "{}"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": None}}]}, "{}"),
     ):
         text = render([*asked, {"role": "assistant", "reasoning": "so", **turn}])
