@@ -20,6 +20,7 @@ from typing import Any, Literal
 from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from q3mega.data.language import IDEOGRAPHS, SPACELESS
 from q3mega.data.tagged import HALF_PAIR, SPELLED, Span, TaggedText
 from q3mega.errors import UserError
 from q3mega.sections import short
@@ -27,7 +28,11 @@ from q3mega.sections import short
 TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 ROLES = ("system", "user", "assistant", "tool")
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
-_FLAG = re.compile(r"(?<!\S)/(think|no_think)(?!\S)")
+# A word of its own: between blanks, or beside letters and signs of languages that write none there.
+_UNSPACED = rf"{IDEOGRAPHS}{SPACELESS}\u3001-\u303f\uac00-\ud7af\uff00-\uff65"
+_FLAG = re.compile(
+    rf"(?<![^\s{_UNSPACED}!?,;)])/(think|no_think)(?=[.,!?;:)]*(?:[\s{_UNSPACED}]|\Z))"
+)
 _Placed = tuple[int, int, dict[str, Any]]  # a call, its tags included, and where it stands
 # Half a surrogate pair, which no text holds, marks a spelling while the template runs. It stands on
 # the inner side, since the template looks at how a user's turn begins and ends.

@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from q3mega.data.language import scripts
+from q3mega.data.language import IDEOGRAPHS, prose, scripts
 from q3mega.data.ngrams import WORD, grams
 from q3mega.data.tasks.base import Problem
 from q3mega.data.tasks.solutions import METHODS, boxed
@@ -24,6 +24,11 @@ _NUMBER = re.compile(r"\d+")
 _PROSE = re.compile(r"[A-Za-z]+ [A-Za-z]+")  # says something instead of doing a step
 _ASCII_WORDS = re.compile(r"[A-Za-z]+")
 _PARTS = re.compile(r"\(([a-z]|[ivx]+)\)")
+_QUESTION_MARKS = re.compile(r"[?？؟]+")
+_HAN_PARTS = re.compile(
+    r"[(（]([12])[)）](?=\s*[求证證解计計写寫若当當试試])"
+)  # of a problem in Chinese
+_PIECES = re.compile(rf"[{IDEOGRAPHS}]|[^\W{IDEOGRAPHS}]{{1,20}}")  # no word is longer
 # function words of the languages that a small English-German-Chinese teacher slips into
 _FOREIGN = frozenset([
     "der", "die", "das", "und", "ist", "nicht", "wir", "auch",
@@ -35,11 +40,12 @@ def query_filter(query: Problem) -> str | None:
     """Drop what cannot be verified, and what asks several things."""
     if query.meta.get("reward", "answer") == "answer" and not query.answer:
         return "not_verifiable"
-    asked = len(re.findall(r"[?]", query.question))
+    asked = len(_QUESTION_MARKS.findall(query.question))
     if _arithmetic(query):
         asked += len(re.findall(r"(?<=\d)\.(?=\s|$)", query.question))
-    parts = set(_PARTS.findall(query.question))
-    return "several_questions" if asked > 1 or {"a", "b"} <= parts or {"i", "ii"} <= parts else None
+    parts = {*_PARTS.findall(query.question), *_HAN_PARTS.findall(query.question)}
+    several = any(pair <= parts for pair in ({"a", "b"}, {"i", "ii"}, {"1", "2"}))
+    return "several_questions" if asked > 1 or several else None
 
 
 class ResponseFilter:
@@ -60,7 +66,7 @@ class ResponseFilter:
             return "unfinished"
         if not right(response):
             return "wrong_answer"
-        lines = [line for line in thinking.splitlines() if line.strip()]
+        lines = [line for line in thinking.split("\n") if line.strip()]
         if _repeats(lines) or _loops(thinking):
             return "repetition"
         if self._copies(thinking, query.question):
@@ -113,9 +119,9 @@ def _repeats(lines: list[str]) -> bool:
 
 def _loops(text: str) -> bool:
     """Much of it said before, in the same words."""
-    words = WORD.findall(text.lower())
-    runs = len(words) - LOOP + 1
-    return runs > 0 and len(grams(text, LOOP)) < (1 - LOOPS) * runs
+    pieces = _PIECES.findall(text.lower())
+    runs = [tuple(pieces[i : i + LOOP]) for i in range(len(pieces) - LOOP + 1)]
+    return len(set(runs)) < (1 - LOOPS) * len(runs)
 
 
 class _ArithmeticRules:
@@ -149,10 +155,10 @@ class _ProseRules:
     @staticmethod
     def mixed(query: Problem, lines: list[str]) -> bool:
         """Words in a script that neither the question nor mathematics has."""
-        found = scripts("\n".join(lines))
-        usual = {"LATIN", "GREEK", "MATHEMATICAL", *scripts(query.question)}
-        foreign = sum(count for script, count in found.items() if script not in usual)
-        return foreign > FOREIGN * found.total()
+        counts = scripts(prose("\n".join(lines)))
+        usual = {"LATIN", "GREEK", *scripts(query.question)}
+        foreign = sum(count for script, count in counts.items() if script not in usual)
+        return foreign > FOREIGN * counts.total()
 
     @staticmethod
     def guessed(query: Problem, lines: list[str]) -> bool:

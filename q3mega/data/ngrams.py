@@ -13,11 +13,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u9fff"  # written without spaces: each counts as a word
-WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\W{_IDEOGRAPHS}]+")
+from q3mega.data.language import IDEOGRAPHS, SPACELESS, marks
+
+# A vowel sign belongs to its word. Where words have no spaces between them, signs part the run: its
+# pieces stand for words.
+_SPACED = rf"[^\W{IDEOGRAPHS}{SPACELESS}]"
+WORD = re.compile(rf"[{IDEOGRAPHS}]|{_SPACED}(?:{_SPACED}|[{marks()}])*|(?:(?=[{SPACELESS}])\w)+")
 
 _LIMIT = 0x40000  # no letter or digit of Unicode lies above
-_LETTER, _IDEOGRAPH = 1, 2  # what is neither separates words
+_LETTER, _IDEOGRAPH, _SPACELESS, _MARK = 1, 2, 3, 4  # what is none of these separates words
 _SPAN = 1 << 16  # positions in a word, or a gram, that have a factor of their own
 
 Hashes = NDArray[np.uint64]
@@ -48,8 +52,12 @@ class Words:
         joined = "\n".join(folded) + "\n"
         codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
         kind = _kinds()[np.minimum(codes, _LIMIT - 1)]
+        place = np.arange(len(kind))
+        base = np.maximum.accumulate(np.where(kind == _MARK, 0, place))  # what a mark stands on
+        kind = np.where(kind == _MARK, (kind[base] == _LETTER) * np.uint8(_LETTER), kind)
         begins = kind == _IDEOGRAPH
-        begins |= (kind == _LETTER) & (np.concatenate([[0], kind[:-1]]) != _LETTER)
+        before = np.concatenate([[0], kind[:-1]])
+        begins |= ((kind == _LETTER) | (kind == _SPACELESS)) & (before != kind)
         inside = np.flatnonzero(kind)
         first = np.flatnonzero(begins[inside])
         self.offsets = np.zeros(len(texts) + 1, np.int64)
@@ -90,9 +98,13 @@ class Words:
 @functools.cache
 def _kinds() -> NDArray[np.uint8]:
     """What each character is, by its code."""
-    kinds = np.array([chr(c).isalnum() for c in range(_LIMIT)], np.uint8)
-    for low, high in ((0x3040, 0x30FF), (0x3400, 0x9FFF)):
-        kinds[low : high + 1] = _IDEOGRAPH
+    characters = "".join(map(chr, range(_LIMIT)))
+    kinds = np.fromiter(map(str.isalnum, characters), np.uint8, _LIMIT)
+    for match in re.finditer(f"[{SPACELESS}]+", characters):
+        kinds[match.start() : match.end()] *= _SPACELESS
+    for kind, ranges in ((_MARK, marks()), (_IDEOGRAPH, IDEOGRAPHS)):
+        for match in re.finditer(f"[{ranges}]+", characters):
+            kinds[match.start() : match.end()] = kind
     return kinds
 
 

@@ -92,7 +92,8 @@ def documents(name: str) -> Iterator[str]:
         case "numpy_docs":
             found = _docstrings(_modules("numpy", _NUMPY))
         case _ if name in sources():
-            found = _translations(name.removeprefix("django_"))
+            catalogues = translations(name.removeprefix("django_"))
+            found = ("\n".join(map("\n".join, pairs)) for pairs in catalogues)
         case _:
             raise UserError(f"source={name!r} is unknown: use one of {', '.join(sources())}")
     return map(clean, found)
@@ -161,20 +162,20 @@ def _book() -> Iterator[str]:
         yield part
 
 
-def _translations(code: str) -> Iterator[str]:
-    """English and translated sentences, pair by pair: one document a catalogue."""
+def translations(code: str) -> Iterator[list[tuple[str, str]]]:
+    """(English, translated) sentences of Django's locale `code`, a list a catalogue."""
     root = _package("django", "Django")
     catalogue = f"locale/{code}/LC_MESSAGES/django.po"
     for path in sorted([root / "conf" / catalogue, *root.glob(f"contrib/*/{catalogue}")]):
-        lines, pending = [], ""
+        pairs, pending = [], ""
         for kind, quoted in _PO.findall(path.read_text(encoding="utf-8")):
             text = "".join(json.loads(line, strict=False) for line in quoted.splitlines())
             if kind == "msgid":
                 pending = text
             elif pending and text and "{" not in text and "%" not in text:
-                lines.append(f"{pending.strip()}\n{text.strip()}")
-        if lines:
-            yield "\n".join(lines)
+                pairs.append((pending.strip(), text.strip()))
+        if pairs:
+            yield pairs
 
 
 def clean(text: str) -> str:

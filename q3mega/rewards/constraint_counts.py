@@ -15,11 +15,10 @@ _KEYWORDS = [
     "river", "window", "bread", "Garten", "Fenster", "mercado", "jardín", "livre", "дорога",
     "книга", "音楽", "花园", "شجرة", "नदी",
 ]  # fmt: skip
-_NUMBER = re.compile(r"\d++(?:[.,:]\d++)*+")
+_NUMBER = re.compile(r"\d++(?:[.,:٫٬]\d++)*+")
 _HIGHLIGHT = re.compile(r"(\*{1,2})(?![\s*])[^*\n]++(?<!\s)\1")
 _PLACEHOLDER = re.compile(r"\[[^\[\]\n]++\](?!\()")  # [text](address) is a link
 _HEADING = re.compile(r"#{1,6} ")
-_QUESTION_MARKS = frozenset("?？؟")
 
 
 def _different(found: Sequence[str]) -> Count:
@@ -218,5 +217,4 @@ def numbers(text: str) -> Count:
     exactly=(1, 3),
 )
 def questions(text: str) -> Count:
-    found = units.sentences(text)
-    return _different([s for s in found if _QUESTION_MARKS.intersection(s[-4:])])
+    return _different([s for s in units.sentences(text) if units.is_question(s)])

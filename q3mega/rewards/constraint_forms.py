@@ -19,8 +19,8 @@ Order = Annotated[str, ("ascending", "descending")]
 
 _FIRST_LINES = ["Here is what I found", "Zuerst das Wichtigste", "Pour commencer", "Итак", "首先"]
 _LAST_LINES = ["That is all for now.", "Any other questions?", "Mehr weiß ich nicht.", "以上です。"]
-_COMMAS = frozenset(",，、،﹐﹑")
-_QUOTES = frozenset(['""', "“”", "„“", "„”", "«»", "»«", "「」", "『』"])
+_COMMAS = frozenset(",，、､،፣﹐﹑")
+_QUOTES = frozenset(['""', "“”", "„“", "„”", "””", "«»", "»«", "»»", "‹›", "「」", "『』"])
 _CELLS = re.compile(r"(?<!\\)\|")
 _RULE = re.compile(r"\s*+:?-++:?\s*+")
 _TITLE = re.compile(r"<<([^<>\n]++)>>")

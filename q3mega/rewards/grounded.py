@@ -15,7 +15,7 @@ from q3mega.rewards.answer import boxes
 from q3mega.rewards.mode import reply
 
 MAX_WORDS = 12  # of a reply without a box: a longer one is no short answer
-_LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is)?(?::| ) ?")
+_LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is)?(?::| ) ?|(?:最终)?答案(?:是|为)?[::]? ?")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
 
 
@@ -38,7 +38,7 @@ def grounded(completion: str, row: Mapping[str, Any]) -> Verdict:
         return Verdict(0.0, "several different boxed answers")
     if not boxed and (wanted == NOT_FOUND or len(text.split()) > MAX_WORDS):
         return Verdict(0.0, "no boxed answer")
-    given = boxed.pop() if boxed else _LEAD.sub("", normal(text), count=1)
+    given = boxed.pop() if boxed else normal(_LEAD.sub("", normal(text), count=1))
     if given == normal(wanted):
         return Verdict(1.0, "not found, rightly" if wanted == NOT_FOUND else "as the documents say")
     return Verdict(0.0, "refused though it is there" if given == NOT_FOUND else "another answer")
@@ -49,4 +49,6 @@ def normal(text: str) -> str:
     text = unicodedata.normalize("NFKD", _TEXT.sub(r"\1", text).replace("\\ ", " "))
     text = "".join(c for c in text if not unicodedata.combining(c)).casefold()
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    return re.sub(r"^(?:the|an?) ", "", " ".join(text.split()).strip(" .,;:!\"'*$`"))
+    return re.sub(
+        r"^(?:the|an?) ", "", " ".join(text.split()).strip(" .,;:!\"'*$`。、！…“”‘’「」『』《》")
+    )

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from q3mega.data.language import READ, identify, script, scripts
+from q3mega.data.language import READ, identify, prose, script, scripts
 from q3mega.rewards import Verdict, reward
 
 # code -> its name, its script
@@ -51,6 +51,7 @@ def written_in(text: str, code: str) -> str | None:
     what it could not check.
     """
     wanted = _LANGUAGES[code][1]
+    text = prose(text)
     found = scripts(text)
     if not found:
         return "no letters"
@@ -81,9 +82,12 @@ def written_in(text: str, code: str) -> str | None:
 
 @reward("language")
 def language(completion: str, row: Mapping[str, Any]) -> Verdict:
-    """Share of the completion's letters whose script occurs in the last message; 1 without any."""
-    asked = {script(c) for c in row["messages"][-1]["content"] if c.isalpha()}
-    letters = [script(c) for c in completion if c.isalpha()]
+    """Share of the completion's letters whose script occurs in the last message; 1 without any.
+
+    Formulas, variables, units, code and addresses are of no language, in either.
+    """
+    asked = set(scripts(prose(row["messages"][-1]["content"])))
+    letters = [name for c in prose(completion) if c.isalpha() and (name := script(c))]
     if not letters or not asked:
         return Verdict(1.0, "no letters to compare")
     share = sum(s in asked for s in letters) / len(letters)

@@ -1,25 +1,21 @@
 """Words, sentences, paragraphs and lists of a text in many languages, counted in linear time.
 
 Every search here advances: no pattern can backtrack, whatever text a model writes. Two known
-limits: Thai, Lao, Khmer and Burmese have no spaces between words, and a run of them is one word;
-Thai has no full stop, and a paragraph of it is one sentence.
+limits: Thai, Lao, Khmer and Burmese have no spaces between words, and four letters of them count as
+a word; Thai has no full stop, and a paragraph of it is one sentence.
 """
 
-import functools
 import re
-import sys
 import unicodedata
-from itertools import groupby
 
-from q3mega.data.language import script
+from q3mega.data.language import IDEOGRAPHS, SPACELESS, marks, script, scripts
 from q3mega.data.text import clean
 
-# Han and kana are written without spaces: each counts as a word, as in q3mega.data.text.
-IDEOGRAPHS = r"\u3005\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _JOINERS = "\u200c\u200d"
 _OPENING, _CLOSING = "\"'“‘„‚«‹(「『【[*_", "\"'”’“‘»›)」』】]*_"
-_WIDE_STOPS = "。！？"  # end a sentence without a space behind them
-_STOPS = re.compile(rf"[.!?…؟।॥۔።։{_WIDE_STOPS}]++[{re.escape(_CLOSING)}]*+")
+_WIDE_STOPS = "。！？｡．။။៕។།"  # end a sentence without a space behind them
+_STOPS = re.compile(rf"[.!?…‼⁇⁈⁉؟।॥۔።፧։;{_WIDE_STOPS}]++[{re.escape(_CLOSING)}]*+")
+_QUESTION_MARKS = frozenset("?？؟፧⁇⁈⁉՞")
 # Before a full stop these are abbreviations: the first never end a sentence, the second end one
 # where a capital letter follows.
 _TITLES = frozenset([
@@ -34,7 +30,10 @@ _TAILS = frozenset([
 # article before them in Arabic and Hebrew; and the scripts without spaces.
 _OPEN_BEFORE = frozenset(["ARABIC", "HEBREW", "CJK", "THAI", "LAO", "KHMER", "MYANMAR"])
 _OPEN_AFTER = _OPEN_BEFORE | {"HANGUL"}
-_ITEM = re.compile(r"(?:([-*+•‣◦·–])|[0-9]{1,9}[.)])\s+(?=\S)")
+_ITEM = re.compile(
+    r"(?:([-*+•‣◦·–](?=\s)|[・●○■□◆◇▪▶►])"  # bullets; then numbers: 1. 1) １、 （1） ①
+    r"|\d{1,9}(?:[.)](?=\s)|[．、）](?!\d))|[(（]\d{1,9}[)）]|[①-⑳])\s*(?=\S)"
+)
 
 
 def visible(text: str) -> str:
@@ -43,28 +42,22 @@ def visible(text: str) -> str:
     return clean("\n".join(line.rstrip() for line in text.splitlines()))
 
 
-@functools.cache
-def _marks() -> str:
-    """The vowel signs and accents that belong to the letter before them, as regex ranges."""
-    points = (n for n in range(sys.maxunicode + 1) if unicodedata.category(chr(n))[0] == "M")
-    runs = (list(run) for _, run in groupby(enumerate(points), lambda pair: pair[1] - pair[0]))
-    return "".join(f"\\U{run[0][1]:08x}-\\U{run[-1][1]:08x}" for run in runs)
-
-
-@functools.cache
-def _word() -> re.Pattern[str]:
-    letter = rf"[^\W_{IDEOGRAPHS}]"
-    run = rf"{letter}[{_marks()}{_JOINERS}]*+"
-    return re.compile(rf"[{IDEOGRAPHS}]|{run}(?:{run}|['’](?={letter})|(?<=\d)[.,](?=\d))*+")
+_LETTER = rf"[^\W_{IDEOGRAPHS}{SPACELESS}]"
+_RUN = rf"{_LETTER}[{marks()}{_JOINERS}]*+"
+_WORD = re.compile(
+    rf"[{IDEOGRAPHS}]|(?:(?=[{SPACELESS}])\w[{marks()}]*+){{1,4}}+"
+    rf"|{_RUN}(?:{_RUN}|['’](?={_LETTER})|(?<=\d)[.,٫٬](?=\d))*+"
+)
 
 
 def words(text: str) -> list[str]:
     """In order, as written. Apostrophes and decimal points join ("don't", 3.5), hyphens do not."""
-    return _word().findall(text)
+    return _WORD.findall(text)
 
 
 def fold(text: str) -> str:
-    """Letters without case, blanks made single and joiners dropped, to look for words in."""
+    """NFC without case, blanks made single and joiners dropped, to look for words in."""
+    text = unicodedata.normalize("NFC", text)
     return " ".join(text.translate(dict.fromkeys(map(ord, _JOINERS))).casefold().split())
 
 
@@ -154,6 +147,13 @@ def sentences(text: str) -> list[str]:
     return [sentence for sentence in found if words(sentence)]
 
 
+def is_question(sentence: str) -> bool:
+    """Whether it ends in a question mark; Armenian has it within the last word, Greek writes ;."""
+    if _QUESTION_MARKS.intersection(sentence[-4:]) or "՞" in sentence:
+        return True
+    return ";" in sentence[-4:] and scripts(sentence[-100:]).most_common(1)[0][0] == "GREEK"
+
+
 def _blocks(text: str) -> list[str]:
     """Paragraphs, with headings and items of lists as blocks of their own, markers taken off."""
     blocks: list[list[str]] = [[]]
@@ -179,6 +179,8 @@ def _ends(block: str, stop: re.Match[str]) -> bool:
     following = after[1:].lstrip(_OPENING)
     if mark in ("...", "…"):
         return not following.islower()
+    if ";" in mark:  # the question mark of Greek alone
+        return is_question(block[: stop.end()])
     if mark != ".":
         return True
     before = block[max(0, stop.start() - 20) : stop.start()].split()

@@ -187,6 +187,25 @@ def test_last_flag_wins():
 
 
 @pytest.mark.parametrize(
+    ("text", "flag"),
+    [
+        ("请解释一下/no_think", "no_think"),
+        ("你好。/think", "think"),
+        ("说明 /no_think。谢谢", "no_think"),
+        ("日本語で/think", "think"),
+        ("설명해줘/no_think", "no_think"),
+        ("Answer briefly /no_think.", "no_think"),
+        ("目录/think/文件", None),
+        ("docs/think.md and ./think", None),
+        ("/think.md, /think-tank, (/think)", None),
+        ("да/think", None),
+    ],
+)
+def test_a_flag_stands_alone_in_every_script(text, flag):
+    assert last_flag([{"role": "user", "content": text}]) == flag
+
+
+@pytest.mark.parametrize(
     "bad", [{"role": "boss", "content": "x"}, {"role": "user", "content": None}, {"role": []}, "hi"]
 )
 @pytest.mark.parametrize("read", [render, last_flag])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from q3mega.data import text
-from q3mega.data.curate import labels, mixture
+from q3mega.data.curate import labels, mixture, word_lengths
 from q3mega.data.curate.config import Rules, Weight
 from q3mega.data.curate.document import Document
 
@@ -170,3 +170,24 @@ def test_a_held_out_text_is_kept_once():
     assert len(held) == pytest.approx(400, abs=4 * 19)
     assert {d.copies for d in held} == {1}
     assert {d.copies for d in some if not d.heldout} == {3}
+
+
+@pytest.mark.parametrize("code", ["ko", "vi", "fi", "ml", "ja", "zh_Hans", "ar", "hi", "ru"])
+def test_the_same_sentences_pass_and_score_alike_in_every_language(code):
+    pairs = [p for catalogue in text.translations(code) for p in catalogue if len(p[0].split()) > 4]
+    d = labelled(" ".join(dict.fromkeys(there for _, there in pairs)), code.split("_")[0])
+    assert labels.reject(Rules(), [d]) == [""]
+    assert 0.45 < d.education < 0.75
+
+
+@pytest.mark.parametrize("code", ["de", "ko", "vi", "ru"])
+def test_the_table_of_words_is_that_of_djangos_translations(code):
+    assert word_lengths.measure(code) == pytest.approx(word_lengths.WORD_LENGTHS[code], rel=0.1)
+
+
+def test_bounds_only_widen():
+    assert word_lengths.bounds("en", 3, 10) == (3, 10)
+    low, high = word_lengths.bounds("ko", 3, 10)
+    assert low < 2.5 and high == 10
+    assert word_lengths.bounds("xx", 3, 10)[0] <= low
+    assert labels.reject(Rules(), [labelled("오 " * 200, "ko")]) == ["mean_word"]

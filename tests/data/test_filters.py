@@ -187,3 +187,35 @@ def test_balance_up_to_a_number_takes_the_domains_in_turn():
 def test_a_long_thought_is_read_in_a_moment():
     lines = [f"step {i} of {i * i}" for i in range(3000)]
     assert rule_of(PROSE, "\n".join(lines), r"\boxed{5/2}") is None
+
+
+IN_CHINESE = problem("own", "reasoning", "证明下列等式。", "4", 1, meta={"reward": "answer"})
+
+
+@pytest.mark.parametrize(
+    ("question", "rule"),
+    [
+        ("小明有几个苹果？", None),
+        ("小明有几个苹果？小红有几个？", "several_questions"),
+        ("（1）求 x 的值。（2）求 y 的值。", "several_questions"),
+        ("由式 (1) 与式 (2) 求 x。", None),
+        ("كم عدد الكتب؟ وكم عدد الأقلام؟", "several_questions"),
+    ],
+)
+def test_questions_are_counted_in_every_script(question, rule):
+    assert query_filter(problem("own", "reasoning", question, "4", 1)) == rule
+
+
+@pytest.mark.parametrize(
+    ("thinking", "rule"),
+    [
+        ("我们先设未知数，再列方程，最后检验答案是否正确，这样就完成了证明的全部过程。", None),
+        ("设 𝑥∈ℝ，则 $\\mathrm{rank}$ 与 \\alpha 有关，于是我们得到所要证明的等式成立了。", None),
+        ("我们先设未知数再列方程最后检验答案是否正确 и потом мы это решим", "language_mixing"),
+        ("我觉得这个问题很难所以要再想一想才行。" * 20, "repetition"),
+        ("คำถามนี้ยากมากจริงๆนะครับผม" * 60, "repetition"),
+        ("มากมาย" * 200, "repetition"),
+    ],
+)
+def test_thinking_is_held_to_the_same_rules_in_every_script(thinking, rule):
+    assert rule_of(IN_CHINESE, thinking, "答案是 \\boxed{4}") == rule

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from q3mega.data.ngrams import WORD, Words, fold, grams
 
-TEXTS = st.lists(st.text("ab1 ,.\n-_Ééßﬁ东京カ・ক্ষ한글Ａ①\U0001d7d9", max_size=40), max_size=6)
+TEXTS = st.lists(
+    st.text("ab1 ,.\n-_Ééßﬁ东京カ・ক্ষहिไทยี々한글Ａ①\U0001d7d9", max_size=40), max_size=6
+)
 
 
 def _slow(text: str, n: int) -> list[str]:

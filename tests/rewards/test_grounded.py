@@ -27,6 +27,8 @@ def earned(reply, answer):
         ("**Eskmar**", "Eskmar"),
         ("The answer is Eskmar.", "Eskmar"),
         ("Final answer: 26 November 1859", "26 November 1859"),
+        ("巴黎。", "巴黎"),
+        ("答案是：“巴黎”。", "巴黎"),
         (rf"The archive does not say. \boxed{{{NOT_FOUND}}}", NOT_FOUND),
         (r"\boxed{Not found.}", NOT_FOUND),
     ],

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from q3mega.data.tasks import generate
 from q3mega.data.tasks.general import call
+from q3mega.data.text import translations
 from q3mega.errors import UserError
 from q3mega.rewards import MODELS, TASK_REWARD, Verdict, reward, score
 from q3mega.rewards.mode import mode_of, reply
@@ -134,10 +135,37 @@ def test_repetition_is_the_share_of_new_triples():
     assert score("repetition", "good " * 100, {}).score == 1 / 98
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "我觉得这个问题很难。",
+        "これはとても難しいです。",
+        "คำถามนี้ยากมาก",
+        "यह कठिन है ",
+        "hahaha",
+        "🙂",
+    ],
+)
+def test_a_loop_is_one_with_or_without_spaces(said):
+    assert score("repetition", said * 200, {}).score < 0.2
+
+
+def test_fluent_chinese_repeats_as_little_as_english():
+    pairs = [pair for catalogue in translations("zh_Hans") for pair in catalogue]
+    english, chinese = (" ".join(dict.fromkeys(side)) for side in zip(*pairs, strict=True))
+    assert score("repetition", chinese, {}).score > score("repetition", english, {}).score - 0.1
+
+
 def test_language_is_the_share_of_letters_in_the_scripts_asked():
     english, japanese = user("Say tea."), user("お茶は何?")
     assert score("language", "tea 12!", english).score == 1.0
     assert score("language", "te茶", english).score == 2 / 3
+    chinese = user("圆的半径为 2，求它的面积。")
+    assert (
+        score("language", r"设 r=2，面积 𝑆=πr^2，即 $4\pi\text{ square}$ cm，ℝ。", chinese).score
+        > 0.9
+    )
+    assert score("language", "The area is four pi. 面积", chinese).score < 0.2
     assert score("language", "чай", english).score == 0.0
     assert score("language", "茶はチャ", japanese).score == 1.0
     assert score("language", "茶", user("1+1=?")).score == 1.0

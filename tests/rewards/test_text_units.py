@@ -2,9 +2,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from q3mega.data.language import script
 from q3mega.data.ngrams import WORD
-from q3mega.rewards.language import script, written_in
-from q3mega.rewards.text_units import code_blocks, occurrences, prose, sentences, visible, words
+from q3mega.rewards.language import written_in
+from q3mega.rewards.text_units import (
+    code_blocks,
+    is_question,
+    items,
+    occurrences,
+    prose,
+    sentences,
+    visible,
+    words,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +27,9 @@ from q3mega.rewards.text_units import code_blocks, occurrences, prose, sentences
         ("한국어는 좋다", ["한국어는", "좋다"]),
         ("snake_case l’eau 1,000", ["snake", "case", "l’eau", "1,000"]),
         ("_ - ' .", []),
+        ("ประเทศไทย", ["ประเ", "ทศไท", "ย"]),
+        ("မြန်မာစာ", ["မြန်မာစာ"]),
+        ("٣٫٥ كتاب", ["٣٫٥", "كتاب"]),
     ],
 )
 def test_words(text, found):
@@ -37,6 +50,10 @@ def test_words_are_those_of_the_corpus_where_that_has_no_marks_to_cut_at(text):
         ("我喜欢茶。“你呢？”好！", 3),
         ("مرحبا. كيف حالك؟ جيد!", 3),
         ("यह चाय है। वह दूध है॥", 2),
+        ("ဒါကလက်ဖက်ရည်။ဒါကနို့။", 2),
+        ("Τι είναι αυτό; Είναι τσάι.", 2),
+        ("This is tea; that is milk.", 1),
+        ("ይህ ሻይ ነው። ያ ወተት ነው፧", 2),
         ("# A title\nText without a stop\n\nMore\n- one\n- two. Three.\n1. Four", 7),
         ("all lower case. it ends anyway.", 2),
         ("See a.b.c and x.y", 1),
@@ -107,3 +124,38 @@ def test_written_in(text, code, found):
 
 def test_marks_of_a_script_are_letters_of_it():
     assert {script(c) for c in "茶かカー々"} == {"CJK"}
+
+
+@pytest.mark.parametrize(
+    ("text", "numbered", "bulleted"),
+    [
+        ("1、苹果\n2、梨", 2, 0),
+        ("（1）苹果\n（2）梨", 2, 0),
+        ("①りんご\n②なし", 2, 0),
+        ("１．りんご\n２．なし", 2, 0),
+        ("・りんご\n・なし", 0, 2),
+        ("١. تفاح\n٢. كمثرى", 2, 0),
+        ("3.5 kg\n-5 degrees\n1、5 and 2", 0, 0),
+    ],
+)
+def test_lists_have_the_marks_of_their_script(text, numbered, bulleted):
+    assert (len(items(text, numbered=True)), len(items(text, numbered=False))) == (
+        numbered,
+        bulleted,
+    )
+
+
+@pytest.mark.parametrize(
+    ("sentence", "asks"),
+    [
+        ("Why?", 1),
+        ("为什么？", 1),
+        ("لماذا؟", 1),
+        ("Γιατί;", 1),
+        ("So; yes;", 0),
+        ("Ինչո՞ւ։", 1),
+        ("ለምን፧", 1),
+    ],
+)
+def test_questions_of_every_script(sentence, asks):
+    assert is_question(sentence) == bool(asks)

@@ -42,7 +42,8 @@ class Rules(Section):
     language_probability: Fraction | None = 0.5  # at least; text only
     min_words: PositiveInt | None = 50
     max_words: PositiveInt | None = 100_000
-    mean_word: tuple[PositiveFloat, PositiveFloat] | None = (3, 10)  # letters
+    # letters of English; other languages get wider bounds (word_lengths.py)
+    mean_word: tuple[PositiveFloat, PositiveFloat] | None = (3, 10)
     symbols: Fraction | None = 0.1  # of # and ellipses, a word
     bullets: Fraction | None = 0.9  # of the lines
     ellipses: Fraction | None = 0.3  # of the lines, at their end

@@ -2,7 +2,8 @@
 
 The report's annotators are language models; these are counts of words and lines, cheap enough for
 a terabyte and as coarse. `label` sets them, `reject` says which rule of `Rules` a document breaks.
-The lexicons are English: text in another language is told by its signs and layout only.
+The lexicons are English: text in another language is told by its signs and layout only, and what
+depends on the length of words is scaled to the language (`word_lengths`).
 """
 
 import itertools
@@ -12,11 +13,14 @@ from collections.abc import Sequence
 
 from q3mega.data.curate.config import Rules
 from q3mega.data.curate.document import Document
+from q3mega.data.curate.word_lengths import ENGLISH, WORD_LENGTHS, bounds
 
 READ = 2000  # characters from the beginning, and from the middle, that tell domain and score
 BANDS = (("high", 0.6), ("medium", 0.4), ("low", 0.0))  # of the educational score, at least
 UNSPACED = {"zh", "ja", "th", "lo", "km", "my", "dz"}  # no spaces between words
 LETTERS_A_WORD = 2  # there
+_UNSPACED_SCALE = LETTERS_A_WORD / (ENGLISH + 1)  # characters of a sentence to those in English
+_PAIR = re.compile(rf"\w{{{LETTERS_A_WORD}}}")
 
 _CODE_LINE = re.compile(
     r"\s*(?:(?:def|class|import|from|return|if|elif|else|for|while|try|except|with|raise|assert|"
@@ -56,8 +60,8 @@ _BOILERPLATE = re.compile(
     r"all rights reserved|click here|subscribe (?:now|to our)|sign up|log ?in|add to cart|"
     r"free shipping|buy now|read more|share on (?:facebook|twitter)"
 )
-_BULLET = re.compile(r"\s*(?:[-*•‣▪◦·]|\d{1,3}[.)])\s")
-_SENTENCE = re.compile(r"[.!?。！？؟।…]+[\s\"')\]»”]*")
+_BULLET = re.compile(r"\s*(?:(?:[-*•‣▪◦·]|\d{1,3}[.)])\s|[・●○■□◆▶]|\d{1,3}[、．])")
+_SENTENCE = re.compile(r"[.!?。！？｡؟।॥۔።։។။…]+[\s\"')\]»”」』]*")
 _STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 
 
@@ -68,7 +72,7 @@ def label(documents: Sequence[Document]) -> list[str]:
         if len(part) > 2 * READ:  # code begins with prose, and papers with a page of names
             part = part[:READ] + part[middle : middle + READ]
         d.domain = domain(part)
-        d.education = education(part, d.domain)
+        d.education = education(part, d.domain, d.language)
         d.quality = next(band for band, least in BANDS if d.education >= least)
     return [""] * len(documents)
 
@@ -90,14 +94,15 @@ def domain(text: str) -> str:
     return "science" if len(_SCIENCE.findall(lower)) >= max(2, 0.03 * words) else "prose"
 
 
-def education(text: str, domain: str) -> float:
+def education(text: str, domain: str, language: str = "en") -> float:
     """How much a text looks like one that teaches, in [0, 1].
 
     The mean of signs that good explanations share (sentences of a readable length, a rich
     vocabulary, long words, words that explain), less frames of web pages and shouting; for code, of
-    comments, names and short lines.
+    comments, names and short lines. Where no spaces part words there are no long ones to count.
     """
-    words = text.split()
+    spaced = language not in UNSPACED
+    words = text.split() if spaced else _PAIR.findall(text)
     if not words:
         return 0.0
     lower = text.lower()
@@ -105,14 +110,13 @@ def education(text: str, domain: str) -> float:
         parts = _code_signs(text)
     else:
         sentences = max(1, len(_SENTENCE.findall(text)))
-        variety = len(set(lower.split())) / len(words) * min(1.0, len(words) / 100)
+        variety = len(set(map(str.lower, words))) / len(words) * min(1.0, len(words) / 100)
+        scale = WORD_LENGTHS.get(language, ENGLISH) / ENGLISH if spaced else _UNSPACED_SCALE
+        parts = [_peak(len(text) / sentences, 60 * scale, 160 * scale), min(1.0, variety / 0.7)]
+        if spaced:
+            parts.append(min(1.0, sum(len(w) > 6 * scale for w in words) / len(words) / 0.35))
         explains = len(_EXPLAINS.findall(lower)) + len(_FORMULA.findall(text))
-        parts = [
-            _peak(len(text) / sentences, 60, 160),
-            min(1.0, variety / 0.7),
-            min(1.0, sum(len(w) > 6 for w in words) / len(words) / 0.35),
-            min(1.0, explains / len(words) / 0.04),
-        ]
+        parts.append(min(1.0, explains / len(words) / 0.04))
     frames = len(_BOILERPLATE.findall(lower))
     shouts = text.count("!") + sum(len(w) > 3 and w.isupper() for w in words)
     return max(0.0, sum(parts) / len(parts) - 0.1 * frames - min(0.3, shouts / len(words)))
@@ -167,8 +171,8 @@ def _text(r: Rules, d: Document) -> str:
         return "language_probability"
     prose = d.domain in ("prose", "science", "conversation")  # formulas have words of their own
     if r.mean_word and spaced and prose:
-        mean = sum(map(len, words)) / len(words)
-        if not r.mean_word[0] <= mean <= r.mean_word[1]:
+        low, high = bounds(d.language, *r.mean_word)
+        if not low <= sum(map(len, words)) / len(words) <= high:
             return "mean_word"
     symbols = d.text.count("#") + d.text.count("...") + d.text.count("…")
     if r.symbols is not None and symbols > r.symbols * n:
