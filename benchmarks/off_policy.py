@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from q3mega.model.huggingface import shape_of
+from q3mega.model.config import shape_of
 from q3mega.recipe import ModelSpec
 
 RECIPE = Path(__file__).parent.parent / "examples" / "laptop.yaml"

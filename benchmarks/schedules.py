@@ -25,7 +25,7 @@ from q3mega.data.tasks.pool import Pool
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.layout import Layout
-from q3mega.model.huggingface import shape_of
+from q3mega.model.config import shape_of
 from q3mega.rollout import Completion, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.throughput import Rates, finish_times, pace

@@ -366,6 +366,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             print(
                 f"{name + suffix:<32} {found['value']:.3f}  "
                 f"[{found['low']:.3f}, {found['high']:.3f}]  {found['n']:>8}"
+                + (f"  {found['unjudged']:.1%} unjudged" if "unjudged" in found else "")
             )
     if out:
         out.write_text(json.dumps(results, indent=1) + "\n")

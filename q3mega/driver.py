@@ -27,7 +27,7 @@ from rich.table import Table
 
 from q3mega import report
 from q3mega.errors import UserError
-from q3mega.preflight import check_files
+from q3mega.preflight import check_files as _check_files
 from q3mega.recipe import Recipe
 from q3mega.sections import nearest
 
@@ -64,7 +64,7 @@ def run(
     run_dir = Path(run_dir)
     stages = _chosen(recipe, only, start)
     prepare(recipe, run_dir)
-    check_files(recipe)
+    _check_files(recipe)
     with _lock(run_dir), _Progress(recipe) as progress:
         for stage in stages:
             folder = recipe.stage_dir(run_dir, stage)

@@ -6,9 +6,10 @@ Problems are held out by a hash of their text; every number comes with n and a 9
 import itertools
 import math
 import random
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -41,24 +42,47 @@ MAX_TOKENS = 160  # of an answer to a held-out problem, or what the stage allows
 
 
 def proportion(outcomes: Iterable[float]) -> dict[str, float]:
-    """{value, n, low, high} of outcomes in [0, 1]: Wilson's 95 % interval (exact 0/1 or graded)."""
+    """{value, n, low, high} of outcomes: Wilson's 95 % interval where all are in [0, 1] (exact 0/1
+    or graded), else the normal one."""
     values = list(outcomes)
     n, p = len(values), sum(values) / max(1, len(values))
     if not n:
         return {"value": 0.0, "n": 0, "low": 0.0, "high": 1.0}
+    if min(values) < 0 or max(values) > 1:
+        half = Z95 * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
+        return {"value": p, "n": n, "low": p - half, "high": p + half}
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
     low, high = max(0.0, centre - half), min(1.0, centre + half)
     return {"value": p, "n": n, "low": min(low, p), "high": max(high, p)}  # rounding at 0 and 1
 
 
-def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> dict[str, float]:
-    """Unbiased pass@k over problems (Chen et al., 2107.03374): 1 - C(n-c, k) / C(n, k)."""
+def averages(scores: Sequence[Sequence[float | None]]) -> dict[str, float]:
+    """`proportion` of each problem's mean score over its tries; the interval counts problems.
+
+    What could not be judged (None) is left out, and `unjudged` is its share where there is any.
+    """
+    judged = [_judged(tries) for tries in scores]
+    means = proportion(statistics.fmean(tries) for tries in judged if tries)
+    asked, left = sum(map(len, scores)), sum(map(len, judged))
+    return means if left == asked else means | {"unjudged": 1 - left / asked}
+
+
+def pass_at_k(correct: Sequence[Sequence[bool | None]], k: int) -> dict[str, float]:
+    """Unbiased pass@k over problems (Chen et al., 2107.03374): 1 - C(n-c, k) / C(n, k).
+
+    A problem of which fewer than k tries could be judged is left out.
+    """
     values = []
-    for tries in correct:
+    for tries in map(_judged, correct):
         n, c = len(tries), sum(tries)
-        values.append(1.0 - math.comb(n - c, k) / math.comb(n, k))
+        if n >= k:
+            values.append(1.0 - math.comb(n - c, k) / math.comb(n, k))
     return proportion(values)
+
+
+def _judged(scores: Iterable[_T | None]) -> list[_T]:
+    return [score for score in scores if score is not None]
 
 
 def flagged(problem: Problem, mode: Mode | None) -> list[dict[str, Any]]:
@@ -77,14 +101,12 @@ class Answer:
     text: str
     max_tokens: int
 
-    @property
-    def correct(self) -> bool:
-        """Full marks from the problem's reward."""
+    @cached_property
+    def correct(self) -> bool | None:
+        """Full marks from the problem's reward; None where it cannot judge."""
         tokens = len(self.completion.tokens)
-        return (
-            judge_answer(self.problem, self.text, tokens=tokens, max_tokens=self.max_tokens).score
-            == 1.0
-        )
+        verdict = judge_answer(self.problem, self.text, tokens=tokens, max_tokens=self.max_tokens)
+        return None if verdict.score is None else verdict.score >= 1
 
     @property
     def answered(self) -> bool:
@@ -128,7 +150,7 @@ def graded(
     rows: Sequence[Mapping[str, Any]],
     params: SamplingParams,
     mode: Mode,
-) -> list[list[float]]:
+) -> list[list[float | None]]:
     """The scores of params.n answers to each row (`data.tasks.files`), by the rewards it names.
 
     Where a row's tools can be run an answer is an episode with them, scored on its last turn alone:
@@ -139,8 +161,11 @@ def graded(
     """
     rows = [with_schemas(row) for row in rows]
     problems = [files.as_problem(row, "rows") for row in rows]
-    for i, row in enumerate(rows):
-        _judged("", row, 0, params.max_tokens, i)
+    for number, row in enumerate(rows, 1):
+        try:
+            _scored("", row, 0, params.max_tokens)
+        except UserError as error:
+            raise UserError(f"row {number}: {error}") from error
     filled = [mode == "no_think" and "mode" not in listed(row["reward"]) for row in rows]
     texts = [
         render(
@@ -157,23 +182,20 @@ def graded(
     asked = [prompts[i] for i in each]
     episodes = run_episodes(sampler, tokenizer, asked, environments, params)
     scores = [
-        _judged(turns[-1], rows[i], sum(c.mask), params.max_tokens * len(turns), i)
+        _scored(turns[-1], rows[i], sum(c.mask), params.max_tokens * len(turns))
         for i, (c, turns) in zip(each, episodes, strict=True)
     ]
     return [scores[i : i + params.n] for i in range(0, len(scores), params.n)]
 
 
-def _judged(text: str, row: Mapping[str, Any], tokens: int, max_tokens: int, number: int) -> float:
+def _scored(text: str, row: Mapping[str, Any], tokens: int, max_tokens: int) -> float | None:
     given = {"tokens": tokens, "max_tokens": max_tokens} | dict(row)
-    try:
-        return score(row["reward"], text, given).score
-    except KeyError as error:
-        raise UserError(f"row {number + 1}: the reward {row['reward']} needs {error}") from error
+    return score(row["reward"], text, given).score
 
 
 def accuracy(found: Sequence[Sequence[Answer]]) -> dict[str, float]:
-    """Share of right answers, over problems and tries; the interval counts problems."""
-    return proportion(sum(a.correct for a in tries) / len(tries) for tries in found)
+    """Share of right answers, over problems and tries."""
+    return averages([[a.correct for a in tries] for tries in found])
 
 
 def thinking(
@@ -204,9 +226,12 @@ def thinking(
 
 
 def entropy_ratio(metrics: Path) -> dict[str, dict[str, float]]:
-    """Mean token entropy of the last ten RL steps over that of the first ten."""
+    """Mean token entropy of the last ten RL steps over that of the first ten; nothing where no step
+    had a token with a signal."""
     rows = whole_records(metrics)
     values = [row["entropy"] for row in rows if "entropy" in row]
+    if not values:
+        return {}
     ratio = float(np.mean(values[-10:]) / np.mean(values[:10]))
     return {"entropy_ratio": {"value": ratio, "n": len(values)}}
 

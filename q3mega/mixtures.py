@@ -16,7 +16,7 @@ from q3mega import driver, evaluate
 from q3mega.data.curate.dataset import Curated
 from q3mega.engine import Engine
 from q3mega.layout import Layout
-from q3mega.model.huggingface import shape_of
+from q3mega.model.config import shape_of
 from q3mega.recipe import Recipe
 from q3mega.settings import Pretrain
 

@@ -1,21 +1,29 @@
 """What is checked before a stage computes: rows of files, rewards, the sandbox."""
 
 import itertools
+import re
+from pathlib import Path
 
 from q3mega.data.tasks import Problem, files
 from q3mega.data.tasks.pool import Pool
 from q3mega.errors import UserError
+from q3mega.layout import check_layout
+from q3mega.model.config import shape_of
 from q3mega.recipe import Recipe
 from q3mega.rewards import MODELS, Verdict, judge_answer, listed, models_of, own, reward_of
 from q3mega.rewards.sandbox import confinement
 from q3mega.rollout.tools import environment
 from q3mega.settings import GeneralRL, ModeFusion
 
+LONGEST = 131_072  # tokens of a prompt: Qwen3's context, with YaRN
+_PIECE = re.compile(r"\d|[^\W\d_]+")  # each is a token or more: a digit, a run of letters
+
 
 def check_files(recipe: Recipe) -> None:
     """UserError for a row that a stage could not use, before any of them computes."""
     own.load(recipe.rewards)
     for problem in Pool(recipe.problems):
+        _check_length(problem)
         if models := models_of(problem):
             raise UserError(
                 f"problems: reward={models[0]} of {problem.question[:60]!r} asks a model, and "
@@ -26,14 +34,24 @@ def check_files(recipe: Recipe) -> None:
                 f"problems: {problem.question[:60]!r} has tools to run, and reasoning RL samples "
                 "one turn: give it to general_rl.problems"
             )
-        judge_answer(problem, "")
         _check_sandbox(problem)
+        _try_reward(problem)
+    check_checkpoints(recipe)
     for stage in recipe.stages.values():
         if isinstance(stage, ModeFusion):
             for name in stage.non_thinking:
                 files.answered(name)
         if isinstance(stage, GeneralRL):
             _check_tasks(stage)
+
+
+def check_checkpoints(recipe: Recipe) -> None:
+    """UserError for a named folder whose config.json asks for what is not computed here, or whose
+    model the stage's layout cannot split."""
+    for stage in recipe.stages.values():
+        for folder in (stage.init, getattr(stage, "teacher", None)):
+            if isinstance(folder, str) and (Path(folder) / "config.json").exists():
+                check_layout(stage.layout, shape_of(folder))
 
 
 def _check_tasks(stage: GeneralRL) -> None:
@@ -43,8 +61,9 @@ def _check_tasks(stage: GeneralRL) -> None:
     if not stage.problems:
         confinement()  # which one of the generated tasks needs
     for problem in itertools.chain.from_iterable(map(files.problems, stage.problems)):
+        _check_length(problem)
         _check_sandbox(problem)
-        judge_answer(problem, "", scored=dict.fromkeys(MODELS, Verdict(0.0, "not asked")))
+        _try_reward(problem)
         environment(problem)  # which its tools must be able to work on
         for name in models_of(problem):
             if not models[name]:
@@ -53,12 +72,28 @@ def _check_tasks(stage: GeneralRL) -> None:
                 )
     if stage.preference.file:
         files.pairs(stage.preference.file)
-    for row in files.answered(stage.judge_examples) if stage.judge_examples else ():
-        if not isinstance(row.get("right"), bool) or "answer" not in row:
-            raise UserError(
-                f"{stage.judge_examples}: a row needs answer, the reference, and right: true or "
-                f"false, not {row.get('right')!r}"
-            )
+    if stage.judge_examples:
+        files.judged(stage.judge_examples)
+
+
+def _check_length(problem: Problem) -> None:
+    """Whether a prompt is longer than any context, however it is tokenized."""
+    characters = sum(len(turn["content"]) for turn in problem.messages)
+    if characters < LONGEST:
+        return
+    tokens = sum(len(_PIECE.findall(turn["content"])) for turn in problem.messages)
+    if tokens > LONGEST:
+        at = f" ({problem.meta['where']})" if "where" in problem.meta else ""
+        raise UserError(
+            f"problems: {problem.question[:60]!r}{at} is {tokens} tokens long or more, and the "
+            f"longest context is {LONGEST}: shorten it, or leave the row out"
+        )
+
+
+def _try_reward(problem: Problem) -> None:
+    """What the rewards need of the row, and whether those of users get through an empty reply."""
+    scored = dict.fromkeys(MODELS, Verdict(0.0, "not asked"))
+    judge_answer(problem, "", tokens=0, max_tokens=1, scored=scored)
 
 
 def _check_sandbox(problem: Problem) -> None:

@@ -5,7 +5,7 @@ with a file or an override becomes a `UserError` of one line that names the dott
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,7 +26,7 @@ from pydantic import (
 
 from q3mega.errors import UserError
 from q3mega.layout import Layout, check_layout
-from q3mega.model.sizes import QWEN3, Qwen3Shape
+from q3mega.model.sizes import QWEN3, Qwen3Shape, rows_for
 from q3mega.sections import Section, explain, field_names, override, parse_yaml, short
 from q3mega.settings import (
     STAGES,
@@ -36,6 +36,28 @@ from q3mega.settings import (
     Pretrain,
     RLSettings,
     StageConfig,
+)
+
+# Fields that are paths, and those that are files or names of generated sets; of a map, its keys.
+PATHS = (
+    "rewards",
+    "tokenizer.path",
+    "stages.*.init",
+    "stages.*.teacher.path",
+    "stages.*.judge.path",
+    "stages.*.judge_model.path",
+    "stages.*.judge_examples",
+    "stages.*.preference.file",
+    "stages.*.engine.weights",
+    "stages.distill_off_policy.teacher",
+    "stages.distill_on_policy.teacher",
+)
+NAMES = (
+    "problems",
+    "stages.*.problems",
+    "stages.*.non_thinking",
+    "stages.*.mixture",
+    "stages.*.student_pretraining.mixture",
 )
 
 
@@ -85,8 +107,8 @@ class ModelSpec(Section):
         return self
 
     def shape(self, vocab: int = Qwen3Shape.vocab) -> Qwen3Shape:
-        """The table row, for a tokenizer of `vocab` entries (default: the released one)."""
-        return Qwen3Shape(vocab=vocab, **self.model_dump(exclude={"size"}))
+        """The table row, for a tokenizer of `vocab` ids (default: the released one)."""
+        return Qwen3Shape(vocab=rows_for(vocab), **self.model_dump(exclude={"size"}))
 
 
 class Slurm(Section):
@@ -195,7 +217,8 @@ class Recipe(Section):
 
         A path that begins with a stage's name is short for `stages.` before it. A file's `base`
         names another, beside it, which the file is laid over: sections are merged (a mixture is
-        replaced), null takes a field out, stages that the base has not come last.
+        replaced), null takes a field out, stages that the base has not come last. Paths are
+        relative to the file that names them, those of overrides to the working folder.
         """
         raw = _read(Path(path))
         for item in overrides:
@@ -208,6 +231,7 @@ class Recipe(Section):
                     raise UserError(f"override {short(item)}: the recipe has no stage {stage}")
                 field = f"stages.{field}"
             override(raw, field, parse_yaml(value, f"override {short(item)}"))
+        raw = _located(raw, Path.cwd())  # the overrides' paths: those of files are absolute by now
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
@@ -236,7 +260,9 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise UserError(f"recipe {path} must be a mapping of sections, not {short(raw)}")
-    if (base := raw.pop("base", None)) is None:
+    base = raw.pop("base", None)
+    raw = _located(raw, path.parent)
+    if base is None:
         return raw
     if not isinstance(base, str):
         raise UserError(f"recipe {path}: base={short(base)} must name a recipe file beside it")
@@ -244,6 +270,40 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if (path.parent / base).resolve() in above:
         raise UserError(f"recipe {path}: base={base} leads back to itself")
     return _merged(_read(path.parent / base, above), raw)
+
+
+def _located(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Raw fields in which every path is absolute, taken from `folder`."""
+    for field in PATHS:
+        raw = _changed(raw, field.split("."), lambda path: _absolute(path, folder))
+    for field in NAMES:
+        raw = _changed(raw, field.split("."), lambda name: _file(name, folder))
+    return raw
+
+
+def _changed(value: Any, field: Sequence[str], change: Callable[[str], str]) -> Any:
+    """`value` with a changed text, list of texts, or keys of a mapping, at a field below it."""
+    if field and isinstance(value, dict):
+        keys = value if field[0] == "*" else {field[0]} & value.keys()
+        return value | {key: _changed(value[key], field[1:], change) for key in keys}
+    if field or isinstance(value, str):
+        return value if field else change(value)
+    if isinstance(value, list):
+        return [_changed(each, (), change) for each in value]
+    if isinstance(value, dict):
+        return {_changed(key, (), change): each for key, each in value.items()}
+    return value
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return os.path.abspath(folder / os.path.expanduser(path))
+
+
+def _file(name: str, folder: Path) -> str:
+    """The name of a generated set or kind, which has neither dot nor slash; else a path."""
+    if (path := name.removeprefix("curated:")) != name:
+        return f"curated:{_absolute(path, folder)}"
+    return _absolute(name, folder) if "." in name or "/" in name else name
 
 
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

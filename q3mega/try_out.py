@@ -17,7 +17,8 @@ from q3mega.engine import Engine
 from q3mega.errors import UserError
 from q3mega.keys import key_of
 from q3mega.layout import Layout, check_layout
-from q3mega.model.huggingface import dtype_of, shape_of
+from q3mega.model.config import dtype_of, shape_of
+from q3mega.model.reader import Reader
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
 from q3mega.rollout.gap import Gap, Record, between, measure, record
@@ -34,7 +35,8 @@ class Checkpoint:
     def __init__(self, folder: str | Path, *, batch: int = 512) -> None:
         """batch: sequences decoded at once."""
         self.tokenizer = Tokenizer(folder)
-        engine = Engine(shape_of(folder), Layout(processes=1), seed=0)
+        ids = self.tokenizer.vocab_size
+        engine = Engine(shape_of(folder), Layout(processes=1), seed=0, ids=ids)
         engine.load_hf(folder)
         self.sampler = InProcessSampler(engine, self.tokenizer, max_batch=batch)
 
@@ -97,7 +99,7 @@ def gap_to(
     params = SamplingParams(max_tokens, seed=seed, routes=routes)
     tokenizer = Tokenizer(folder)
     servers = ServerSampler(urls, tokenizer, kind=kind)
-    engine = _engine(folder, Layout(processes=1))
+    engine = _engine(folder, Layout(processes=1), tokenizer)
     drawn = Pool().held_out(problems)
     prompts = [tokenizer.encode(render(p.messages, add_generation_prompt=True)) for p in drawn]
     return measure(engine, servers, prompts, params)
@@ -118,7 +120,8 @@ def gap_of_layouts(
         except (OSError, ValueError) as error:
             said = str(error).splitlines()[0]
             raise UserError(f"--against {against} is no record of gap --record: {said}") from None
-    engine, tokenizer = _engine(folder, layout), Tokenizer(folder)
+    tokenizer = Tokenizer(folder)
+    engine = _engine(folder, layout, tokenizer)
     texts = [
         render(p.messages, add_generation_prompt=True) + thinking_text(solve(p)) + p.answer
         for p in Pool().held_out(problems)
@@ -135,29 +138,29 @@ def teach(
     """Be the teacher of other jobs' students: every rank of this job calls. See `serve`."""
     if network and not key_env:
         raise UserError("--network lets other machines in: name a key's variable in --key-env")
-    key, digest = key_of("--key-env", key_env).encode(), Tokenizer(folder).digest()
-    engine = _engine(folder, layout)
-    serve(engine, digest, port=port, key=key, network=network, idle=idle)
+    key, tokenizer = key_of("--key-env", key_env).encode(), Tokenizer(folder)
+    engine = _engine(folder, layout, tokenizer)
+    serve(engine, tokenizer.digest(), port=port, key=key, network=network, idle=idle)
 
 
-def _engine(folder: str | Path, layout: Layout) -> Engine:
+def _engine(folder: str | Path, layout: Layout, tokenizer: Tokenizer) -> Engine:
     """A frozen checkpoint in its own precision."""
     shape = shape_of(folder)
     check_layout(layout, shape)
-    engine = Engine(shape, layout, seed=0, dtype=dtype_of(folder))
+    dtype = dtype_of(folder) or Reader(Path(folder), shape).dtype()
+    engine = Engine(shape, layout, seed=0, dtype=dtype, ids=tokenizer.vocab_size)
     engine.load_hf(folder)
     return engine
 
 
 def _summary(
-    task: str, rows: Sequence[files.Row], scores: Sequence[Sequence[float]]
+    task: str, rows: Sequence[files.Row], scores: Sequence[Sequence[float | None]]
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    means = [sum(tries) / len(tries) for tries in scores]
-    yield f"{task} score", evaluate.proportion(means)
+    yield f"{task} score", evaluate.averages(scores)
     groups = [row.get("group") for row in rows]
     for group in sorted({str(g) for g in groups if g is not None}):
-        members = [m for m, g in zip(means, groups, strict=True) if str(g) == group]
-        yield f"{task}/{group}", evaluate.proportion(members)
+        members = [tries for tries, g in zip(scores, groups, strict=True) if str(g) == group]
+        yield f"{task}/{group}", evaluate.averages(members)
     if (tries := len(scores[0])) > 1:
-        passed = [[score == 1 for score in found] for found in scores]
+        passed = [[None if score is None else score >= 1 for score in some] for some in scores]
         yield f"{task} pass@{tries}", evaluate.pass_at_k(passed, tries)

@@ -12,7 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
+from q3mega import device  # noqa: F401
+
+# isort: split
 from q3mega.cli import main
+from q3mega.convert import _compare
+from q3mega.errors import UserError
+from q3mega.layout import Layout
+from q3mega.model.config import shape_of
 
 COMMON = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
@@ -131,6 +138,101 @@ def test_a_wrong_layout_is_named(sources, tmp_path, capsys, words, message):
     target = str(tmp_path / "mcore")
     assert main(["convert", "hf-to-mcore", str(sources["tied"]), target, *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def in_bf16(sources, tmp_path) -> Path:
+    """The untied model as the released ones are: every tensor in bfloat16."""
+    return changed(sources["untied"], tmp_path / "bf16", torch.bfloat16, "bfloat16")
+
+
+def changed(source: Path, folder: Path, to: torch.dtype, declared: str, only: str = "") -> Path:
+    """`source` with the tensors whose names hold `only` in another precision."""
+    folder.mkdir()
+    raw = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"dtype": declared}))
+    moved = {n: t.to(to) if only in n else t for n, t in tensors(source).items()}
+    save_file(moved, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def there_and_back(source: Path, folder: Path) -> tuple[Path, Path]:
+    mcore, hf = folder / "mcore", folder / "back"
+    assert main(["convert", "hf-to-mcore", str(source), str(mcore)]) == 0
+    assert main(["convert", "mcore-to-hf", str(mcore), str(hf), "--verify"]) == 0
+    return mcore, hf
+
+
+@pytest.mark.parametrize(
+    ("to", "declared", "only", "kept"),
+    [
+        (torch.bfloat16, "bfloat16", "", torch.bfloat16),
+        (torch.bfloat16, "float32", "", torch.bfloat16),  # the tensors count, not the config
+        (torch.float32, "bfloat16", "", torch.float32),
+        (torch.bfloat16, "bfloat16", "proj", torch.float32),  # norms and embedding in fp32
+        (torch.float16, "float16", "", torch.float32),
+    ],
+)
+def test_no_bit_is_lost_whatever_the_config_says(
+    sources, tmp_path, capsys, to, declared, only, kept
+):
+    source = changed(sources["untied"], tmp_path / "hf", to, declared, only)
+    _, hf = there_and_back(source, tmp_path)
+    before, after = tensors(source), tensors(hf)
+    assert before.keys() == after.keys() and {t.dtype for t in after.values()} == {kept}
+    assert all(torch.equal(before[name].to(kept), after[name]) for name in before)
+    name = str(kept).removeprefix("torch.")
+    assert json.loads((hf / "config.json").read_text())["dtype"] == name
+    as_declared = name == declared and not only
+    assert (f"kept as {name}" in capsys.readouterr().out) != as_declared
+
+
+def test_bf16_logits_are_compared_in_fp32(in_bf16, tmp_path, capsys):
+    """bf16 products would differ by their rounding, 1e-2 and more, which hides what is wrong."""
+    words = ["convert", "hf-to-mcore", str(in_bf16), str(tmp_path / "mcore"), "--verify"]
+    assert main(words) == 0
+    apart = float(capsys.readouterr().out.rpartition("at most ")[2].split()[0])
+    assert apart < 1e-5
+
+
+def test_verify_fails_on_other_weights_and_leaves_nothing(in_bf16, tmp_path, capsys, monkeypatch):
+    mcore, _ = there_and_back(in_bf16, tmp_path)
+    other = changed(in_bf16, tmp_path / "other", torch.bfloat16, "bfloat16")
+    weights = tensors(in_bf16)
+    weights["model.norm.weight"] *= 1.01
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"other: logits are .* apart"):
+        _compare(mcore, other, shape_of(other), Layout(processes=1))
+    monkeypatch.setattr("q3mega.convert.NEAR", 0.0)  # below what fp32 can do
+    before = sorted(tmp_path.iterdir())
+    for direction, source in (("hf-to-mcore", in_bf16), ("mcore-to-hf", mcore)):
+        assert main(["convert", direction, str(source), str(tmp_path / "new"), "--verify"]) == 2
+        assert "apart" in capsys.readouterr().err
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_conversion_that_is_refused_leaves_nothing(sources, tmp_path, capsys):
+    source = tmp_path / "hf"
+    source.mkdir()
+    (source / "config.json").write_bytes((sources["untied"] / "config.json").read_bytes())
+    weights = tensors(sources["untied"])
+    del weights["model.norm.weight"]
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    assert main(["convert", "hf-to-mcore", str(source), str(tmp_path / "mcore")]) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+def test_an_odd_vocabulary_is_filled_up_and_cut_again(tmp_path):
+    """97 rows over two ranks, and over one: what comes back has 97."""
+    torch.manual_seed(0)
+    config = Qwen3Config(**COMMON | {"vocab_size": 97}, tie_word_embeddings=False)
+    source, mcore, hf = (tmp_path / name for name in ("hf", "mcore", "back"))
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    convert("hf-to-mcore", source, mcore, "tensor=2", 2)
+    assert main(["convert", "mcore-to-hf", str(mcore), str(hf), "--verify"]) == 0
+    before, after = tensors(source), tensors(hf)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_nothing_is_overwritten(sources, tmp_path, capsys):

@@ -160,6 +160,17 @@ def test_only_and_from(recipe: Recipe, tmp_path: Path) -> None:
         go(recipe, tmp_path / "run", only="cold_stat")
 
 
+def test_a_checkpoint_of_another_function_is_refused_first(recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    config = {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    last = Recipe.load(tmp_path / "tiny.yaml", [f"cold_start.init={folder}"])
+    with pytest.raises(UserError, match="use_sliding_window"):
+        go(last, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*-pretrain_general"))
+
+
 def test_another_recipe_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     go(recipe, tmp_path / "run")
     other = Recipe.load(tmp_path / "tiny.yaml", ["cold_start.lr=0.5", "seed=8"])

@@ -1,6 +1,7 @@
 """Intervals and pass@k against their definitions."""
 
 import itertools
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from q3mega.data import corpus
 from q3mega.data.tasks.pool import Pool
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
-from q3mega.evaluate import expert_load, pass_at_k, proportion
+from q3mega.evaluate import averages, expert_load, pass_at_k, proportion
 
 
 def test_wilson_interval_of_a_known_case():
@@ -35,6 +36,27 @@ def test_pass_at_k_counts_subsets(tries, k):
     subsets = list(itertools.combinations(tries, k))
     expected = sum(any(s) for s in subsets) / len(subsets)
     assert pass_at_k([tries], k)["value"] == pytest.approx(expected)
+
+
+@given(st.lists(st.lists(st.none() | st.floats(-3, 3), min_size=1, max_size=4), min_size=1))
+def test_averages_leave_out_what_could_not_be_judged(scores):
+    judged = [[s for s in tries if s is not None] for tries in scores]
+    found, means = averages(scores), [statistics.fmean(tries) for tries in judged if tries]
+    assert found["n"] == len(means)
+    assert found["value"] == pytest.approx(statistics.fmean(means) if means else 0.0, abs=1e-12)
+    assert found["low"] <= found["value"] <= found["high"]
+    share = 1 - sum(map(len, judged)) / sum(map(len, scores))
+    assert found.get("unjudged", 0.0) == pytest.approx(share)
+
+
+def test_the_interval_of_scores_below_0_is_the_normal_one():
+    found = proportion([-1.0, 1.0] * 50)
+    assert found["high"] == -found["low"] == pytest.approx(1.959964 / 99**0.5)
+
+
+def test_pass_at_k_needs_k_judged_tries():
+    tries = [[True, None, False], [None, None, True], [None] * 3]
+    assert pass_at_k(tries, 2) == proportion([1.0])
 
 
 def test_held_out_problems_are_held_out():

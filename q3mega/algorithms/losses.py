@@ -41,7 +41,11 @@ def _weighted(values: Tensor, batch: Batch) -> Tensor:
 def supervised(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative log-likelihood of the weighted tokens; `entropy` is their mean (token aggregate)."""
     logprob, entropy = ops.linear_logprob(
-        head.hidden, head.weight, batch.targets, tp_group=head.tp_group
+        head.hidden,
+        head.weight,
+        batch.targets,
+        valid_vocab=head.valid_vocab,
+        tp_group=head.tp_group,
     )
     return -(logprob * batch.loss_weights).sum(), {"entropy": _weighted(entropy, batch)}
 
@@ -60,6 +64,7 @@ def policy_gradient(**settings: Any) -> LossFn:
             ref_logprobs=columns.get("ref_logprobs"),
             loss_weights=batch.loss_weights,
             seq_ids=batch.seq_ids,
+            valid_vocab=head.valid_vocab,
             tp_group=head.tp_group,
             cp_group=head.cp_group,
             **settings,
@@ -115,6 +120,7 @@ def _divergence(
             divergence=divergence,
             temperature=temperature,
             loss_weights=batch.loss_weights,
+            valid_vocab=head.valid_vocab,
             tp_group=head.tp_group,
         )
         return out.loss, {}

@@ -105,7 +105,8 @@ class Tokenizer:
         self._added = {spelling: i for i, spelling in self._spelling.items()}
         longest_first = sorted(self._added, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        entries = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(entries.values()) + 1  # some leave ids out
         self.eod, self.eos = self.id("<|endoftext|>"), self.id("<|im_end|>")
         self.think_open, self.think_close = self.id("<think>"), self.id("</think>")
 

@@ -231,8 +231,9 @@ def _crc(path: Path) -> int:
 
 
 def complete(folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name))
+    """Published checkpoints, the lowest step first: names have six digits, or more."""
+    steps = (p for p in folder.glob("step_*") if re.fullmatch(r"step_[0-9]+", p.name))
+    return sorted(steps, key=lambda p: int(p.name.removeprefix("step_")))
 
 
 def load_latest(engine: Any, folder: Path) -> tuple[int, dict[str, Any]] | None:

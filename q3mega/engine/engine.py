@@ -44,21 +44,24 @@ from q3mega.ops import vocab
 class Head:
     """What a loss sees: final hidden states (T, H), lm_head weight (V / TP, H), its TP group, and
     the group over which the documents of the batch are cut.
+
+    valid_vocab: ids that the tokenizer has; rows of the lm_head from there on stand for nothing.
     """
 
     hidden: Tensor
     weight: Tensor
     tp_group: dist.ProcessGroup | None
     cp_group: dist.ProcessGroup | None = None
+    valid_vocab: int | None = None
 
     def logits(self) -> Tensor:
-        """(T, V) fp32, of the whole vocabulary: for a few rows to sample from or to compare."""
+        """(T, ids) fp32, of the whole vocabulary: for a few rows to sample from or to compare."""
         own = (self.hidden @ self.weight.T).float()
         if self.tp_group is None:
-            return own
+            return own[:, : self.valid_vocab]
         shards = [torch.empty_like(own) for _ in range(self.tp_group.size())]
         dist.all_gather(shards, own, group=self.tp_group)
-        return torch.cat(shards, -1)
+        return torch.cat(shards, -1)[:, : self.valid_vocab]
 
     def rows(self, ids: Tensor) -> Tensor:
         """(n, H) the lm_head's rows of the ids, whichever rank holds them; differentiable."""
@@ -75,7 +78,11 @@ _T = TypeVar("_T")
 
 
 class Engine:
-    """One model. `optimizer=None` builds a frozen one (reference policy, teacher, judge)."""
+    """One model. `optimizer=None` builds a frozen one (reference policy, teacher, judge).
+
+    ids: of the tokenizer, where the embedding has more rows: the others have no mass in any loss
+    and are never sampled. UserError for a tokenizer of more ids than rows.
+    """
 
     def __init__(
         self,
@@ -87,12 +94,19 @@ class Engine:
         optimizer: OptimizerSpec | None = None,
         dtype: torch.dtype = torch.float32,
         fp8: bool = False,
+        ids: int | None = None,
     ) -> None:
+        if ids is not None and ids > shape.vocab:
+            raise UserError(
+                f"the tokenizer has {ids} ids, the model's embedding {shape.vocab} rows: take the "
+                "model's own tokenizer, or resize the model with transformers first"
+            )
+        self.ids = ids
         self.shape, self.layout, self.spec = shape, layout, optimizer
         parallel.initialise(layout, seed)
         fields = parallel.config_fields(layout, shape.layers)
         self.config = transformer_config(shape, dtype=dtype, fp8=fp8, **fields)
-        positions = positions or Positions(shape.rope_base)
+        positions = positions or Positions(shape.rope_base, shape.yarn)
         stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
         self.chunks = [build_model(shape, self.config, positions, stage) for stage in stages]
         self.routing = Routing(shape.experts, shape.topk) if shape.experts else None
@@ -130,7 +144,7 @@ class Engine:
 
     def load_hf(self, folder: str | Path) -> None:
         """Weights from a Hugging Face folder of this shape."""
-        huggingface.load(self.chunks, self.shape, folder)
+        huggingface.load(self.chunks, self.shape, folder, self.ids)
         self.changes += 1
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
@@ -140,14 +154,18 @@ class Engine:
 
         lm_head: write it where it is tied, too.
         """
-        base = self.positions.base
-        huggingface.save(
-            self.chunks, self.shape, folder, rope_base=base, tokens=tokens, lm_head=lm_head
-        )
+        at = self.positions
+        shape = replace(self.shape, rope_base=at.base, yarn=at.yarn)
+        huggingface.save(self.chunks, shape, folder, tokens=tokens, lm_head=lm_head)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What `save_hf` writes, on rank 0: see `huggingface.whole`. Every rank consumes it."""
         return huggingface.whole(self.chunks, self.shape)
+
+    @property
+    def valid_vocab(self) -> int:
+        """Ids that the model can say: the rows that a layout adds are none either."""
+        return self.shape.vocab if self.ids is None else self.ids
 
     @property
     def positions(self) -> Positions:
@@ -223,7 +241,7 @@ class Engine:
 
         def loss_func(part: Part, out: Head) -> tuple[Tensor, Tensor, Any]:
             zero = out.hidden.new_zeros(())
-            whole = Head(part.whole(out.hidden), out.weight, out.tp_group)
+            whole = replace(out, hidden=part.whole(out.hidden), cp_group=None)
             return zero, torch.tensor(1, dtype=torch.int), fn(whole, part.original)
 
         found = self._forward(parts, loss_func, forward_only=True)[: len(batches)]
@@ -244,7 +262,7 @@ class Engine:
         def head(hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Head:
             weight = output_layer.weight if output_weight is None else output_weight
             hidden = self.gathered(hidden_states)[:, 0]
-            return Head(hidden, weight, self.tp_group, self.cp_group)
+            return Head(hidden, weight, self.tp_group, self.cp_group, self.valid_vocab)
 
         def forward_step(parts: Iterator[Part], module: Any) -> tuple[Any, Any]:
             part = next(parts).to(device.device())  # one at a time: its columns may be wide

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from q3mega import ops
+from q3mega.model.sizes import Yarn
 from q3mega.ops import rotary
 from q3mega.ops.context_parallel import context_parallel_attention
 
@@ -28,26 +29,32 @@ PLAIN = 1 << 30  # a chunk that no sequence outgrows: dual-chunk attention is th
 class Positions:
     """How token indices become angles.
 
-    base: RoPE base. yarn_factor: context extension over `original_length` (1 = none).
-    chunk_size, local_size: dual-chunk attention (PLAIN, 1 = ordinary attention).
+    base: RoPE base. yarn: an extended context. chunk_size, local_size: dual-chunk attention
+    (PLAIN, 1 = ordinary attention).
     """
 
     base: float
-    yarn_factor: float = 1.0
-    original_length: int = 32_768
+    yarn: Yarn | None = None
     chunk_size: int = PLAIN
     local_size: int = 1
 
     def inv_freq(self, head_dim: int) -> Tensor:
         """(head_dim / 2,) radians a token."""
-        if self.yarn_factor == 1.0:
+        if self.yarn is None:
             return rotary.inv_freq(head_dim, self.base)
-        return rotary.yarn_inv_freq(head_dim, self.base, self.yarn_factor, self.original_length)
+        return rotary.yarn_inv_freq(
+            head_dim, self.base, self.yarn.factor, self.yarn.original_length,
+            self.yarn.beta_fast, self.yarn.beta_slow, truncate=self.yarn.truncate,
+        )  # fmt: skip
 
     @property
     def logit_scale(self) -> float:
         """YaRN's temperature: both rotated operands carry its factor, so logits have the square."""
-        return rotary.yarn_attention_factor(self.yarn_factor) ** 2
+        if self.yarn is None:
+            return 1.0
+        if self.yarn.attention_factor is not None:
+            return self.yarn.attention_factor**2
+        return rotary.yarn_attention_factor(self.yarn.factor) ** 2
 
 
 class KVCache:

@@ -12,7 +12,8 @@ from q3mega import device
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,21 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from q3mega.errors import UserError
-from q3mega.model.sizes import Qwen3Shape
+from q3mega.model import config
+from q3mega.model.config import shape_of
+from q3mega.model.reader import EMBEDDING, INDEX, LM_HEAD, SINGLE, Reader
+from q3mega.model.sizes import Qwen3Shape, rows_over
 
 _TOP = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "embedding.word_embeddings.weight": EMBEDDING,
     "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
+    "output_layer.weight": LM_HEAD,
 }
+_OF_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _LAYER = {
     "input_layernorm.weight": "input_layernorm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
@@ -43,12 +47,10 @@ _LAYER = {
 }
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
 _GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")  # Transformer Engine's
-_Read = Callable[[str], Tensor]
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 FILE_BYTES = 4 << 30  # of one file, and of what a rank holds of it at once
 
 
-def _merge(name: str, prefix: str, shape: Qwen3Shape, read: _Read) -> Tensor:
+def _merge(name: str, prefix: str, shape: Qwen3Shape, read: Reader) -> Tensor:
     """The full megatron tensor of a layer parameter, from Hugging Face tensors under `prefix`."""
     if name == "self_attention.linear_qkv.weight":
         groups, dim = shape.kv_heads, shape.head_dim
@@ -57,6 +59,10 @@ def _merge(name: str, prefix: str, shape: Qwen3Shape, read: _Read) -> Tensor:
     if name == "mlp.linear_fc1.weight":
         return torch.cat([read(f"{prefix}mlp.{p}_proj.weight") for p in ("gate", "up")])
     if match := _EXPERT.fullmatch(name):
+        stacked = f"{prefix}mlp.experts."
+        stacked += "down_proj" if match[2] == "linear_fc2" else "gate_up_proj"
+        if stacked in read:
+            return read(stacked, int(match[1]))
         expert = f"{prefix}mlp.experts.{match[1]}."
         if match[2] == "linear_fc2":
             return read(f"{expert}down_proj.weight")
@@ -110,10 +116,7 @@ def _shard_dim(name: str) -> int | None:
     """The dimension cut by tensor parallelism. None: every rank holds the whole."""
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return 1
-    if name.endswith(("linear_qkv.weight", "linear_fc1.weight")) or name in (
-        "embedding.word_embeddings.weight",
-        "output_layer.weight",
-    ):
+    if name.endswith(("linear_qkv.weight", "linear_fc1.weight")) or name in _OF_VOCABULARY:
         return 0
     return None
 
@@ -122,6 +125,8 @@ def _shard(name: str, full: Tensor) -> Tensor:
     dim, group = _shard_dim(name), _shard_group(name)
     if dim is None or group.size() == 1:
         return full
+    if name in _OF_VOCABULARY:
+        full = _rows(full, rows_over(len(full), group.size()))
     parts = full.chunk(2) if name.endswith("linear_fc1.weight") else (full,)  # gate and up apart
     return torch.cat([p.chunk(group.size(), dim)[group.rank()] for p in parts])
 
@@ -145,78 +150,23 @@ def _of_all_ranks(item: Any) -> list[Any]:
     return boxes
 
 
-class _Reader:
-    """Tensors of a Hugging Face folder by name, one or many files; remembers what was asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.used = folder, set[str]()
-        index = folder / _INDEX
-        files = (
-            sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if index.exists()
-            else []
-        )
-        self.where: dict[str, Any] = {}
-        for file in files or [_SINGLE]:
-            path = folder / file
-            if not path.exists():
-                raise UserError(
-                    f"checkpoint {folder} has no {file}: give a Hugging Face model folder"
-                )
-            try:
-                handle = safe_open(str(path), framework="pt")
-            except SafetensorError as error:
-                raise UserError(
-                    f"checkpoint {path} is damaged ({error}): restore or rebuild it"
-                ) from None
-            self.where.update(dict.fromkeys(handle.keys(), handle))
-
-    def __call__(self, name: str) -> Tensor:
-        if name not in self.where:
-            raise UserError(f"checkpoint {self.folder} lacks tensor {name}: is it a Qwen3 model?")
-        self.used.add(name)
-        return self.where[name].get_tensor(name)
-
-    def check_leftovers(self, tied: bool) -> None:
-        """Raise UserError for tensors that no rank has asked for. Every rank calls."""
-        asked = _of_all_ranks(self.used)
-        copies = {"lm_head.weight"} if tied else set()
-        left = sorted(self.where.keys() - set().union(*asked) - copies)
-        if left:
-            raise UserError(
-                f"checkpoint {self.folder} has {len(left)} tensors without a place in this model "
-                f"({', '.join(left[:3])}): is it a Qwen3 model, and whole?"
-            )
+def _rows(full: Tensor, rows: int) -> Tensor:
+    """(rows, H) of a matrix over the vocabulary: cut, or filled up by zeros."""
+    if len(full) >= rows:
+        return full[:rows]
+    return torch.cat([full, full.new_zeros(rows - len(full), full.shape[1])])
 
 
-def audit(folder: Path, shape: Qwen3Shape) -> dict[str, str]:
-    """Every tensor of the folder and of the shape, by name: "mapped", "missing" or "left over"."""
-    held, wanted = set(_Reader(folder).where), set(_names(shape))
-    if shape.tied:  # some write a copy of the embedding, too
-        wanted |= held & {_TOP["output_layer.weight"]}
-    states = {name: "mapped" if name in wanted else "left over" for name in held}
-    return dict(sorted((states | dict.fromkeys(wanted - held, "missing")).items()))
-
-
-def _names(shape: Qwen3Shape) -> Iterator[str]:
-    yield from (name for ours, name in _TOP.items() if ours != "output_layer.weight")
-    if not shape.tied:
-        yield _TOP["output_layer.weight"]
-    inside = [name for ours, name in _LAYER.items() if not ours.startswith("mlp.")]
-    inside += [f"self_attn.{p}_proj.weight" for p in "qkv"]
-    inside += [_LAYER["mlp.router.weight"]] if shape.experts else []
-    wide = [f"mlp.experts.{e}." for e in range(shape.experts)] or ["mlp."]
-    inside += [f"{mlp}{p}_proj.weight" for mlp in wide for p in ("gate", "up", "down")]
-    yield from (f"model.layers.{i}.{name}" for i in range(shape.layers) for name in inside)
-
-
-def load(models: list[Any], shape: Qwen3Shape, folder: str | Path) -> None:
+def load(models: list[Any], shape: Qwen3Shape, folder: str | Path, ids: int | None = None) -> None:
     """Fill this rank's part of the model from a Hugging Face folder; every rank calls.
 
+    ids: of the tokenizer. Rows beyond them stand for nothing: a folder may have more or fewer.
     Raises UserError for another shape, a missing tensor, and one that has no place in the model.
     """
     folder = Path(folder)
     found = shape_of(folder)
+    if ids is not None and min(found.vocab, shape.vocab) >= ids:
+        found = replace(found, vocab=shape.vocab)
     width = "moe_ffn" if shape.experts else "ffn"
     for field in (
         "layers",
@@ -226,8 +176,11 @@ def load(models: list[Any], shape: Qwen3Shape, folder: str | Path) -> None:
         "head_dim",
         "vocab",
         "tied",
+        "norm_eps",
+        "yarn",
         "experts",
         width,
+        *(("topk", "norm_topk") if shape.experts else ()),
     ):
         have, want = getattr(found, field), getattr(shape, field)
         if have != want:
@@ -235,7 +188,8 @@ def load(models: list[Any], shape: Qwen3Shape, folder: str | Path) -> None:
                 f"checkpoint {folder} has {field}={have} but the recipe's model has {field}={want}"
                 ": change the model section or start from a checkpoint of this shape"
             )
-    read = _Reader(folder)
+    read = Reader(folder, shape_of(folder))
+    read.check_tied()
     with torch.no_grad():
         for model in models:
             for name, prefix, tensor in _parameters(model):
@@ -243,14 +197,10 @@ def load(models: list[Any], shape: Qwen3Shape, folder: str | Path) -> None:
                     full = read(_TOP["embedding.word_embeddings.weight"])
                 else:
                     full = read(_TOP[name]) if name in _TOP else _merge(name, prefix, shape, read)
-                part = _shard(name, full)
-                if part.shape != tensor.shape:
-                    raise UserError(
-                        f"checkpoint {folder}: {prefix}{name} would be {tuple(part.shape)} and "
-                        f"must be {tuple(tensor.shape)}; its tensors do not fit its config.json"
-                    )
-                tensor.copy_(part)
-    read.check_leftovers(shape.tied)
+                if name in _OF_VOCABULARY:
+                    full = _rows(full, shape.vocab)
+                tensor.copy_(_shard(name, full))
+    read.check_leftovers(set().union(*_of_all_ranks(read.used)))
 
 
 def _spoken(models: list[Any], shape: Qwen3Shape) -> Iterator[list[tuple[str, Tensor]]]:
@@ -262,6 +212,8 @@ def _spoken(models: list[Any], shape: Qwen3Shape) -> Iterator[list[tuple[str, Te
             if not _speaks(name) or (name == "output_layer.weight" and shape.tied):
                 yield []
                 continue
+            if name in _OF_VOCABULARY:
+                full = full[: shape.vocab]
             parts = [(_TOP[name], full)] if name in _TOP else _split(name, prefix, shape, full)
             yield [(n, t.contiguous()) for n, t in parts]
 
@@ -298,81 +250,11 @@ def _speaks(name: str) -> bool:
     return copies == 0 and _shard_group(name).rank() == 0
 
 
-def config_of(
-    shape: Qwen3Shape, rope_base: float, tokens: dict[str, int], dtype: torch.dtype
-) -> Any:
-    """The transformers config of a shape; tokens: eos_token_id, pad_token_id."""
-    from transformers import Qwen3Config, Qwen3MoeConfig
-
-    common: dict[str, Any] = {
-        "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "max_position_embeddings": shape.max_positions,
-        "rms_norm_eps": shape.norm_eps,
-        "tie_word_embeddings": shape.tied,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope_base},
-        "dtype": str(dtype).removeprefix("torch."),
-        **tokens,
-    }
-    if not shape.experts:
-        return Qwen3Config(architectures=["Qwen3ForCausalLM"], **common)
-    return Qwen3MoeConfig(
-        architectures=["Qwen3MoeForCausalLM"],
-        moe_intermediate_size=shape.moe_ffn,
-        num_experts=shape.experts,
-        num_experts_per_tok=shape.topk,
-        norm_topk_prob=True,
-        router_aux_loss_coef=shape.balance,
-        **common,
-    )
-
-
-def shape_of(folder: str | Path) -> Qwen3Shape:
-    """The shape that a Hugging Face folder's config.json declares."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder} is no Hugging Face checkpoint: it has no config.json")
-    c = json.loads(path.read_text())
-    rope = c.get("rope_parameters") or {}
-    return Qwen3Shape(
-        layers=c["num_hidden_layers"],
-        hidden=c["hidden_size"],
-        heads=c["num_attention_heads"],
-        kv_heads=c["num_key_value_heads"],
-        ffn=c["intermediate_size"],
-        head_dim=c["head_dim"],
-        vocab=c["vocab_size"],
-        tied=c["tie_word_embeddings"],
-        experts=c.get("num_experts", c.get("num_local_experts", 0)),
-        topk=c.get("num_experts_per_tok", 8),
-        moe_ffn=c.get("moe_intermediate_size", 0),
-        balance=c.get("router_aux_loss_coef", Qwen3Shape.balance),
-        rope_base=rope.get("rope_theta", c.get("rope_theta", 1e6)),
-        max_positions=c["max_position_embeddings"],
-        norm_eps=c["rms_norm_eps"],
-    )
-
-
-def dtype_of(folder: str | Path) -> torch.dtype:
-    """Of the weights, as a Hugging Face folder's config.json declares it."""
-    c = json.loads((Path(folder) / "config.json").read_text())
-    name = c.get("dtype", c.get("torch_dtype", "float32"))
-    if name not in ("float32", "bfloat16"):
-        raise UserError(f"{folder}/config.json: dtype={name} is not float32 or bfloat16")
-    return getattr(torch, name)
-
-
 def save(
     models: list[Any],
     shape: Qwen3Shape,
     folder: str | Path,
     *,
-    rope_base: float,
     tokens: dict[str, int],
     lm_head: bool = False,
 ) -> None:
@@ -387,7 +269,7 @@ def save(
         for cut in folder.glob("*.partial"):
             cut.unlink()
         dtype = models[0].config.params_dtype
-        config_of(shape, rope_base, tokens, dtype).save_pretrained(folder)
+        config.write(folder, shape, tokens, dtype)
     dist.barrier()
     files: list[tuple[str, dict[str, int]]] = []  # (partial file, tensor -> bytes)
     held: dict[str, Tensor] = {}
@@ -402,8 +284,8 @@ def save(
     for name, tensor in (pair for row in _spoken(models, shape) for pair in row):
         held[name] = tensor.to("cpu", copy=True)
         size += tensor.nbytes
-        if lm_head and shape.tied and name == _TOP["embedding.word_embeddings.weight"]:
-            held["lm_head.weight"] = held[name].clone()
+        if lm_head and shape.tied and name == EMBEDDING:
+            held[LM_HEAD] = held[name].clone()
             size += tensor.nbytes
         if size >= FILE_BYTES:
             write()
@@ -417,10 +299,10 @@ def save(
 
 
 def _publish(folder: Path, files: list[tuple[str, dict[str, int]]]) -> None:
-    for old in (folder / _INDEX, *folder.glob("model*.safetensors")):
+    for old in (folder / INDEX, *folder.glob("model*.safetensors")):
         old.unlink(missing_ok=True)
     if len(files) == 1:
-        os.replace(folder / files[0][0], folder / _SINGLE)
+        os.replace(folder / files[0][0], folder / SINGLE)
         return
     where = {}
     for i, (partial, sizes) in enumerate(files, 1):
@@ -429,4 +311,4 @@ def _publish(folder: Path, files: list[tuple[str, dict[str, int]]]) -> None:
         where.update(dict.fromkeys(sizes, final))
     total = sum(size for _, sizes in files for size in sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2))
+    (folder / INDEX).write_text(json.dumps(index, indent=2))

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from q3mega.errors import UserError
 from q3mega.model.attention import AttentionState, CoreAttention, Positions
-from q3mega.model.sizes import Qwen3Shape
+from q3mega.model.sizes import Qwen3Shape, rows_over
 
 
 class RMSNorm(torch.nn.Module):
@@ -126,7 +126,8 @@ def transformer_config(
             "moe_router_load_balancing_type": "global_aux_loss",  # Qwen3's global-batch balance
             "moe_aux_loss_coeff": shape.balance,
             "moe_router_dtype": "fp32",
-            "moe_router_pre_softmax": False,  # softmax over the chosen ones: norm_topk_prob
+            # after the choice: softmax over the chosen ones, which is norm_topk_prob
+            "moe_router_pre_softmax": not shape.norm_topk,
             "moe_grouped_gemm": device.HAS_TRANSFORMER_ENGINE,
         }
     return TransformerConfig(
@@ -174,7 +175,7 @@ def build_model(
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=shape.vocab,
+        vocab_size=rows_over(shape.vocab, config.tensor_model_parallel_size),
         max_sequence_length=shape.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(**edge),
         post_process=parallel_state.is_pipeline_last_stage(**edge),

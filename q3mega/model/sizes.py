@@ -6,8 +6,26 @@ from q3mega.errors import UserError
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """YaRN's extension of `original_length` tokens by `factor`, as config.json's rope parameters
+    have it. attention_factor: of both rotated operands; None: YaRN's own, from `factor`.
+    """
+
+    factor: float
+    original_length: int
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
 class Qwen3Shape:
-    """The numbers that make a Qwen3 model. head_dim is explicit and is never hidden / heads."""
+    """The numbers that make a Qwen3 model. head_dim is explicit and is never hidden / heads.
+
+    vocab: rows of embedding and lm_head, of which a tokenizer may have fewer ids. norm_topk: the
+    gates of the experts that a token takes sum to 1.
+    """
 
     layers: int
     hidden: int
@@ -24,6 +42,8 @@ class Qwen3Shape:
     rope_base: float = 1e6
     max_positions: int = 40_960
     norm_eps: float = 1e-6
+    norm_topk: bool = True
+    yarn: Yarn | None = None
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -35,6 +55,8 @@ class Qwen3Shape:
             raise UserError(f"model.head_dim={self.head_dim} is odd: rotary pairs need an even one")
         if self.experts and not 1 <= self.topk <= self.experts:
             raise UserError(f"model.topk={self.topk} must lie in 1..model.experts={self.experts}")
+        if self.experts and self.topk == 1 and self.norm_topk:
+            raise UserError("model.topk=1: a router whose gate is always 1 learns nothing, take 2")
 
     def attention_parameters(self) -> int:
         """Of a layer's projections."""
@@ -64,6 +86,23 @@ class Qwen3Shape:
         matrices = self.layers * (self.attention_parameters() + self._mlp(active=True))
         attention = self.layers * 2 * self.heads * self.head_dim * context
         return 2.0 * tokens * (matrices + self.vocab * self.hidden + attention)
+
+
+BASE_IDS = 151_643  # entries of the released tokenizer without its special tokens
+ROWS_MULTIPLE = 128
+
+
+def rows_over(rows: int, ranks: int) -> int:
+    """Rows filled up so that each of `ranks` holds as many."""
+    return -(-rows // ranks) * ranks
+
+
+def rows_for(ids: int) -> int:
+    """Rows of the embedding for a tokenizer of so many ids: the released ones for the released
+    tokenizer, else the next multiple of 128, which tensor parallelism divides and a GPU likes."""
+    if BASE_IDS < ids <= Qwen3Shape.vocab:
+        return Qwen3Shape.vocab
+    return rows_over(ids, ROWS_MULTIPLE)
 
 
 def _dense(layers: int, hidden: int, heads: int, ffn: int, tied: bool) -> Qwen3Shape:

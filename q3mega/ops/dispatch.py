@@ -6,6 +6,7 @@ here, each with a test of what it can serve. Asking for one that cannot raises w
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +29,16 @@ def register(
     """
 
     def add(fn: Callable[..., Any]) -> Callable[..., Any]:
-        _BACKENDS[op, backend] = fn, serves
+        _BACKENDS[op, backend] = partial(_run, fn), serves
         return fn
 
     return add
+
+
+def own_precision(x: Tensor) -> torch.autocast:
+    """Out of torch.autocast: an operator itself says which of its sums are fp32, and a product that
+    came in another precision would not fit its buffers."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def backends(op: str) -> dict[str, str]:
@@ -62,3 +69,8 @@ def resolve(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
         if reason is None:
             return _BACKENDS[op, name][0]
     raise RuntimeError(f"backend={backend!r} of {op} is not available: {reason}")
+
+
+def _run(fn: Callable[..., Any], x: Tensor, *operands: Any, **options: Any) -> Any:
+    with own_precision(x):
+        return fn(x, *operands, **options)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from q3mega.ops.dispatch import own_precision
 from q3mega.ops.fused_lm_head import (
     WIDE,
     Gradients,
@@ -89,7 +90,8 @@ def _keep_logprob(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _pull_logprob(ctx: Any, g: Tensor, g_entropy: Tensor, _: Tensor) -> Any:
     wanted = ctx.needs_input_grad[:2]
-    found = _logprob_backward(g, g_entropy, *ctx.saved_tensors, *ctx.options, *wanted)
+    with own_precision(g):
+        found = _logprob_backward(g, g_entropy, *ctx.saved_tensors, *ctx.options, *wanted)
     d_hidden, d_weight = (d if want else None for d, want in zip(found, wanted, strict=True))
     if d_weight is not None:
         d_weight = weight_gradient(ctx.saved_tensors[1], d_weight)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from q3mega.ops import vocab
-from q3mega.ops.dispatch import register, resolve
+from q3mega.ops.dispatch import own_precision, register, resolve
 
 
 def linear_logprob(
@@ -84,21 +84,22 @@ class _LinearLogprob(torch.autograd.Function):
         ]  # prompt and clipped tokens have no gradient: skip their rows
         d_hidden = torch.zeros_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=lse.dtype)
-        for part in vocab.slices(len(index), weight):
-            rows = index[part]
-            h, g = hidden[rows], g_logp[rows, None]
-            z = vocab.logits(h, weight, *ctx.settings).sub_(lse[rows, None])  # ln p
-            dz = z.exp()
-            if g_entropy is None:
-                dz.mul_(-g)
-            else:
-                dz.mul_(z.add_(entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g))
-            dz.scatter_add_(1, column[rows, None], g * here[rows, None])
-            dz.div_(temperature)
-            if ctx.needs_input_grad[0]:
-                d_hidden[rows] = (dz @ weight.to(dz.dtype)).to(hidden.dtype)
-            if ctx.needs_input_grad[1]:
-                d_weight.addmm_(dz.T, h.to(dz.dtype))
+        with own_precision(hidden):
+            for part in vocab.slices(len(index), weight):
+                rows = index[part]
+                h, g = hidden[rows], g_logp[rows, None]
+                z = vocab.logits(h, weight, *ctx.settings).sub_(lse[rows, None])  # ln p
+                dz = z.exp()
+                if g_entropy is None:
+                    dz.mul_(-g)
+                else:
+                    dz.mul_(z.add_(entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g))
+                dz.scatter_add_(1, column[rows, None], g * here[rows, None])
+                dz.div_(temperature)
+                if ctx.needs_input_grad[0]:
+                    d_hidden[rows] = (dz @ weight.to(dz.dtype)).to(hidden.dtype)
+                if ctx.needs_input_grad[1]:
+                    d_weight.addmm_(dz.T, h.to(dz.dtype))
         if group is not None and len(hidden):
             dist.all_reduce(d_hidden, group=group)
         return d_hidden, d_weight.to(weight.dtype), None, None, None, None

@@ -18,18 +18,33 @@ def yarn_inv_freq(
     base: float,
     factor: float,
     original_length: int,
-    alpha: float = 1,
-    beta: float = 32,
+    beta_fast: float = 32,
+    beta_slow: float = 1,
+    *,
+    truncate: bool = True,
 ) -> Tensor:
-    """YaRN's NTK-by-parts frequencies (head_dim / 2,) for `factor` times `original_length`.
+    """YaRN's frequencies (head_dim / 2,) for `factor` times `original_length`, as transformers and
+    the servers compute them from the parameters of the same names.
 
-    Pairs that turn more than `beta` times over the original length stay, those that turn less
-    than `alpha` times are interpolated, with a ramp linear in the turns between.
+    Pairs that turn more than `beta_fast` times over the original length stay, those that turn less
+    than `beta_slow` times are interpolated, with a ramp linear in the pair's index between; its
+    ends are whole pairs with `truncate`.
     """
+
+    def pair(turns: float) -> float:
+        """The index, a fraction, of the pair that turns so often over the original length."""
+        wavelength = original_length / turns / (2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(base))
+
+    first, last = pair(beta_fast), pair(beta_slow)
+    if truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    last += 1e-3 * (first == last)
+    index = torch.arange(head_dim // 2, dtype=torch.float64)
+    interpolated = ((index - first) / (last - first)).clamp(0, 1)
     freq = inv_freq(head_dim, base).double()
-    turns = original_length * freq / (2 * math.pi)
-    keep = ((turns - alpha) / (beta - alpha)).clamp(0, 1)
-    return (freq / factor * (1 - keep) + freq * keep).float()
+    return (freq / factor * interpolated + freq * (1 - interpolated)).float()
 
 
 def yarn_attention_factor(factor: float) -> float:

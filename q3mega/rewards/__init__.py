@@ -4,14 +4,16 @@
     def shouting(completion, row):
         return Verdict(float(completion.isupper()), "all upper case?")
 
-`row` holds a problem's fields (family, answer, messages, meta, ...). The rewards `judge` and
-`preference` read what the models of general RL have said: row["scored"].
+A bare number will do for a verdict, and None where it cannot judge. `row` holds a problem's fields
+(family, answer, messages, meta, ...). The rewards `judge` and `preference` read what the models of
+general RL have said: row["scored"].
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Real
+from typing import Any, TypeVar
 
 from q3mega.data.tasks import Problem
 from q3mega.errors import UserError
@@ -19,34 +21,46 @@ from q3mega.errors import UserError
 
 @dataclass(frozen=True)
 class Verdict:
-    """score in [0, 1], and the reason in a few words. Any other score, NaN too, is an error.
+    """A finite score, 1 for full marks, or None for what cannot be judged; and the reason in a few
+    words. numpy's and torch's scalars become the numbers they hold; all else is a ValueError.
 
     parts: each reward's own score, where several make one.
     """
 
-    score: float
+    score: float | None
     reason: str
     parts: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.score <= 1:
-            raise ValueError(f"score={self.score} ({self.reason}): a reward must give 0..1")
+        if self.score is not None:
+            object.__setattr__(self, "score", _finite(self.score))
 
 
-Reward = Callable[[str, Mapping[str, Any]], Verdict]
+def _finite(value: Any) -> float:
+    scalar = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(scalar, Real) and math.isfinite(number := float(scalar)):
+        return number
+    raise ValueError(f"score={value!r:.80} must be a finite number, or None")
+
+
+Reward = Callable[[str, Mapping[str, Any]], Verdict | float | None]
+_Reward = TypeVar("_Reward", bound=Reward)
+Needs = Callable[[Mapping[str, Any]], object]
 # One registered reward; several, whose product counts; or several with weights.
 Names = str | Sequence[str] | Mapping[str, float]
-_REWARDS: dict[str, Reward] = {}
+_REWARDS: dict[str, tuple[Reward, Needs | None]] = {}
 
 
-def reward(name: str) -> Callable[[Reward], Reward]:
-    """Decorator: register `f(completion, row) -> Verdict` under `name`.
+def reward(name: str, needs: Needs | None = None) -> Callable[[_Reward], _Reward]:
+    """Decorator: register `f(completion, row) -> Verdict | float | None` under `name`.
 
     completion: the assistant's raw text, think tags and tool calls included, stop token not.
+    needs(row): raises ValueError for a row that the reward cannot judge by, which then is refused
+    before anything computes; a pydantic model's `model_validate` will do.
     """
 
-    def register(fn: Reward) -> Reward:
-        _REWARDS[name] = fn
+    def register(fn: _Reward) -> _Reward:
+        _REWARDS[name] = fn, needs
         return fn
 
     return register
@@ -60,22 +74,64 @@ def listed(names: Names) -> list[str]:
 def score(names: Names, completion: str, row: Mapping[str, Any]) -> Verdict:
     """The verdict of one registered reward; of several the product, or with weights their mean.
 
-    The reason is the lowest one's. Raises UserError for an unknown name or a weight of no use.
+    The reason is the lowest one's. Where one cannot judge there is no score. A product with a
+    negative factor is the lowest one: two penalties make no reward.
+    Raises UserError for an unknown name, a weight of no use, and a reward that breaks.
     """
     weights = names if isinstance(names, Mapping) else None
     for name in listed(names):
         if name not in _REWARDS:
             raise UserError(f"reward={name!r} is unknown: use one of {', '.join(sorted(_REWARDS))}")
-    verdicts = {name: _REWARDS[name](completion, row) for name in listed(names)}
-    if weights is None:
-        value = math.prod(v.score for v in verdicts.values())
+    if weights and not all(
+        isinstance(w, int | float) and 0 < w < math.inf for w in weights.values()
+    ):
+        raise UserError(f"reward={dict(weights)}: weights must be numbers above 0")
+    verdicts = {name: _verdict(name, completion, row) for name in listed(names)}
+    parts = {name: v.score for name, v in verdicts.items() if v.score is not None}
+    for verdict in verdicts.values():
+        if verdict.score is None:
+            return Verdict(None, verdict.reason, parts)
+    lowest = min(parts, key=parts.__getitem__)
+    if weights:
+        mean = sum(weights[name] * part for name, part in parts.items()) / sum(weights.values())
+        value = min(max(mean, parts[lowest]), max(parts.values()))  # rounding
     else:
-        if not all(isinstance(w, int | float) and 0 < w < math.inf for w in weights.values()):
-            raise UserError(f"reward={dict(weights)}: weights must be numbers above 0")
-        value = sum(weights[n] * v.score for n, v in verdicts.items()) / sum(weights.values())
-    lowest = min(verdicts.values(), key=lambda v: v.score)
-    parts = {name: verdict.score for name, verdict in verdicts.items()}
-    return Verdict(min(value, 1.0), lowest.reason, parts)
+        value = parts[lowest] if parts[lowest] < 0 else math.prod(parts.values())
+    return Verdict(value, verdicts[lowest].reason, parts)
+
+
+def _verdict(name: str, completion: str, row: Mapping[str, Any]) -> Verdict:
+    """What one reward gives, as a verdict. Raises UserError that names it and the row."""
+    fn, needs = _REWARDS[name]
+    try:
+        if needs:
+            needs(row)
+        given = fn(completion, row)
+        if isinstance(given, Verdict):
+            return given
+        return Verdict(given, f"{name} cannot judge it" if given is None else f"of {name}")
+    except UserError as error:
+        raise UserError(f"reward={name} of {_asked(row)}: {error}") from error
+    except Exception as error:
+        if isinstance(error, KeyError) and error.args and error.args[0] not in row:
+            wrong = f"needs the field {error}"
+        else:
+            wrong = f"failed with {type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"reward={name} of {_asked(row)} {wrong}") from error
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    """How an error names a row: its line in a file, and how its question begins."""
+    question = repr(row["messages"][-1]["content"][:60]) if row.get("messages") else "a row"
+    return f"{question} ({row['where']})" if "where" in row else question
+
+
+def reference(row: Mapping[str, Any]) -> str:
+    """The row's reference answer. Raises UserError for a row without one."""
+    text = row.get("answer")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"answer={text!r:.80} must be the reference, a text or a number: add it")
+    return text
 
 
 from q3mega.rewards import (  # noqa: E402  (they register)
@@ -133,9 +189,4 @@ def judge_answer(problem: Problem, text: str, **facts: Any) -> Verdict:
     scored, the verdicts of MODELS on it.
     Raises UserError for a problem that lacks what its reward reads.
     """
-    try:
-        return score(reward_of(problem), text, problem.row | facts)
-    except KeyError as error:
-        raise UserError(
-            f"reward={reward_of(problem)} of {problem.question[:60]!r} needs the field {error}"
-        ) from error
+    return score(reward_of(problem), text, problem.row | facts)

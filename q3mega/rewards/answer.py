@@ -4,13 +4,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from q3mega.rewards import Verdict, reward
+from q3mega.rewards import Verdict, reference, reward
 from q3mega.rewards.equality import equal
 from q3mega.rewards.mode import reply
 from q3mega.rewards.notation import normal, number
 
 
-@reward("answer")
+@reward("answer", needs=reference)
 def answer(completion: str, row: Mapping[str, Any]) -> Verdict:
     """1 for the reference answer, exactly or in value. Two different boxes are no answer."""
     wanted = row["answer"]

@@ -57,7 +57,7 @@ def audit() -> list[tuple[str, str, float]]:
         (family, probe, value)
         for family, name, row in rows
         for probe, completion in probes(row)
-        if (value := score(name, completion, row).score) > 0
+        if (value := score(name, completion, row).score or 0.0) > 0
     ]
 
 

@@ -247,15 +247,14 @@ def _nearest(name: Any, names: Any) -> str:
     return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}"
 
 
-@reward("constraints")
-def constraints(completion: str, row: Mapping[str, Any]) -> Verdict:
-    """The share of row["constraints"] that the reply after the thinking meets.
+def _demands(row: Mapping[str, Any]) -> None:
+    check_constraints(row.get("constraints"))
 
-    Raises UserError for a wrong constraint.
-    """
-    asked = row.get("constraints")
-    check_constraints(asked)
-    assert asked is not None  # checked
+
+@reward("constraints", needs=_demands)
+def constraints(completion: str, row: Mapping[str, Any]) -> Verdict:
+    """The share of row["constraints"] that the reply after the thinking meets."""
+    asked = row["constraints"]
     text = reply(completion)
     if text is None:
         return Verdict(0.0, "think block malformed or never closed")
@@ -266,7 +265,7 @@ def constraints(completion: str, row: Mapping[str, Any]) -> Verdict:
     return Verdict(share, reasons[0] if reasons else f"all {len(asked)} met")
 
 
-@reward("constraints_strict")
+@reward("constraints_strict", needs=_demands)
 def constraints_strict(completion: str, row: Mapping[str, Any]) -> Verdict:
     """1 when the reply meets all of row["constraints"]: IFEval's strict accuracy of prompts."""
     verdict = constraints(completion, row)

@@ -4,18 +4,26 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from q3mega.rewards import Verdict, reward
+from q3mega.errors import UserError
+from q3mega.rewards import Verdict, reference, reward
 from q3mega.rewards.mode import reply
 
 
-@reward("exact")
+@reward("exact", needs=reference)
 def exact(completion: str, row: Mapping[str, Any]) -> Verdict:
     """1 when the reply after the thinking is exactly the reference."""
     right = reply(completion) == row["answer"]
     return Verdict(float(right), "as asked" if right else "not as asked")
 
 
-@reward("json")
+def _json_reference(row: Mapping[str, Any]) -> None:
+    try:
+        json.loads(reference(row))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"answer={row.get('answer')!r:.80} must be JSON, as a text") from error
+
+
+@reward("json", needs=_json_reference)
 def json_object(completion: str, row: Mapping[str, Any]) -> Verdict:
     """1 when the reply after the thinking is JSON of the reference's value, in any layout."""
     text = reply(completion)

@@ -11,16 +11,19 @@ from q3mega.rewards.text_units import fold, occurrences, visible
 MAX_CHARACTERS = 500  # of a reply, some 128 tokens: who needs more says the context again
 
 
-@reward("found")
+def _items(row: Mapping[str, Any]) -> None:
+    if not texts(row, "items"):
+        raise UserError("items=[] asks for nothing: give the texts that are wanted")
+    texts({"rivals": [], **row}, "rivals")
+
+
+@reward("found", needs=_items)
 def found(completion: str, row: Mapping[str, Any]) -> Verdict:
     """The share of row["items"] in the first 500 characters after the thinking, whatever case.
 
     Each of row["rivals"] (optional), answers that are wrong, counts as one more that is missing.
-    Raises UserError for items or rivals that are no texts.
     """
-    items, rivals = texts(row, "items"), texts({"rivals": [], **row}, "rivals")
-    if not items:
-        raise UserError("items=[] asks for nothing: give the texts that are wanted")
+    items, rivals = row["items"], row.get("rivals", ())
     text = reply(completion)
     if text is None:
         return Verdict(0.0, "think block malformed or never closed")
@@ -35,7 +38,7 @@ def texts(row: Mapping[str, Any], name: str) -> list[str]:
 
     Raises UserError for anything else.
     """
-    value = row[name]
+    value = row.get(name)
     if isinstance(value, list | tuple) and all(isinstance(t, str) and fold(t) for t in value):
         return list(value)
     raise UserError(f"{name}={value!r:.80} must be a list of texts, none of them blank")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from q3mega.data.tasks.invented import NOT_FOUND
-from q3mega.rewards import Verdict, reward
+from q3mega.rewards import Verdict, reference, reward
 from q3mega.rewards.answer import boxes
 from q3mega.rewards.mode import reply
 
@@ -19,7 +19,7 @@ _LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is)?(?::| ) ?|(?:最终)?答�
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
 
 
-@reward("grounded")
+@reward("grounded", needs=reference)
 def grounded(completion: str, row: Mapping[str, Any]) -> Verdict:
     r"""1 for the reference in the box, or as the whole of a short reply without one. Where
     row["answer"] is NOT_FOUND, 1 for \boxed{not found} alone.

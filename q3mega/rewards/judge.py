@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from q3mega.data.tasks.general import NAMES, NOT_FOUND
-from q3mega.rewards import Verdict, reward
+from q3mega.rewards import Verdict, reference, reward
 from q3mega.rewards.mode import reply
 
 MAX_CHARACTERS = 60  # of an answer: a longer one says too much to be the short reference
@@ -24,7 +24,7 @@ _PLEAS = (
 )  # fmt: skip
 
 
-@reward("judge")
+@reward("judge", needs=reference)
 def said(completion: str, row: Mapping[str, Any]) -> Verdict:
     """What the judge of the stage said, which had the whole batch before it."""
     return row["scored"]["judge"]

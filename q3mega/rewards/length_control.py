@@ -12,13 +12,13 @@ from q3mega.rewards.text_units import fold, sentences, visible
 NEAR = 0.05  # of the words: "about" is met within it
 
 
-@reward("length_control")
+@reward("length_control", needs=lambda row: _bounds(row.get("length")))
 def length_control(completion: str, row: Mapping[str, Any]) -> Verdict:
     """1 - 2 x the relative deviation from row["length"], at least 0: half as long is worth nothing.
 
     row["length"]: {"about": N}, met within 5 %; {"at_most": N}, met from N / 2 to N; or
     {"at_least": N}. Words of a sentence that was said before, and of a text with too few different
-    ones, do not count towards a minimum. Raises UserError for any other length.
+    ones, do not count towards a minimum.
     """
     low, high = _bounds(row["length"])
     text = reply(completion)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from q3mega.data.chat import last_flag, parse
+from q3mega.errors import UserError
 from q3mega.rewards import Verdict, reward
 
 
@@ -26,13 +27,23 @@ def reply(completion: str) -> str | None:
     return parse(completion).content.strip()
 
 
-@reward("mode")
+def _asked_mode(row: Mapping[str, Any]) -> str | None:
+    return row.get("mode") or row.get("meta", {}).get("mode")
+
+
+def _known_mode(row: Mapping[str, Any]) -> None:
+    if (asked := _asked_mode(row)) not in (None, "think", "no_think"):
+        raise UserError(f"mode={asked!r:.80} must be think or no_think")
+
+
+@reward("mode", needs=_known_mode)
 def mode(completion: str, row: Mapping[str, Any]) -> Verdict:
     """1 when the completion is in the wanted mode and says something after its thinking.
 
-    The wanted mode is row["meta"]["mode"], else the last flag of the conversation, else thinking.
+    The wanted mode is row["mode"] or row["meta"]["mode"], else the last flag of the
+    conversation, else thinking.
     """
-    wanted = row.get("meta", {}).get("mode") or last_flag(row["messages"]) or "think"
+    wanted = _asked_mode(row) or last_flag(row["messages"]) or "think"
     found = mode_of(completion)
     if found is None:
         return Verdict(0.0, "think block missing or malformed")

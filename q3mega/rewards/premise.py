@@ -24,18 +24,24 @@ _DENIAL = re.compile(
 )
 
 
-@reward("premise")
+def _question(row: Mapping[str, Any]) -> None:
+    if (kind := row.get("premise")) not in ("true", "false", "unknown"):
+        raise UserError(f"premise={kind!r:.80} must be true, false or unknown")
+    accepted, _ = texts(row, "accepted"), texts(row, "rivals")
+    if kind == "true" and not accepted:
+        raise UserError("accepted=[] leaves no answer that is right: give them")
+
+
+@reward("premise", needs=_question)
 def premise(completion: str, row: Mapping[str, Any]) -> Verdict:
     """Whether a reply answers a question that is in order, and refuses one that is not.
 
     row["premise"]: "true", 1 for one of row["accepted"] without a refusal; "false", 1 for a refusal
     that names one of row["accepted"], what is true instead, 0.5 for a bare one; "unknown", 1 for a
     refusal. Naming any of row["rivals"], other answers to what is asked, or more than 60 words,
-    earns 0. Raises UserError for any other premise, and for lists of anything but texts.
+    earns 0.
     """
-    if row["premise"] not in ("true", "false", "unknown"):
-        raise UserError(f"premise={row['premise']!r:.80} must be true, false or unknown")
-    accepted, rivals = texts(row, "accepted"), texts(row, "rivals")
+    accepted, rivals = row["accepted"], row["rivals"]
     text = reply(completion)
     if text is None:
         return Verdict(0.0, "think block malformed or never closed")

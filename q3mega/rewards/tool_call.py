@@ -1,14 +1,25 @@
 """Tool calls: syntax and meaning of an assistant turn that should call the row's tool."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from q3mega.data.chat import parse
 from q3mega.data.tasks.tools import arguments_of, name_of
+from q3mega.errors import UserError
 from q3mega.rewards import Verdict, reward
 
 
-@reward("tool_call")
+def _tool(row: Mapping[str, Any]) -> None:
+    tools: Sequence[Any] = row.get("tools") or ()
+    argument = row.get("meta", {}).get("argument")
+    if len(tools) != 1 or len(arguments_of(tools[0])) != 1 or not isinstance(argument, str):
+        raise UserError(
+            f"tools={tools!r:.80} must be one tool with one argument, and meta.argument="
+            f"{argument!r:.80} the text that is wanted for it"
+        )
+
+
+@reward("tool_call", needs=_tool)
 def tool_call(completion: str, row: Mapping[str, Any]) -> Verdict:
     """1 for one call of the row's tool with the wanted argument; 0.5 for some other argument."""
     message = parse(completion)

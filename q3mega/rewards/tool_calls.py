@@ -22,7 +22,12 @@ VALID, NAMED = 0.5, 0.25  # arguments that fit the schema alone; not even those
 MAX_CALLS = 16
 
 
-@reward("tool_calls")
+def _calls(row: Mapping[str, Any]) -> None:
+    if not _wanted(row.get("calls"), _schemas(row.get("tools"))) and not texts(row, "says"):
+        raise UserError("says=[] leaves no reply that is right: give texts, or calls")
+
+
+@reward("tool_calls", needs=_calls)
 def tool_calls(completion: str, row: Mapping[str, Any]) -> Verdict:
     """The mean grade of the calls, each against a wanted one of its name, in any order.
 
@@ -31,16 +36,14 @@ def tool_calls(completion: str, row: Mapping[str, Any]) -> Verdict:
     call earns 0. Where none is wanted, 1 for a reply without calls that holds one of row["says"].
     row["tools"]: {"type": "function", "function": {name, parameters}} or the function alone.
     row["calls"]: {"name": ..., "arguments": {name: [accepted, ...]}, "optional": likewise}.
-    Raises UserError for a schema or a wanted call that is wrong.
     """
-    schemas = _schemas(row["tools"])
-    wanted = _wanted(row["calls"], schemas)
+    schemas, wanted = _schemas(row["tools"]), row["calls"]
     message = parse(completion)
     if reply(completion) is None or "tool_call>" in message.content:
         return Verdict(0.0, "malformed tags")
     made = message.tool_calls
     if not wanted:
-        return _without(message.content, made, texts(row, "says"))
+        return _without(message.content, made, row["says"])
     if not 0 < len(made) <= MAX_CALLS:
         return Verdict(0.0, f"{len(made)} calls")
     grades = sorted(

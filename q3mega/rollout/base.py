@@ -84,6 +84,25 @@ class Sampler(Protocol):
         ...
 
 
+def cut_at_unknown(completion: Completion, ids: int) -> Completion:
+    """Without what follows from the first token on that a tokenizer of so many ids does not have: a
+    server samples from all rows of its lm_head."""
+    end = next((i for i, token in enumerate(completion.tokens) if token >= ids), None)
+    if end is None:
+        return completion
+    left, weights = sum(completion.mask[:end]), []
+    for version, chosen in completion.weights:
+        weights.append((version, min(chosen, left)))
+        left -= weights[-1][1]
+    routes = completion.routes
+    if routes is not None:
+        routes = routes[: len(routes) - (len(completion.tokens) - end)]
+    return Completion(
+        completion.tokens[:end], completion.logprobs[:end], completion.mask[:end], "length",
+        [run for i, run in enumerate(weights) if run[1] or not i], routes,
+    )  # fmt: skip
+
+
 def joined(weights: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
     """The runs of `Completion.weights`, those of one version that follow each other as one."""
     groups = groupby(weights, key=itemgetter(0))

@@ -139,8 +139,5 @@ def _pairs(
 def _best(head: Head, batch: Batch) -> list[list[int]]:
     """The likeliest next token at every place of each document."""
     step = 1024  # rows of logits at once
-    rows = [
-        Head(part, head.weight, head.tp_group).logits().argmax(-1)
-        for part in head.hidden.split(step)
-    ]
+    rows = [replace(head, hidden=part).logits().argmax(-1) for part in head.hidden.split(step)]
     return [d.tolist() for d in torch.cat(rows).split(batch.cu_seqlens.diff().tolist())]

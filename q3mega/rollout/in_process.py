@@ -6,6 +6,7 @@ cache lives in the core attention; this file only decides which token comes next
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class InProcessSampler:
         self.stops = (tokenizer.eos, tokenizer.eod)
         self.think_open, self.think_close = tokenizer.think_open, tokenizer.think_close
         self.tokenizer = tokenizer
+        self.ids = min(tokenizer.vocab_size, engine.valid_vocab)  # others stand for no text
         # one token a sequence is cut over ranks as a batch of tokens is
         self.multiple = engine.layout.tensor if engine.config.sequence_parallel else 1
 
@@ -99,7 +101,7 @@ class InProcessSampler:
         else:
             [head] = self.engine.evaluate([batch], lambda head, _: head)
         ends = batch.cu_seqlens[1:].long() - 1
-        logits = Head(head.hidden[ends], head.weight, head.tp_group).logits()
+        logits = replace(head, hidden=head.hidden[ends], valid_vocab=self.ids).logits()
         out = [Completion([], [], [], "length") for _ in prompts]
         rows = torch.arange(len(prompts)) if prompts else torch.tensor([IDLE])
         uniform = uniform if prompts else uniform.new_zeros(1, uniform.shape[1])
@@ -177,7 +179,8 @@ class InProcessSampler:
         self, hidden_states: Tensor, output_layer: object, output_weight: Tensor | None, **_: object
     ) -> Head:
         weight = output_layer.weight if output_weight is None else output_weight  # type: ignore[attr-defined]
-        return Head(self.engine.gathered(hidden_states)[:, 0], weight, self.engine.tp_group)
+        hidden = self.engine.gathered(hidden_states)[:, 0]
+        return Head(hidden, weight, self.engine.tp_group, valid_vocab=self.ids)
 
     def _choose(
         self, logits: Tensor, uniform: Tensor, params: SamplingParams

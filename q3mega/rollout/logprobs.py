@@ -58,8 +58,9 @@ def routed_logprobs(
 
 def _score(temperature: float, head: Head, batch: Batch) -> list[list[float]]:
     logprob, _ = ops.linear_logprob(
-        head.hidden, head.weight, batch.targets, temperature=temperature, tp_group=head.tp_group
-    )
+        head.hidden, head.weight, batch.targets, temperature=temperature,
+        valid_vocab=head.valid_vocab, tp_group=head.tp_group,
+    )  # fmt: skip
     return [part.tolist() for part in logprob.split(_lengths(batch))]
 
 

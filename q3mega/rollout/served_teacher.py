@@ -43,7 +43,7 @@ class ServedTeacher:
         timeout: float = 3600.0,
         key_env: str | None = None,
     ) -> None:
-        self.url, self.shape = url, shape
+        self.url, self.shape, self.ids = url, shape, tokenizer.vocab_size
         self.server = ServerSampler([url], tokenizer, timeout=timeout, key_env=key_env)
         at = self.server.servers[0]
         theirs = self.server.run(lambda client: vllm_protocol.ids_of(client, at, PROBE))
@@ -96,7 +96,10 @@ class ServedTeacher:
     def _best(self, document: list[int], found: Sampled, k: int) -> tuple[Tensor, Tensor]:
         """(T, K) each; the server's row i is what could stand in the place of token i + 1."""
         rows = found.prompt_logprobs
-        best = [sorted(row.items(), key=lambda pair: -pair[1])[:k] for row in rows]
+        best = [
+            of_tokenizer(sorted(row.items(), key=lambda pair: -pair[1])[:k], self.ids)
+            for row in rows
+        ]
         if len(best) != len(document) - 1 or any(len(row) != k for row in best):
             raise UserError(
                 f"teacher_at={self.url} gave no {k} log-probabilities of each of {len(document)} "
@@ -107,3 +110,15 @@ class ServedTeacher:
             return torch.arange(k)[None], torch.full((1, k), -math.log(k))
         ids = torch.tensor([[token for token, _ in row] for row in best])
         return ids, torch.tensor([[logprob for _, logprob in row] for row in best])
+
+
+def of_tokenizer(best: list[tuple[int, float]], ids: int) -> list[tuple[int, float]]:
+    """As many pairs (id, log-probability), none beyond a tokenizer's `ids`: the server's padding
+    rows give way to the lowest other ids, with the least log-probability of the row, below which
+    theirs lies."""
+    known = [pair for pair in best if pair[0] < ids]
+    if len(known) == len(best):
+        return best
+    named, least = {token for token, _ in known}, min(logprob for _, logprob in best)
+    spare = (i for i in range(ids) if i not in named)
+    return known + [(token, least) for token, _ in zip(spare, best[len(known) :], strict=False)]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from q3mega.engine import Engine, parallel
-from q3mega.rollout.base import Completion, SamplingParams
+from q3mega.rollout.base import Completion, SamplingParams, cut_at_unknown
 from q3mega.rollout.broadcast import Broadcast, digests
 from q3mega.rollout.protocol import EngineFailed
 from q3mega.rollout.servers import ServerSampler
@@ -43,7 +43,12 @@ class SyncedSampler:
     ) -> list[list[Completion]]:
         """See `Sampler`."""
         self.sync()
-        return parallel.from_first(lambda: self.servers.generate(prompts, params))
+        return self.known(parallel.from_first(lambda: self.servers.generate(prompts, params)))
+
+    def known(self, found: list[list[Completion]]) -> list[list[Completion]]:
+        """Completions up to an id that the engine does not have."""
+        ids = self.engine.valid_vocab
+        return [[cut_at_unknown(c, ids) for c in group] for group in found]
 
     def sync(self) -> str:
         """Hand the weights over; their version. Also when they are the same: a server may have come
@@ -124,7 +129,7 @@ class Interruptible:
                 with self.turn:
                     self.calls -= 1
                     self.turn.notify_all()
-        return found
+        return self.synced.known(found)
 
     def sync(self) -> str:
         """See `SyncedSampler.sync`: all ranks call it."""

@@ -98,7 +98,9 @@ def curate(stage: Stage, helpers: "Helpers") -> None:
 
 
 def _right(query: Problem) -> Callable[[str], bool]:
-    return lambda text: judge_answer(query, text).score == 1.0
+    """Whether the query's reward gives a text full marks."""
+    # A teacher's length is its own: the reward `length` sees none of it.
+    return lambda text: (judge_answer(query, text, tokens=0, max_tokens=1).score or 0.0) >= 1
 
 
 def _described(item: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from q3mega.evaluate import Mode, flagged
 from q3mega.io import whole_records
 from q3mega.keys import key_of
 from q3mega.model import Qwen3Shape
-from q3mega.model.huggingface import shape_of
+from q3mega.model.config import shape_of
 from q3mega.rollout import Sampler, SamplingParams
 from q3mega.rollout.logprobs import top_logprobs
 from q3mega.rollout.served_teacher import ServedTeacher
@@ -134,18 +134,20 @@ Teacher = Engine | RemoteTeacher | ServedTeacher
 
 
 @contextmanager
-def teacher_of(stage: Stage, vocabulary: int) -> Iterator[Teacher]:
+def teacher_of(stage: Stage, rows: int) -> Iterator[Teacher]:
     """The teacher, here or elsewhere, of a student whose lm_head has so many rows."""
     config = stage.config
     if config.teacher_at is None:
-        yield stage.engine(teacher_folder(stage))
+        yield stage.engine(teacher_folder(stage), rows=rows)
     elif config.teacher_serves:
         yield served_teacher(stage)
     else:
         key = key_of("teacher_key_env", config.teacher_key_env).encode()
         how = {"key": key, "timeout": config.teacher_timeout}
-        digest = stage.tokenizer.digest()
-        with RemoteTeacher(config.teacher_at, vocab=vocabulary, tokenizer=digest, **how) as teacher:
+        with RemoteTeacher(
+            config.teacher_at, vocab=stage.tokenizer.vocab_size, rows=rows,
+            tokenizer=stage.tokenizer.digest(), **how,
+        ) as teacher:  # fmt: skip
             yield teacher
 
 

@@ -19,12 +19,12 @@ from q3mega.data.tasks.pool import Pool
 from q3mega.engine import parallel
 from q3mega.evaluate import Mode, flagged
 from q3mega.rewards import listed, reward_of
-from q3mega.rollout import Completion, Sampler, SamplingParams
+from q3mega.rollout import Sampler, SamplingParams
 from q3mega.rollout.episodes import run_episodes
 from q3mega.rollout.tools import environment
 from q3mega.stages.mode_fusion import both_modes
 from q3mega.stages.reasoning_rl import judged, policy
-from q3mega.stages.scorer import Scorer
+from q3mega.stages.scorer import Episode, Scorer
 from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement
 from q3mega.train.rollouts import Rollout
@@ -54,7 +54,7 @@ def run(stage: Stage) -> None:
         routes = config.routing_replay == "r3"
         params = SamplingParams(config.max_tokens, config.temperature, seed=seed, routes=routes)
         episodes = played(stage, sampler, problems, params)
-        verdicts = scorer(problems, [turns for *_, turns in episodes])
+        verdicts = scorer(problems, episodes, config.max_tokens)
         return [
             judged(prompt, c, groups[i // config.rollouts], p, v, "\n\n".join(turns))
             for i, ((prompt, c, turns), v, p) in enumerate(
@@ -129,7 +129,7 @@ class Tasks:
 
 def played(
     stage: Stage, sampler: Sampler, problems: Sequence[Problem], params: SamplingParams
-) -> list[tuple[list[int], Completion, list[str]]]:
+) -> list[Episode]:
     """(prompt, completion, the assistant's turns) of an episode of each problem."""
     texts = (render(p.messages, tools=p.tools, add_generation_prompt=True) for p in problems)
     prompts = [stage.tokenizer.encode(text) for text in texts]
@@ -149,9 +149,9 @@ def own_tasks(
         mine = held[rank::size]
         params = SamplingParams(stage.answer_tokens, 0.6, seed=stage.seed("own", name, rank))
         episodes = played(stage, sampler, mine, params)
-        verdicts = scorer(mine, [turns for *_, turns in episodes])
+        verdicts = scorer(mine, episodes, stage.answer_tokens)
         scores = parallel.gather_over_data([v.score for v in verdicts])
-        results[f"score/{Path(name).stem}"] = evaluate.proportion(scores)
+        results[f"score/{Path(name).stem}"] = evaluate.averages([[score] for score in scores])
     return results
 
 

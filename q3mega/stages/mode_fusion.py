@@ -69,10 +69,15 @@ def rejection_samples(stage: Stage, model: Engine, funnel: Funnel) -> list[Sampl
     found = evaluate.answers(stage.sampler(model), stage.tokenizer, queries, params)
     rows = [{"id": a.problem.id, "text": a.text} for (a,) in found]
     funnel.step("thinking answers", rows)
-    good = [a.correct and a.mode == "think" for (a,) in found]
-    funnel.keep("thinking answer", rows, (None if g else "wrong or cut" for g in good))
+    rules = [
+        "cannot be judged" if a.correct is None
+        else None if a.correct and a.mode == "think"
+        else "wrong or cut"
+        for (a,) in found
+    ]  # fmt: skip
+    funnel.keep("thinking answer", rows, rules)
     samples = []
-    for answer in (a for (a,), g in zip(found, good, strict=True) if g):
+    for answer in (a for (a,), rule in zip(found, rules, strict=True) if rule is None):
         flag = "" if rng.random() < FLAGLESS else "think"
         turns = with_flag(rng, answer.problem.messages, flag)
         samples.append(chat_sample(stage.tokenizer, turns, answer.text))

@@ -7,6 +7,7 @@ off-policy updates a rollout batch, groups without a signal dropped, entropy hel
 
 import json
 import random
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -192,12 +193,15 @@ def select(stage: Stage, sampler: Sampler) -> None:
 
     params = SamplingParams(stage.config.max_tokens, n=rules.tries, seed=stage.seed("select"))
     found = evaluate.answers(sampler, stage.tokenizer, pool, params)
-    rates = {
-        p.id: sum(a.correct for a in tries) / rules.tries
+    judged = {
+        p.id: [a.correct for a in tries if a.correct is not None]
         for p, tries in zip(pool, found, strict=True)
     }
+    unjudged = (None if judged[p.id] else "no try could be judged" for p in pool)
+    pool = funnel.keep("problem", pool, unjudged)
+    rates = {p.id: statistics.fmean(judged[p.id]) for p in pool}
     for right in range(rules.tries + 1):
-        members = [p for p in pool if rates[p.id] == right / rules.tries]
+        members = [p for p in pool if sum(judged[p.id]) == right]
         funnel.step(f"right in {right} of {rules.tries} tries", members)
     unfit = (
         "not learnable" if rates[p.id] <= low else "too easy" if rates[p.id] >= high else None

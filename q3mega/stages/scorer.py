@@ -7,6 +7,7 @@ none, are trained here from the start of the stage, or the judge is one of the r
 import functools
 import random
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from q3mega.rewards.judge import judge, judge_examples
 from q3mega.rewards.mode import mode_of
 from q3mega.rewards.preference import preference
 from q3mega.rewards.reference_judge import ReferenceJudge
+from q3mega.rollout import Completion
 from q3mega.rollout.logprobs import each_sequence
 from q3mega.stages.asking import Asked
 from q3mega.stages.stage import Stage
@@ -37,6 +39,7 @@ _FLAG = re.compile(r" ?/(think|no_think)$")
 
 Judged = Callable[[Sequence[Problem], Sequence[str]], list[Verdict]]
 Pairs = list[tuple[Problem, str, str]]
+Episode = tuple[list[int], Completion, list[str]]  # prompt, completion, the assistant's turns
 
 
 class Scorer:
@@ -51,9 +54,21 @@ class Scorer:
         self.judge = _judge(stage) if "judge" in asked else None
         self.preference = PreferenceModel(stage) if "preference" in asked else None
 
-    def __call__(self, problems: Sequence[Problem], episodes: Sequence[list[str]]) -> list[Verdict]:
-        """One verdict an episode. What is in the wrong mode, or malformed, earns nothing, and no
-        model is asked about it."""
+    def __call__(
+        self, problems: Sequence[Problem], episodes: Sequence[Episode], max_tokens: int
+    ) -> list[Verdict]:
+        """One verdict an episode of turns of max_tokens. What is in the wrong mode, or malformed,
+        earns nothing, and no model is asked about it."""
+        lengths = [sum(completion.mask) for _, completion, _ in episodes]
+        return self._judge(problems, [turns for *_, turns in episodes], lengths, max_tokens)
+
+    def _judge(
+        self,
+        problems: Sequence[Problem],
+        episodes: Sequence[list[str]],
+        lengths: Sequence[int],
+        max_tokens: int,
+    ) -> list[Verdict]:
         obedient = [
             mode_of(turns[0]) == p.meta["mode"] for p, turns in zip(problems, episodes, strict=True)
         ]
@@ -65,27 +80,34 @@ class Scorer:
                 for i, v in zip(rows, model([problems[i] for i in rows], replies), strict=True):
                     said[i][name] = v
         return [
-            _verdict(p, turns, scored)
+            _verdict(p, turns, scored=scored, tokens=n, max_tokens=max_tokens * len(turns))
             if good
             else Verdict(0.0, "wrong mode or malformed think block")
-            for p, turns, scored, good in zip(problems, episodes, said, obedient, strict=True)
+            for p, turns, scored, good, n in zip(
+                problems, episodes, said, obedient, lengths, strict=True
+            )
         ]
 
     def audit(self, tasks: Sequence[Problem]) -> dict[str, dict[str, Any]]:
-        """Of every task the known cheat that earns most, and what all earn on average."""
+        """Of every task the known cheat that earns most, and what all earn on average, of those
+        that can be judged."""
         by_task: dict[str, list[Problem]] = {}
         for problem in tasks:
             by_task.setdefault(problem.family, []).append(problem)
         rows = {}
         for task, members in by_task.items():
             tried = [(p, name, text) for p in members for name, text in probes(p.row)]
-            scores = [v.score for v in self([p for p, *_ in tried], [[t] for *_, t in tried])]
-            best = max(range(len(tried)), key=scores.__getitem__)
+            asked, cheats = [p for p, *_ in tried], [[text] for *_, text in tried]
+            verdicts = self._judge(asked, cheats, [0] * len(tried), max_tokens=1)
+            earned = {i: v.score for i, v in enumerate(verdicts) if v.score is not None}
+            if not earned:
+                continue
+            best = max(earned, key=earned.__getitem__)
             rows[task] = {
                 "reward": ", ".join(models_of(members[0])) or "rule",
-                "probes": len(tried),
-                "mean": sum(scores) / len(scores),
-                "highest": scores[best],
+                "probes": len(earned),
+                "mean": statistics.fmean(earned.values()),
+                "highest": earned[best],
                 "probe": tried[best][1],
             }
         return rows
@@ -96,17 +118,17 @@ class Scorer:
         return found | (self.preference.quality() if self.preference else {})
 
 
-def _verdict(problem: Problem, turns: list[str], scored: dict[str, Verdict]) -> Verdict:
-    verdict = judge_answer(problem, turns[-1], scored=scored)
+def _verdict(problem: Problem, turns: list[str], **facts: Any) -> Verdict:
+    verdict = judge_answer(problem, turns[-1], **facts)
     if problem.family not in FAMILIES or not problem.tools:
         return verdict
     call = score("tool_call", turns[0], problem.row)
+    reason = f"{call.reason}, {verdict.reason}"
     final = verdict.score if len(turns) > 1 else 0.0
-    return Verdict(
-        CALL_SHARE * call.score + (1 - CALL_SHARE) * final,
-        f"{call.reason}, {verdict.reason}",
-        {"tool_call": call.score, "answer": final},
-    )
+    if call.score is None or final is None:
+        return Verdict(None, reason)
+    total = CALL_SHARE * call.score + (1 - CALL_SHARE) * final
+    return Verdict(total, reason, {"tool_call": call.score, "answer": final})
 
 
 # -- the judge -------------------------------------------------------------------------------------
@@ -157,7 +179,7 @@ class AskedJudge:
         self.judge = ReferenceJudge(self.asked.opinion)
         self.found: dict[str, float] = {}
         if stage.config.judge_examples:
-            rows = files.answered(stage.config.judge_examples)
+            rows = files.judged(stage.config.judge_examples)
             self.found = self.judge.calibrate([(r, r["response"], bool(r["right"])) for r in rows])
 
     def __call__(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:

@@ -20,7 +20,8 @@ from q3mega.evaluate import MAX_TOKENS
 from q3mega.io import write_json
 from q3mega.model import Qwen3Shape
 from q3mega.model.attention import Positions
-from q3mega.model.huggingface import shape_of
+from q3mega.model.config import shape_of, write_generation
+from q3mega.model.sizes import Yarn
 from q3mega.recipe import ModelSpec, Recipe
 from q3mega.rewards import own
 from q3mega.rollout import Sampler, SamplingParams
@@ -107,20 +108,25 @@ class Stage:
         source: Path | None,
         *,
         shape: Qwen3Shape | None = None,
+        rows: int | None = None,
         steps: int = 0,
         **optimizer: Any,
     ) -> Engine:
         """An engine with the weights of `source` (None: fresh ones of `shape`).
 
-        steps > 0 makes it train for so many steps, by this stage's settings or `optimizer`'s.
+        rows: of its lm_head, where they must be another's. steps > 0 makes it train for so many
+        steps, by this stage's settings or `optimizer`'s.
         """
         if source is not None:
             shape = shape_of(source)
         assert shape is not None
+        if rows is not None:
+            shape = replace(shape, vocab=rows)
         spec = replace(self._optimizer(steps), **optimizer) if steps else None
         engine = Engine(
             shape, self.config.layout, seed=self.seed("init"), optimizer=spec,
             dtype=PRECISION[self.recipe.precision], fp8=self.config.fp8 and steps > 0,
+            ids=self.tokenizer.vocab_size,
         )  # fmt: skip
         if source is not None:
             engine.load_hf(source)
@@ -189,6 +195,7 @@ class Stage:
         tokens = {"eos_token_id": self.tokenizer.eos, "pad_token_id": self.tokenizer.eod}
         engine.save_hf(folder, tokens)
         if self.leads:
+            write_generation(folder, [self.tokenizer.eos, self.tokenizer.eod], self.tokenizer.eod)
             for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
                 source = self.tokenizer.path / file
                 if source.exists():
@@ -208,6 +215,5 @@ def extended(
     positions: Positions, original: int, factor: float, chunk: int, local: int
 ) -> Positions:
     """The same model at `factor` times its trained length: YaRN and dual-chunk attention."""
-    return replace(
-        positions, yarn_factor=factor, original_length=original, chunk_size=chunk, local_size=local
-    )
+    yarn = Yarn(factor, original)
+    return replace(positions, yarn=yarn, chunk_size=chunk, local_size=local)

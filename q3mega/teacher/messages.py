@@ -18,7 +18,7 @@ BLOCK_BYTES = 64 << 20  # of the lm_head at once
 
 
 class Hello(BaseModel):
-    vocab: PositiveInt  # rows of the lm_head
+    vocab: PositiveInt  # ids of the tokenizer
     tokenizer: str  # Tokenizer.digest
     askers: PositiveInt  # ranks that will ask, numbered from 0
 

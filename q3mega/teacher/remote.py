@@ -17,6 +17,7 @@ from q3mega.data.batch import Batch
 from q3mega.engine import parallel
 from q3mega.errors import UserError
 from q3mega.model import Qwen3Shape
+from q3mega.model.sizes import rows_over
 from q3mega.teacher.messages import DTYPES, Ask, Hello, Seat, Welcome
 from q3mega.teacher.wire import Gone, Wire, dial
 
@@ -27,13 +28,22 @@ class RemoteTeacher:
     Every rank of the student's job makes one and calls it, in the same order. Of the ranks that
     share a model's last stage the first one asks and the others get what it has got. `weight`
     (V / TP, H_t): this rank's rows of the teacher's lm_head, cut like the student's; empty on
-    the other stages. timeout: seconds in which the teacher sends something.
+    the other stages. vocab: ids of the tokenizer. rows: of the student's lm_head, where it has more
+    than those; the teacher's may have others. timeout: seconds in which the teacher sends
+    something.
 
     Raises UserError for a teacher that is not there, is of another vocabulary or key, or goes away.
     """
 
     def __init__(
-        self, at: str, *, vocab: int, tokenizer: str, key: bytes = b"", timeout: float = 1800.0
+        self,
+        at: str,
+        *,
+        vocab: int,
+        tokenizer: str,
+        rows: int | None = None,
+        key: bytes = b"",
+        timeout: float = 1800.0,
     ) -> None:
         self.at, self.key, self.timeout = at, key, timeout
         self.learns = ps.is_pipeline_last_stage()
@@ -54,7 +64,9 @@ class RemoteTeacher:
             except Gone as error:
                 raise self._lost(error) from None
         self.weight = (
-            self._head(welcome.block) if self.learns else torch.empty(0, self.shape.hidden)
+            self._head(welcome.block, rows or vocab)
+            if self.learns
+            else torch.empty(0, self.shape.hidden)
         )
         self.lengths: deque[int] = deque()  # of the batches that were asked for
         self.receiver = ThreadPoolExecutor(1)
@@ -129,16 +141,17 @@ class RemoteTeacher:
             raise UserError(
                 f"teacher_at={self.at} refuses: {welcome.refusal}; the two must share a vocabulary"
             )
-        if welcome.shape.vocab != hello.vocab or not welcome.speakers:
+        if welcome.shape.vocab < hello.vocab or not welcome.speakers:
             raise UserError(f"teacher_at={self.at}: it offers what was not asked for")
         return welcome
 
-    def _head(self, block: int) -> Tensor:
+    def _head(self, block: int, rows: int) -> Tensor:
         group: Any = ps.get_tensor_and_data_parallel_group(with_context_parallel=True)
         here = device.device()
-        rows = self.shape.vocab // ps.get_tensor_model_parallel_world_size()
+        ways = ps.get_tensor_model_parallel_world_size()
+        rows = rows_over(rows, ways) // ways
         first = ps.get_tensor_model_parallel_rank() * rows
-        own = torch.empty(rows, self.shape.hidden, dtype=self.dtype, device=here)
+        own = torch.zeros(rows, self.shape.hidden, dtype=self.dtype, device=here)
         for start in range(0, self.shape.vocab, block):
             shape = min(block, self.shape.vocab - start), self.shape.hidden
             if group.rank() == 0:

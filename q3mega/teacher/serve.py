@@ -140,9 +140,9 @@ def _welcome(door: Listener, offer: Welcome, tokenizer: str, patience: float) ->
     return [_Session(**dict(answer), askers=hello.askers)]
 
 
-def _objection(hello: Hello, vocabulary: int, tokenizer: str) -> str:
-    if hello.vocab != vocabulary:
-        return f"its lm_head has {vocabulary} rows, the student's {hello.vocab}"
+def _objection(hello: Hello, rows: int, tokenizer: str) -> str:
+    if hello.vocab > rows:
+        return f"its lm_head has {rows} rows, the student's {hello.vocab} ids need more"
     if hello.tokenizer != tokenizer:
         return "its tokenizer gives other ids than the student's"
     return ""

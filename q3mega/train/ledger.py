@@ -2,6 +2,7 @@
 
 A prompt is in flight while it is sampled. Its rollouts are pending when they are sampled and
 scored, then used (by which optimizer update) or dropped (why): their reward reaches no gradient.
+One that could not be judged has no reward.
 Every change is one durable transaction that comes before the checkpoint that knows of it, so a
 resume only has to take back what came after.
 """
@@ -33,7 +34,7 @@ CREATE TABLE IF NOT EXISTS rollouts (
   step INTEGER NOT NULL, place INTEGER NOT NULL,  -- of the rollout batch, in the batch
   prompt INTEGER NOT NULL, problem TEXT NOT NULL, task TEXT NOT NULL,
   versions TEXT NOT NULL,  -- JSON: updates before each set of weights that sampled it
-  reward REAL NOT NULL,
+  reward REAL,
   state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'used', 'dropped')),
   used_by INTEGER, why TEXT,
   PRIMARY KEY (step, place),

@@ -53,17 +53,20 @@ def credit(
 ) -> tuple[dict[int, Sample], dict[int, str]]:
     """Group-relative advantages on the sampled tokens: (kept, dropped), by place in the batch.
 
-    dropped says why: groups of equal rewards teach nothing; with overlong "mask" a truncated
-    completion only counts in its group's mean.
+    dropped says why: what could not be judged is no part of its group; groups of equal rewards
+    teach nothing; with overlong "mask" a truncated completion only counts in its group's mean.
     """
     groups: dict[int, list[int]] = {}
-    for place, rollout in enumerate(rollouts):
-        groups.setdefault(rollout.group, []).append(place)
     kept: dict[int, Sample] = {}
     dropped: dict[int, str] = {}
+    for place, rollout in enumerate(rollouts):
+        if rollout.reward is None:
+            dropped[place] = f"unjudged: {' '.join(rollout.reason.split()):.120}"
+        else:
+            groups.setdefault(rollout.group, []).append(place)
     for places in groups.values():
         advantages = group_advantages(
-            [_reward(rollouts[place], settings) for place in places],
+            [_punished(rollouts[place], settings) for place in places],
             scale_by_std=settings.scale_by_std,
         )
         if advantages is None:
@@ -78,7 +81,9 @@ def credit(
     return kept, dropped
 
 
-def _reward(rollout: Rollout, settings: PolicySettings) -> float:
+def _punished(rollout: Rollout, settings: PolicySettings) -> float:
+    """The reward of a judged rollout, less what its length costs."""
+    assert rollout.reward is not None
     if settings.overlong != "penalty":
         return rollout.reward
     turns = (sum(run) for _, run in groupby(rollout.completion.mask))
@@ -314,7 +319,12 @@ def _record(
     samples: list[Sample],
     totals: dict[str, float],
 ) -> None:
-    log.step(step, **_summary(rollouts, samples), **totals)
+    summary = _summary(rollouts, samples)
+    log.step(step, **summary, **totals)
+    if summary["unjudged"] == 1 and log.writes:
+        print(
+            f"step {step}: none of the rollouts could be judged: {rollouts[0].reason}", flush=True
+        )
     shown = rollouts[step % len(rollouts)]
     log.sample(
         step,
@@ -345,11 +355,14 @@ def _summary(rollouts: list[Rollout], samples: list[Sample]) -> dict[str, float]
     by_task: dict[str, list[float]] = {}
     by_reward: dict[str, list[float]] = {}
     for r in rollouts:
-        by_task.setdefault(r.task, []).append(r.reward)
+        if r.reward is not None:
+            by_task.setdefault(r.task, []).append(r.reward)
         for name, value in r.parts.items():
             by_reward.setdefault(name, []).append(value)
+    rewards = [reward for values in by_task.values() for reward in values]
     return {
-        "reward": sum(r.reward for r in rollouts) / len(rollouts),
+        **({"reward": statistics.fmean(rewards)} if rewards else {}),
+        "unjudged": 1 - len(rewards) / len(rollouts),
         "length": sum(lengths) / len(lengths),
         "truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
         "kept": len(samples) / len(rollouts),

@@ -16,6 +16,7 @@ Rows = list[dict[str, Any]]
 @dataclass
 class Rollout:
     """group: which prompt of the batch. problem: the Problem's id. parts: each reward's own score.
+    reward: None for what could not be judged, and `reason` says why.
 
     text: the assistant's turns, for people. versions: the weights that sampled it, each as the
     number of optimizer updates before it.
@@ -24,7 +25,7 @@ class Rollout:
     prompt: list[int]
     completion: Completion
     group: int
-    reward: float = 0.0
+    reward: float | None = 0.0
     task: str = ""
     reason: str = ""
     parts: Mapping[str, float] = field(default_factory=dict)

@@ -36,7 +36,7 @@ LOSSES = {
 
 def steps(kind: str, layout: dict, loss_name: str, folder: str, wrong: bool) -> dict:
     spec = OptimizerSpec(lr=2e-3, steps=10, weight_decay=0.1)
-    engine = Engine(SHAPES[kind], LAYOUT(**layout), seed=3, optimizer=spec)
+    engine = Engine(SHAPES[kind], LAYOUT(**layout), seed=3, optimizer=spec, ids=64)
     engine.load_hf(folder)
     engine.config.moe_aux_loss_coeff = (
         0.0  # its running estimate depends on the order of micro-batches

@@ -35,7 +35,7 @@ def load(kind: str, layout: dict, initial: str, checkpoints: str) -> dict:
 
 def build(kind: str, layout: dict) -> Engine:
     spec = OptimizerSpec(lr=2e-3, steps=10, weight_decay=0.1, warmup_steps=2)
-    engine = Engine(SHAPES[kind], LAYOUT(**layout), seed=3, optimizer=spec)
+    engine = Engine(SHAPES[kind], LAYOUT(**layout), seed=3, optimizer=spec, ids=64)
     engine.config.moe_aux_loss_coeff = 0.0  # depends on the order of micro-batches
     return engine
 

@@ -156,6 +156,18 @@ def test_a_cut_save_does_not_shadow_the_last_good_one(tmp_path):
     assert engine.load_latest(tmp_path) == (1, {})
 
 
+def test_a_step_of_any_size_comes_after_those_before_it(tmp_path):
+    """Names have six digits: as text the millionth step would be the oldest, and removed."""
+    engine = Engine(SHAPES["tied"], LAYOUT(), seed=1, optimizer=SPEC)
+    engine.train_step(pack(normalise(documents(0)), 200), supervised)
+    for step in (999_950, 999_999, 1_000_000, 10_000_000):
+        engine.save(tmp_path, step, {})
+        engine.finish_saving()
+        assert engine.load_latest(tmp_path) == (step, {})
+    kept = [p.name for p in checkpoint.complete(tmp_path)]
+    assert kept == ["step_1000000", "step_10000000"]
+
+
 @pytest.mark.parametrize("files", ["*.distcp", "state.safetensors"])
 def test_a_damaged_checkpoint_is_named(tmp_path, files):
     engine = Engine(SHAPES["tied"], LAYOUT(), seed=1, optimizer=SPEC)

@@ -22,6 +22,7 @@ CASES = [
     ("tied", {}, 2),
     ("dense", {"context": 2}, 2),
     ("deep", {"pipeline": 2, "virtual_pipeline": 2}, 2),
+    ("odd", {"tensor": 2, "sequence_parallel": True}, 2),
     ("deep", {"pipeline": 3}, 3),  # embedding and lm_head counted as layers
     ("moe", {"expert": 2}, 2),
     ("moe", {}, 2),
@@ -97,12 +98,13 @@ def test_rank_0_gets_every_tensor_whole_from_every_layout(torchrun, tmp_path):
         ("dense", {"tensor": 2}),
         ("deep", {"pipeline": 2}),
         ("tied", {"pipeline": 2}),
+        ("odd", {"tensor": 2}),
         ("moe", {"expert": 2}),
         ("moe", {"tensor": 2, "expert": 2, "sequence_parallel": True}),
         ("dense", {}),
     ]
     counts = {}
-    for kind in ("dense", "deep", "tied", "moe"):
+    for kind in ("dense", "deep", "tied", "moe", "odd"):
         Engine(SHAPES[kind], LAYOUT(), seed=3).save_hf(tmp_path / kind, {})
         counts[kind] = len(load_file(tmp_path / kind / "model.safetensors"))
     cases = [(kind, layout, str(tmp_path / kind)) for kind, layout in layouts]

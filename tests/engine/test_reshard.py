@@ -15,6 +15,8 @@ SEQUENCE = {"tensor": 2, "sequence_parallel": True}
 PAIRS = [
     ("tied", {}, 1, {"pipeline": 2}, 2),
     ("tied", SEQUENCE, 2, {}, 1),
+    ("odd", SEQUENCE, 2, {}, 1),
+    ("odd", {}, 1, SEQUENCE, 2),
     ("tied", {"pipeline": 2}, 2, {"context": 2}, 2),
     ("tied", {"pipeline": 2}, 2, SEQUENCE, 2),
     ("tied", {}, 2, SEQUENCE, 2),

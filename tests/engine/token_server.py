@@ -100,7 +100,7 @@ class TokenServer:
         assert not self.paused
         eos, eod = stops or (-1, -1)
         tokenizer = SimpleNamespace(
-            eos=eos, eod=eod, think_open=-1, think_close=-1,
+            vocab_size=self.engine.valid_vocab, eos=eos, eod=eod, think_open=-1, think_close=-1,
             encode=lambda text: [],
         )  # fmt: skip
         aborted = self.under_way.setdefault(name, threading.Event())

@@ -1,6 +1,9 @@
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,10 +38,68 @@ def test_several_rewards_multiply_and_give_the_reason_of_the_lowest():
     assert score(("answer", "length"), THOUGHT, row) == Verdict(0.0, "no boxed answer")
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf])
-def test_a_score_outside_0_to_1_is_an_error(value):
-    with pytest.raises(ValueError, match=r"must give 0\.\.1"):
-        Verdict(value, "broken")
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [(True, 1.0), (np.bool_(True), 1.0), (np.float32(0.5), 0.5), (np.int64(-2), -2.0),
+     (np.array(0.25), 0.25), (torch.tensor(0.5, dtype=torch.bfloat16), 0.5), (Fraction(1, 4), 0.25),
+     (torch.tensor(3.0, requires_grad=True), 3.0)],
+)  # fmt: skip
+def test_a_score_is_a_plain_number(given, number):
+    reward("given")(lambda completion, row: given)
+    assert type(Verdict(given, "").score) is type(score("given", "", {}).score) is float
+    assert Verdict(given, "").score == score("given", "", {}).score == number
+
+
+BROKEN = [math.nan, -math.inf, 10**400, "1", [1.0], np.ones(1), torch.ones(2), 1j, object()]
+
+
+@pytest.mark.parametrize("given", BROKEN, ids=repr)
+def test_what_is_no_finite_number_is_an_error_that_names_reward_and_row(given):
+    reward("given")(lambda completion, row: given)
+    row = user("What is 1+1?") | {"where": "sums.jsonl:3"}
+    with pytest.raises(
+        UserError, match=r"^reward=given of 'What is 1\+1\?' \(sums.jsonl:3\) failed"
+    ):
+        score("given", "2", row)
+    with pytest.raises((ValueError, OverflowError)):
+        Verdict(given, "broken")
+
+
+def test_an_exception_names_reward_and_row():
+    @reward("fails")
+    def fails(completion, row):
+        return 1.0 / len(row["documents"]) / len(completion)
+
+    asked = user("Who wrote Emma?")
+    with pytest.raises(UserError, match=r"'Who wrote Emma\?' needs the field 'documents'$"):
+        score("fails", "x", asked)
+    with pytest.raises(UserError, match=r"^reward=fails of 'Who wrote Emma\?' failed with Zero"):
+        score("fails", "", asked | {"documents": ["a"]})
+
+
+def test_penalties_and_what_cannot_be_judged_among_several():
+    values = {"bad": -0.5, "worse": -2.0, "half": 0.5, "right": 1.0, "unsure": None}
+    for name, value in values.items():
+        reward(name)(lambda completion, row, value=value: value)
+    assert score(("bad", "worse"), "", {}).score == -2.0  # and not 1
+    assert score(("half", "worse"), "", {}).score == -2.0
+    assert score({"right": 3, "worse": 1}, "", {}).score == 0.25
+    assert score({"right": 0.1, "half": 0.2}, "", {}).score == pytest.approx(2 / 3)
+    found = score(("half", "unsure"), "", {})
+    assert (found.score, found.reason, found.parts) == (
+        None,
+        "unsure cannot judge it",
+        {"half": 0.5},
+    )
+    assert score({"unsure": 1, "right": 1}, "", {}).score is None
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=4))
+def test_a_weighted_mean_of_equal_scores_is_that_score(weights):
+    names = [f"full{i}" for i in range(len(weights))]
+    for name in names:
+        reward(name)(lambda completion, row: 1.0)
+    assert score({n: w + 0.1 for n, w in zip(names, weights, strict=True)}, "", {}).score == 1.0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,12 @@ from q3mega.rollout import Completion, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 
 TOKENIZER = SimpleNamespace(
-    eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
+    vocab_size=64,
+    eos=63,
+    eod=62,
+    think_open=61,
+    think_close=60,
+    encode=lambda text: [50, 51, 60],
 )
 
 

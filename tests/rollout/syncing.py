@@ -17,7 +17,12 @@ from q3mega.rollout.servers import ServerSampler
 from q3mega.rollout.synced import SyncedSampler
 
 TOKENIZER = SimpleNamespace(
-    eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
+    vocab_size=64,
+    eos=63,
+    eod=62,
+    think_open=61,
+    think_close=60,
+    encode=lambda text: [50, 51, 60],
 )
 
 

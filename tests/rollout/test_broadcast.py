@@ -27,7 +27,12 @@ from q3mega.rollout.servers import ServerSampler
 from q3mega.rollout.synced import SyncedSampler
 
 TOKENIZER = SimpleNamespace(
-    eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
+    vocab_size=64,
+    eos=63,
+    eod=62,
+    think_open=61,
+    think_close=60,
+    encode=lambda text: [50, 51, 60],
 )
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 61], [10], [11, 61]]
 GREEDY = SamplingParams(6, temperature=0)

@@ -158,7 +158,7 @@ def test_graded_pays_the_last_turn_only(tokenizer, rows):
         ({"tools": ["sqll"]}, "tools='sqll' is unknown: use some of calculator, python, search"),
         ({"max_steps": 0}, "max_steps=0 must be a whole number from 1 to 64"),
         ({"tool_seconds": -1}, "tool_seconds=-1 must be a number of seconds above 0"),
-        ({"reward": "answer", "answer": None}, "row 1: the reward answer needs 'answer'"),
+        ({"reward": "answer", "answer": None}, "row 1: reward=answer of .* answer=None must be"),
     ],
 )
 def test_a_row_that_cannot_be_played_is_refused_before_anything_is_sampled(

@@ -16,20 +16,26 @@ from transformers import AutoModelForCausalLM
 
 from q3mega.engine import Engine
 from q3mega.errors import UserError
+from q3mega.model.sizes import Yarn
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import token_logprobs
 
 # ids of a make-believe tokenizer over 64 tokens; the stop text closes the think block
 TOKENIZER = SimpleNamespace(
-    eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
+    vocab_size=64,
+    eos=63,
+    eod=62,
+    think_open=61,
+    think_close=60,
+    encode=lambda text: [50, 51, 60],
 )
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10], [11, 12]]
 
 
 @pytest.fixture(params=SHAPES)
 def engine(request):
-    return Engine(SHAPES[request.param], LAYOUT(), seed=5)
+    return Engine(SHAPES[request.param], LAYOUT(), seed=5, ids=64)
 
 
 def test_greedy_text_is_that_of_transformers(engine, tmp_path):
@@ -104,9 +110,7 @@ def test_no_think_block_no_budget():
 
 def test_dual_chunk_decode_equals_its_prefill():
     engine = Engine(SHAPES["dense"], LAYOUT(), seed=5)
-    engine.positions = replace(
-        engine.positions, chunk_size=6, local_size=2, yarn_factor=4.0, original_length=8
-    )
+    engine.positions = replace(engine.positions, chunk_size=6, local_size=2, yarn=Yarn(4.0, 8))
     sampled = InProcessSampler(engine, TOKENIZER).generate(PROMPTS, SamplingParams(25, seed=7))
     pairs = [(p, c.tokens) for p, (c,) in zip(PROMPTS, sampled, strict=True)]
     for own, (completion,) in zip(token_logprobs(engine, pairs), sampled, strict=True):

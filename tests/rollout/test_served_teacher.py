@@ -25,7 +25,12 @@ from q3mega.stages.distill import keep_topk, taught_by
 
 SHAPE = SHAPES["dense"]
 TOKENIZER = SimpleNamespace(
-    eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
+    vocab_size=64,
+    eos=63,
+    eod=62,
+    think_open=61,
+    think_close=60,
+    encode=lambda text: [50, 51, 60],
 )
 K = 5
 
@@ -60,6 +65,26 @@ def test_best_tokens_are_those_of_the_engine(engine, batches):
         assert counts.sum() == len(batch) - len(batch.cu_seqlens) + 1
         assert torch.equal(ids[counts], right[counts])
         torch.testing.assert_close(logprobs[counts], values[counts], rtol=1e-5, atol=1e-5)
+
+
+def test_padding_rows_of_the_server_are_no_tokens(engine, batches):
+    fewer = SimpleNamespace(**vars(TOKENIZER) | {"vocab_size": 50})
+    with token_server(engine) as server:
+        known, every = (
+            ServedTeacher(server.url, tokenizer, SHAPE).top_logprobs(batches, 40)
+            for tokenizer in (fewer, TOKENIZER)
+        )
+    for (ids, logprobs), (all_ids, all_logprobs) in zip(known, every, strict=True):
+        assert int(ids.max()) < 50 <= int(all_ids.max())
+        assert all(len(set(row)) == 40 for row in ids.tolist())
+        assert bool((logprobs.exp().sum(1) <= all_logprobs.exp().sum(1) + 1e-6).all())
+        same = all_ids < 50  # in the same order, before those in the padding's place
+        for row, values, keep, whole, theirs in zip(
+            ids, logprobs, same, all_ids, all_logprobs, strict=True
+        ):
+            n = int(keep.sum())
+            assert torch.equal(row[:n], whole[keep]) and torch.equal(values[:n], theirs[keep])
+            assert bool((values[n:] == theirs.min()).all())
 
 
 def test_its_loss_is_that_of_a_teacher_in_process(engine, batches):

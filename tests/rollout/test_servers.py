@@ -33,6 +33,7 @@ from q3mega.engine import Engine
 from q3mega.errors import UserError
 from q3mega.model.routing import differing
 from q3mega.rollout import SamplingParams, protocol, servers, sglang_protocol, vllm_protocol
+from q3mega.rollout.base import cut_at_unknown
 from q3mega.rollout.gap import measure
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import token_logprobs
@@ -42,7 +43,12 @@ from q3mega.rollout.synced import SyncedSampler, norms
 
 # ids of a make-believe tokenizer over 64 tokens; the stop text closes the think block
 TOKENIZER = SimpleNamespace(
-    eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
+    vocab_size=64,
+    eos=63,
+    eod=62,
+    think_open=61,
+    think_close=60,
+    encode=lambda text: [50, 51, 60],
 )
 LOAD = {"vllm": "/collective_rpc reload_weights", "sglang": "/update_weights_from_disk"}
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 61], [10], [11, 61]]
@@ -448,6 +454,23 @@ def test_the_servers_sample_from_the_engines_weights(serve, kind, tmp_path):
     two.version = "default"  # as after a restart
     sampler.generate(PROMPTS, params)
     assert (one.paths[LOAD[kind]], two.paths[LOAD[kind]]) == (3, 4)
+
+
+def test_text_ends_before_an_id_that_no_token_has(serve, tmp_path):
+    """A server samples from all rows of its lm_head; a loss would refuse those beyond the ids."""
+    trainer = Engine(SHAPES["dense"], LAYOUT(), seed=7, ids=50)
+    servers, _ = serve(None)
+    whole = [c for g in servers.generate(PROMPTS, SamplingParams(20, n=4, seed=1)) for c in g]
+    cut = [cut_at_unknown(c, trainer.valid_vocab) for c in whole]
+    assert 0 < sum(len(c.tokens) for c in cut) < sum(len(c.tokens) for c in whole)
+    for before, after in zip(whole, cut, strict=True):
+        end = len(after.tokens)
+        assert after == before or (after.finish_reason == "length" and before.tokens[end] >= 50)
+        assert after.tokens == before.tokens[:end] and after.logprobs == before.logprobs[:end]
+        assert max(after.tokens, default=0) < 50
+        assert sum(n for _, n in after.weights) == sum(after.mask)
+    found = SyncedSampler(trainer, servers, tmp_path).generate(PROMPTS, SamplingParams(20, n=4))
+    assert max(t for group in found for c in group for t in c.tokens) < 50
 
 
 def test_an_update_that_is_cut_is_made_again(serve, kind, engine, tmp_path):

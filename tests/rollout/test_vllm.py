@@ -40,7 +40,12 @@ pytestmark = [
 RECEIVER = "--worker-extension-cls q3mega.rollout.vllm_worker.Receiver"
 SECONDS = 600  # until a server on a busy machine is up
 TOKENIZER = SimpleNamespace(
-    eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
+    vocab_size=64,
+    eos=63,
+    eod=62,
+    think_open=61,
+    think_close=60,
+    encode=lambda text: [50, 51, 60],
 )
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 61], [10], [11, 61]]
 

@@ -19,10 +19,11 @@ from tiny import LAYOUT, SHAPE, documents, run_cases, weights
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.engine.parallel import initialise
+from q3mega.io import whole_records
 from q3mega.stages.distill import taught_by
 from q3mega.teacher.remote import RemoteTeacher
 from q3mega.train import supervised
-from q3mega.train.log import Log, read
+from q3mega.train.log import Log
 
 VOCABULARY = 272  # rows of the lm_heads: more than the tokenizer's ids
 STUDENT = SHAPE(tied=True, vocab=VOCABULARY)
@@ -50,7 +51,7 @@ def learn(teacher, layout, start, folder=None, watch=None):
     finally:
         engine.finish_saving()  # a process would have ended here, and its thread with it
     dist.barrier()
-    return [[row["loss"] for row in read(folder / "metrics.jsonl")], weights(engine)]
+    return [[row["loss"] for row in whole_records(folder / "metrics.jsonl")], weights(engine)]
 
 
 def case(layout, at, folder):

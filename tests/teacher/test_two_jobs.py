@@ -21,7 +21,7 @@ from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError
 from q3mega.io import whole_records
-from q3mega.model.huggingface import dtype_of
+from q3mega.model.config import dtype_of
 from q3mega.teacher.remote import RemoteTeacher
 from q3mega.teacher.serve import serve
 from q3mega.try_out import teach
@@ -155,6 +155,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(folder, monkey
         teacher = Engine(TEACHERS["dense"], LAYOUT(), seed=0)
         teacher.load_hf(path)
         assert weight.equal(teacher.chunks[0].output_layer.weight)
+        for rows in (265, 300):  # a student of other padding
+            held = come(vocab=265, rows=rows)
+            assert held[:265].equal(weight[:265]) and len(held) == rows
     with pytest.raises(UserError, match=r"no teacher takes this student .*refused.*q3mega teach"):
         come()
 

