@@ -304,11 +304,31 @@ def _params(arguments: argparse.Namespace, budget: int | None, n: int = 1) -> "S
 def _generate(arguments: argparse.Namespace) -> int:
     from q3mega.try_out import Checkpoint
 
-    messages = [{"role": "user", "content": arguments.prompt}]
+    messages = [{"role": "user", "content": _text("--prompt", arguments.prompt)}]
     params = _params(arguments, arguments.budget)
     model = Checkpoint(arguments.checkpoint)
     print(model.answer(messages, params, think=arguments.mode == "think"))
     return 0
+
+
+def _text(name: str, given: str) -> str:
+    """Bytes that are no UTF-8 come from the command line as half surrogate pairs."""
+    from q3mega.data.tagged import HALF_PAIR
+
+    if HALF_PAIR.search(given):
+        raise UserError(f"{name}={given[:60]!r} is not UTF-8: convert it, as with iconv -t UTF-8")
+    return given
+
+
+def _line() -> str:
+    """What the user types next; "" at the end of the input too."""
+    try:
+        return _text("the line", input("you> ").strip()) if sys.stdin else ""
+    except EOFError:
+        print()  # the shell's prompt gets a line of its own
+        return ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"the line is not UTF-8 ({error}): set the terminal to it") from None
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -316,7 +336,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
     params = _params(arguments, arguments.budget)
     model, messages = Checkpoint(arguments.checkpoint), list[dict[str, str]]()
-    while line := input("you> ").strip():
+    while line := _line():
         messages.append({"role": "user", "content": line})
         text = model.answer(messages, params, think=arguments.mode == "think")
         print(text)

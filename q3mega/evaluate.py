@@ -20,6 +20,7 @@ from q3mega.algorithms.losses import supervised
 from q3mega.data import corpus
 from q3mega.data.batch import Batch, Sample, pack
 from q3mega.data.chat import parse, render
+from q3mega.data.tagged import TaggedText
 from q3mega.data.tasks import Problem, files, general, generate
 from q3mega.data.tasks.tools import with_schemas
 from q3mega.data.tokenizer import Tokenizer
@@ -396,7 +397,7 @@ def _haystacks(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Sam
         room = length - len(line) - len(asked) - len(answer)
         straw: list[list[int]] = []
         while (missing := room - sum(map(len, straw))) > 0:
-            straw.append(tokenizer.encode(next(hay) + "\n")[:missing])
+            straw.append(tokenizer.encode(TaggedText(next(hay) + "\n"))[:missing])
         straw.insert(rng.randint(0, len(straw)), line)
         prompt = [t for part in straw for t in part] + asked
         samples.append(Sample(prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer)))

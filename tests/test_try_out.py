@@ -1,5 +1,6 @@
 """`q3mega eval` on an untrained checkpoint: every kind of task, read back from what it prints."""
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -32,6 +33,23 @@ def checkpoint(tmp_path_factory) -> Path:
     engine = Engine(replace(SHAPES["tied"], vocab=512), LAYOUT(), seed=0)
     engine.save_hf(folder, {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eod})
     return folder
+
+
+def test_a_chat_ends_with_its_input_or_an_empty_line(checkpoint, monkeypatch, capsys):
+    for typed, turns in (("hi\n", 1), ("hi\nyou\n\nnever\n", 2), ("", 0)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        assert main(["chat", str(checkpoint), "--max-tokens", "2"]) == 0
+        assert capsys.readouterr().out.count("you> ") == turns + 1
+
+
+def test_a_prompt_that_is_no_text_is_one_line(checkpoint, monkeypatch, capsys):
+    latin = b"caf\xe9".decode("utf-8", "surrogateescape")  # as the system hands it over
+    assert main(["generate", str(checkpoint), "--prompt", latin]) == 2
+    assert "--prompt='caf\\udce9' is not UTF-8" in capsys.readouterr().err
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    assert main(["chat", str(checkpoint)]) == 2
+    assert "the line is not UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["think", "no_think"])

@@ -26,6 +26,7 @@ from q3mega.data import text
 from q3mega.data.batch import Sample
 from q3mega.data.chat import render
 from q3mega.data.curate.dataset import Curated
+from q3mega.data.tagged import TaggedText
 from q3mega.data.tasks import Problem, general, generate
 from q3mega.data.tasks.reasoning import REASONING
 from q3mega.data.tasks.solutions import response_text, solve, text_documents, thinking_text
@@ -128,7 +129,7 @@ def _direct(rng: random.Random) -> Iterator[str]:
         yield text_documents(p, rng)[1]
 
 
-def _chat(rng: random.Random) -> Iterator[str]:
+def _chat(rng: random.Random) -> Iterator[TaggedText]:
     """Worked solutions in chat markup, and short replies: what post-training builds on."""
     for p in _problems(rng):
         if rng.random() < 0.6:
@@ -188,15 +189,26 @@ LONG = 440, 384
 TEXTS = tuple(dict.fromkeys(source.kind for source in text.sources().values()))
 
 
-def documents(kind: str, seed: int, *, heldout: bool = False, sequence: int = 384) -> Iterator[str]:
-    """Documents of one kind, without end, the same ones for the same seed.
+def documents(
+    kind: str, seed: int, *, heldout: bool = False, sequence: int = 384
+) -> Iterator[TaggedText]:
+    """Documents of one kind, without end, the same ones for the same seed. Chats alone have control
+    tokens: what spells one in any other text is text.
 
     heldout: the real texts that training never sees; generated kinds only draw anew. sequence:
     tokens that the long ones are made for.
     """
+    rng = random.Random(f"{kind}/{seed}")
+    if kind == "chat":
+        return _chat(rng)
+    return map(TaggedText, _plain_documents(kind, seed, rng, heldout, sequence))
+
+
+def _plain_documents(
+    kind: str, seed: int, rng: random.Random, heldout: bool, sequence: int
+) -> Iterator[str]:
     if folder := curated(kind):
         return Curated(folder).documents(seed, heldout)
-    rng = random.Random(f"{kind}/{seed}")
     if kind == "retrieval_long":
         return _retrieval(sequence * LONG[0] // LONG[1])(rng)
     return _text(kind, rng, heldout) if kind in TEXTS else KINDS[kind](rng)

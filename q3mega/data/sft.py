@@ -5,13 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from q3mega.data.batch import Sample
-from q3mega.data.chat import EMPTY_THINKING, render
+from q3mega.data.chat import EMPTY_THINKING, assistant_text, render, with_calls
+from q3mega.data.tagged import TaggedText, tagged
 from q3mega.data.tokenizer import Tokenizer
 
 
-def reply_text(thinking: str, response: str) -> str:
-    """An assistant turn; without thinking it keeps the empty block."""
-    return f"<think>\n{thinking}\n</think>\n\n{response}" if thinking else EMPTY_THINKING + response
+def reply_text(thinking: str, response: str) -> TaggedText:
+    """An assistant turn; without thinking it keeps the empty block. Control tokens are the tags of
+    the block and of the response's well-formed calls."""
+    block = tagged(EMPTY_THINKING)
+    if thinking:
+        block = "<think>\n" + TaggedText(thinking) + "\n</think>\n\n"
+    return block + with_calls(response)
 
 
 def chat_sample(
@@ -22,7 +27,8 @@ def chat_sample(
     tools: Sequence[Mapping[str, Any]] = (),
     prefilled: bool = False,
 ) -> Sample:
-    """One turn to learn. `reply` is the raw text after the generation prompt (`reply_text`).
+    """One turn to learn. `reply` is the raw text after the generation prompt: `reply_text`'s, what
+    our own model sampled, or a plain string, whose control tokens `assistant_text` tells.
 
     prefilled: the empty think block is part of the prompt (enable_thinking=False) and carries no
     loss; in a sample that a /no_think flag switched, the model has to write the block itself.
@@ -34,7 +40,8 @@ def chat_sample(
         enable_thinking=False if prefilled else None,
     )
     before = tokenizer.encode(prompt)
-    after = tokenizer.encode(reply.removeprefix(EMPTY_THINKING) if prefilled else reply)
+    turn = assistant_text(reply)
+    after = tokenizer.encode(turn.removeprefix(EMPTY_THINKING) if prefilled else turn)
     after.append(tokenizer.eos)
     return Sample(before + after, [0.0] * len(before) + [1.0] * len(after))
 

@@ -10,7 +10,7 @@ import random
 import re
 import sysconfig
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -179,11 +179,26 @@ def translations(code: str) -> Iterator[list[tuple[str, str]]]:
 
 
 def clean(text: str) -> str:
-    """NFC, no control characters, no trailing blanks, at most one empty line in a row."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\t", "    ")
-    text = unicodedata.normalize("NFC", re.sub(r"[^\n -~]", _visible, text))
-    text = "\n".join(line.rstrip(" ") for line in text.split("\n"))
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+    """NFC, no control characters, no trailing blanks, at most one empty line in a row.
+
+    Tabs stay where they mean something: before and between words, and at the ends of a table's
+    lines, whose last cells may be empty.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = unicodedata.normalize("NFC", re.sub(r"[^\n\t -~]", _visible, text))
+    lines = [line.rstrip(" ") for line in text.split("\n")]
+    if _is_table(lines):
+        return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip(" \t") for line in lines)).strip("\n")
+    return (text if text.startswith("\t") else text.lstrip()).rstrip()
+
+
+def _is_table(lines: Sequence[str]) -> bool:
+    """Whether the lines, of which there are two or more, have equally many tabs each, and one has
+    some between its words."""
+    tabs = [line.count("\t") for line in lines if line]
+    between = any("\t" in line.strip() for line in lines)
+    return between and len(tabs) > 1 and min(tabs) == max(tabs)
 
 
 def _visible(match: re.Match[str]) -> str:

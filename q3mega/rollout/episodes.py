@@ -56,7 +56,7 @@ def run_episodes(
                 filled = list(prompts[i][-len(block) :]) == block
                 think = False if filled else None
                 text = render(messages, add_generation_prompt=True, enable_thinking=think)
-                following = tokenizer.encode(f"\n{text}")
+                following = tokenizer.encode("\n" + text)
                 _extend(done[i], following, [0.0] * len(following), [0] * len(following))
                 active.append(i)
         turn += 1

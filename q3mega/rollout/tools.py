@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import Any, Protocol
 
 from q3mega.data.chat import parse
+from q3mega.data.tagged import HALF_PAIR
 from q3mega.data.tasks import Problem
 from q3mega.data.tasks.tools import MAX_STEPS, WORKS_ON, Schema, arguments_of, name_of
 from q3mega.errors import UserError
@@ -263,7 +264,7 @@ class Environment:
             return LATE
         begun = time.monotonic()
         try:
-            return _cut(tool.call(call["arguments"]))
+            return HALF_PAIR.sub("\ufffd", _cut(tool.call(call["arguments"])))
         except Exception as error:  # whatever it is, the other episodes go on
             return f"error: the tool failed ({type(error).__name__})"
         finally:

@@ -17,6 +17,7 @@ from q3mega.data import opinions
 from q3mega.data.chat import parse
 from q3mega.data.filters import ResponseFilter, balance, query_filter
 from q3mega.data.sft import chat_sample, reply_text
+from q3mega.data.tagged import TaggedText
 from q3mega.data.tasks import Problem
 from q3mega.data.tasks.solutions import boxed, check
 from q3mega.data.tasks.tutor import Candidate, candidates, unsuitable_queries
@@ -153,7 +154,7 @@ class Generated:
         """By the base model, which has no room to think (the report's judge, at our scale)."""
         stage, rank, size = self.stage, parallel.data_rank(), parallel.data_size()
         mine = queries[rank::size]
-        prompts = [stage.tokenizer.encode(f"Q: {p.question}\nA:") for p in mine]
+        prompts = [stage.tokenizer.encode(TaggedText(f"Q: {p.question}\nA:")) for p in mine]
         params = SamplingParams(max_tokens=24, temperature=0)
         found = stage.sampler(self.base).generate(prompts, params)
         said = []

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from q3mega.data.chat import last_flag, parse, render
+from q3mega.data.chat import last_flag, normalised, parse, render
 from q3mega.errors import UserError
 
 CASES = json.loads(Path(__file__).with_name("template_cases.json").read_text(encoding="utf-8"))
@@ -62,9 +62,89 @@ def test_a_malformed_call_is_no_call(bad):
     assert len(parse(text + CALL).tool_calls) == 1
 
 
-def test_a_call_left_open_stays_in_the_content():
-    text = "<tool_call>" * 50_000 + " " * 50_000  # quadratic in a careless parser
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>" * 50_000 + " " * 50_000,
+        '<tool_call>{"' * 50_000,
+        '<tool_call>{"a":"b",' * 30_000,
+        "<tool_call>{" * 50_000 + "}</tool_call>" * 50_000,
+        '<tool_call>{"' + '\\"<tool_call>{' * 30_000,
+        '<tool_call>{"a":' + '{"a":' * 50_000,
+    ],
+)
+def test_a_call_left_open_stays_in_the_content(text):  # in a careless parser after hours
     assert parse(text).content == text
+
+
+@pytest.mark.parametrize(
+    "tag", ["</tool_call>", "<tool_call>", "</think>", "<think>", "}</tool_call>"]
+)
+def test_a_call_may_speak_of_the_tags(tag):
+    call = {
+        "name": "write",
+        "arguments": {"text": f'it "ends" with {tag} here', "more": {"a": tag}},
+    }
+    block = f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+    message = parse(f"<think>\nwhy\n</think>\n\nso\n{block}\n{CALL}")
+    assert message.thinking == "why" and message.content == "so"
+    assert [c["name"] for c in message.tool_calls] == ["write", "add"]
+    assert message.tool_calls[0] == call and message.closed
+
+
+def test_a_call_that_is_only_spoken_of_hides_none_of_the_answer():
+    message = parse(f"<think>\nI write <tool_call> now\n</think>\n\n{CALL}")
+    assert (message.thinking, len(message.tool_calls)) == ("I write <tool_call> now", 1)
+    message = parse(f"<tool_call>now\n{CALL}\n{CALL}")  # malformed to the next closing tag
+    assert (message.content, len(message.tool_calls)) == (f"<tool_call>now\n{CALL}", 1)
+
+
+def test_recorded_chats_are_read_in_their_forms():
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    bare = {"name": "f", "arguments": {"a": 1}}
+    asked = [{"role": "developer", "content": [{"type": "text", "text": "Be"}, "ware"]}]
+    asked.append({"role": "user", "content": [{"type": "text", "text": "q"}]})
+    start = "<|im_start|>system\nBeware<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
+    for turn, arguments in (
+        ({"content": None, "tool_calls": [call]}, '{"a":1}'),  # a string is written as it is
+        ({"tool_calls": [bare]}, '{"a": 1}'),
+        ({"tool_calls": [{"name": "f", "arguments": ""}], "reasoning_content": None}, "{}"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": None}}]}, "{}"),
+    ):
+        text = render([*asked, {"role": "assistant", "reasoning": "so", **turn}])
+        written = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
+        block = "<think>\nso\n</think>\n\n"
+        assert text == f"{start}<|im_start|>assistant\n{block}{written}<|im_end|>\n"
+    assert normalised(normalised(asked)) == normalised(asked)
+
+
+@pytest.mark.parametrize(
+    ("turn", "field"),
+    [
+        ({"role": "assistant", "content": None}, r"\.content=None"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, r"\.content=None"),
+        ({"role": "user", "content": {"text": "x"}}, r"\.content="),
+        ({"role": "user", "content": [{"type": "image_url"}]}, r"\.content\[0\]\.type='image_url'"),
+        ({"role": "user", "content": [{"type": "text", "text": 3}]}, r"\.content\[0\]="),
+        ({"role": "user", "content": [3]}, r"\.content\[0\]="),
+        ({"role": "user", "content": "caf\udce9"}, r"\.content='caf.udce9' holds half a surrogate"),
+        ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, r"\.function_call"),
+        ({"role": "assistant", "content": "", "reasoning_content": 3}, r"\.reasoning_content=3"),
+        ({"role": "assistant", "content": "", "tool_calls": "f"}, r"\.tool_calls='f'"),
+        ({"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}, r"\.tool_calls\[0\]="),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]},
+            r"\.tool_calls\[0\]\.arguments=.* must be a JSON object",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]},
+            r"\.tool_calls\[0\]\.arguments\.x=nan must be JSON",
+        ),
+    ],
+)
+def test_what_no_chat_can_hold_is_named_by_field(turn, field):
+    with pytest.raises(UserError, match=rf"^messages\[1\]{field}"):
+        render([{"role": "user", "content": "x"}, turn])
 
 
 TAGS = ["<think>", "</think>", "\n", "<tool_call>", "</tool_call>", '{"name": "f", ']

@@ -1,8 +1,10 @@
 """Near copies and evaluation texts: planted ones are found, others are not."""
 
 import itertools
+import os
 import random
 import re
+import resource
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,6 +24,21 @@ DEFAULT = Duplicates()
 
 def documents(texts: list[str]) -> list[Document]:
     return [Document(t, "s", "l") for t in texts]
+
+
+def test_there_may_be_more_files_than_a_process_may_open(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    files = [tmp_path / f"{i:05d}.bin" for i in range(60)]
+    for i, file in enumerate(files):
+        row = np.full(1, i // 2, duplicates.SKETCH)  # each after an even one is a copy
+        row.tofile(file)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, hard))
+    try:
+        found = duplicates.find(files, 0.55, tmp_path / "keys")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found.tolist() == [0, duplicates.REASONS.index("copy")] * 30
 
 
 def find(tmp_path, texts: list[str], shards: int = 3, settings: Duplicates = DEFAULT) -> list[str]:

@@ -1,5 +1,6 @@
 """Raw text in every format, whole and broken, cut anywhere."""
 
+import bz2
 import gzip
 import json
 import lzma
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from q3mega.data.curate import sources
-from q3mega.data.curate.sources import Malformed, Row, Shard, rows, shards
+from q3mega.data.curate.sources import Malformed, Row, Shard, rows, shards, zstd
 from q3mega.errors import UserError
 
 TEXTS = ["one", "zwei\nZeilen", "三 \u2028", "", "last \\ one"]
@@ -25,13 +26,15 @@ def read(pattern: Path | str, field: str = "text") -> list[str | None]:
 
 def write(path: Path) -> Path:
     table = pa.table({"id": range(len(TEXTS)), "text": TEXTS})
-    match path.suffix:
+    match path.suffix.lower():
         case ".jsonl":
             path.write_bytes(LINES)
         case ".gz":
             path.write_bytes(gzip.compress(LINES))
         case ".xz":
             path.write_bytes(lzma.compress(LINES))
+        case ".bz2":
+            path.write_bytes(bz2.compress(LINES))
         case ".zst":
             path.write_bytes(pa.compress(LINES, "zstd", asbytes=True))
         case ".parquet":
@@ -42,7 +45,16 @@ def write(path: Path) -> Path:
     return path
 
 
-FORMATS = ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "x.jsonl.xz", "x.parquet", "x.arrow"]
+FORMATS = [
+    "x.jsonl",
+    "x.JSONL",
+    "x.jsonl.gz",
+    "x.jsonl.zst",
+    "x.jsonl.xz",
+    "x.jsonl.bz2",
+    "x.parquet",
+    "x.arrow",
+]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -58,6 +70,72 @@ def test_a_glob_reads_files_by_name_and_a_folder_stands_for_its_arrow_files(tmp_
     with gzip.open(tmp_path / "a.txt.gz", "wb") as file:
         file.write(b"packed")
     assert read(tmp_path / "*") == ["packed", "plain\n\ntext", *TEXTS]
+
+
+PACK = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+    ".zst": lambda raw: pa.compress(raw, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_members_of_a_compressed_file_are_read_one_after_the_other(tmp_path, suffix):
+    path = tmp_path / f"x.jsonl{suffix}"
+    path.write_bytes(PACK[suffix](LINES[:40]) + PACK[suffix](LINES[40:]))
+    assert read(path) == TEXTS
+
+
+def test_zstd_may_have_a_long_window(tmp_path):
+    long = {zstd.CompressionParameter.window_log: 28}
+    path = tmp_path / "x.jsonl.zst"
+    packer = zstd.ZstdCompressor(options=long)  # a stream, whose frame does not tell its size
+    path.write_bytes(packer.compress(LINES) + packer.flush())
+    assert read(path) == TEXTS
+
+
+def test_a_text_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n"))
+    assert read(tmp_path / "a.jsonl") == TEXTS
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf\n")
+    assert read(tmp_path / "b.jsonl") == []
+    for encoding in ("utf-16-le", "utf-16-be"):
+        (tmp_path / "c.txt").write_bytes("\ufeffzwei 三".encode(encoding))
+        assert read(tmp_path / "c.txt") == ["zwei 三"]
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_strings_come_in_several_types(tmp_path, kind):
+    column = pa.array(["a", None, "a"]).cast(pa.string())
+    column = column.dictionary_encode() if pa.types.is_dictionary(kind) else column.cast(kind)
+    table = pa.table({"text": column})
+    with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as out, pa.ipc.new_file(out, table.schema) as w:
+        w.write_table(table)
+    parquet.write_table(table, tmp_path / "x.parquet")
+    for name in ("x.arrow", "x.parquet"):
+        assert read(tmp_path / name) == ["a", None, "a"]
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.binary(), pa.null()])
+def test_a_column_without_strings_is_named(tmp_path, kind):
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pa.table({"text": pa.array([None], kind)}), path)
+    with pytest.raises(UserError, match=r"x\.parquet: column 'text' holds .*, not strings"):
+        read(path)
+
+
+@pytest.mark.parametrize("more", [b"{}\n", b""])
+def test_a_file_that_changes_while_it_is_read_ends_the_run(tmp_path, more):
+    path = write(tmp_path / "x.jsonl")
+    (shard,) = shards("s", str(path), "text", 64)
+    stream = rows(shard, "text")
+    next(stream)
+    path.write_bytes(LINES + more if more else LINES[:-9])
+    with pytest.raises(UserError, match=rf"x\.jsonl has .* bytes, and had {len(LINES)}"):
+        list(stream)
 
 
 @settings(max_examples=60)
@@ -121,7 +199,7 @@ def test_a_bad_row_is_found_in_the_file_from_any_shard(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["x.jsonl.gz", "x.jsonl.zst", "x.jsonl.xz", "x.parquet", "x.arrow"]
+    "name", ["x.jsonl.gz", "x.jsonl.zst", "x.jsonl.xz", "x.jsonl.bz2", "x.parquet", "x.arrow"]
 )
 @pytest.mark.parametrize("how", ["cut", "garbled"])
 def test_a_broken_file_ends_the_run_by_name(tmp_path, name, how):
@@ -138,6 +216,8 @@ def test_a_row_that_is_too_long_is_a_bad_one_and_the_next_is_read(tmp_path, monk
     long = json.dumps({"text": "x" * 200}).encode()
     path.write_bytes(long + b'\n{"text": "good"}\n')
     assert read(path) == [None, "good"]
+    (shard,) = shards("s", str(path), "text", 1)
+    assert next(rows(shard, "text")) == Row(1, None, "too_long")
     (tmp_path / "x.txt").write_text("x" * 51)
     with pytest.raises(UserError, match=r"x\.txt: a \.txt file is one document"):
         read(tmp_path / "x.txt")

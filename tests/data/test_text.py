@@ -69,7 +69,22 @@ def test_clean_is_idempotent_and_normal(raw):
     done = text.clean(raw)
     assert text.clean(done) == done
     assert unicodedata.is_normalized("NFC", done)
-    assert not re.search(r"[\t\r\0\u200b]| \n|\n{3}", done)
+    assert not re.search(r"[\r\0\u200b]| \n|\n{3}", done)
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("all:\n\tcc -o a a.c \t\n", "all:\n\tcc -o a a.c"),  # a recipe of make begins with one
+        ("func f() {\n\tx := 1\t// one\n\t\n}\t", "func f() {\n\tx := 1\t// one\n\n}"),
+        ("\n\n\tif (a)\n\t\treturn;", "\tif (a)\n\t\treturn;"),
+        ("  prose\t \nand more\t", "prose\nand more"),
+        ("a\tb\tc\n1\t\t\n\t2\t\n", "a\tb\tc\n1\t\t\n\t2\t"),  # empty cells are cells
+        ("a\tb \r\n1\t2\r\n", "a\tb\n1\t2"),
+    ],
+)
+def test_tabs_stay_where_they_mean_something(raw, clean):
+    assert text.clean(raw) == text.clean(clean) == clean
 
 
 def test_clean_is_linear_in_blanks():  # of quadratic time it would be hours

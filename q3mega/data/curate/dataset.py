@@ -21,6 +21,7 @@ from q3mega.data.curate.config import Lengths, TokenizerFolder
 from q3mega.data.curate.document import LABELS, Document
 from q3mega.data.curate.files import sha256
 from q3mega.data.ngrams import mixed
+from q3mega.data.tokenizer import text_encoder
 from q3mega.errors import UserError
 from q3mega.io import atomic_write, read_json
 
@@ -36,24 +37,17 @@ _SHARE = 1 << 16  # pieces whose labels are written at once
 
 
 class Encoder:
-    """Token ids of documents, each with its end. Special tokens in a text are text like any other.
+    """Token ids of documents, each with its end. The spelling of a control token is text.
 
     Raises UserError when the folder holds no readable tokenizer.json, or that lacks the end token.
     """
 
     def __init__(self, folder: TokenizerFolder) -> None:
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(f"{folder.path}/tokenizer.json")
-        except Exception as error:  # the library raises no narrower class
-            raise UserError(
-                f"tokenizer.path={folder.path}: no readable tokenizer.json ({error})"
-            ) from error
+        self._tokenizer = text_encoder(folder.path)
         end = self._tokenizer.token_to_id(folder.document_end)
         if end is None:
             raise UserError(f"tokenizer.document_end={folder.document_end!r} is no token of it")
         self.end = end
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
 
     @property
     def vocab_size(self) -> int:

@@ -59,16 +59,16 @@ def find(files: Sequence[Path], threshold: float, work: Path) -> NDArray[np.uint
 
     work: a file for the keys, 256 bytes a document, removed afterwards.
     """
-    shards = [_sketches(file) for file in files]
-    starts = np.concatenate([[0], np.cumsum([len(s) for s in shards])]).astype(np.int64)
+    sizes = [file.stat().st_size // SKETCH.itemsize for file in files]
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     verdict = np.zeros(starts[-1], np.uint8)
     if not len(verdict):
         return verdict
-    identity = np.concatenate([s["identity"] for s in shards])
+    identity = np.concatenate([np.array(_sketches(file)["identity"]) for file in files])
     _, first, group = np.unique(identity, return_index=True, return_inverse=True)
     verdict[first[group] != np.arange(len(identity))] = REASONS.index("copy")
     del identity, group
-    near = _near(_Signatures(shards, starts), np.flatnonzero(verdict == 0), threshold, work)
+    near = _near(_Signatures(files, starts), np.flatnonzero(verdict == 0), threshold, work)
     # In the order of the later one, so that what is said of the earlier one is said for good.
     for later, earlier in zip((near >> _HALF).tolist(), (near & _LOW).tolist(), strict=True):
         if not verdict[earlier]:
@@ -83,17 +83,21 @@ def _sketches(file: Path) -> NDArray[np.void]:
 
 
 class _Signatures:
-    """The signatures of all shards by number, read from disk as they are asked for."""
+    """The signatures of all shards by number, read from disk as they are asked for.
 
-    def __init__(self, shards: Sequence[NDArray[np.void]], starts: NDArray[np.int64]) -> None:
-        self.shards, self.starts = shards, starts
+    A file is open for as long as it is read: there may be more of them than a process may open.
+    """
+
+    def __init__(self, files: Sequence[Path], starts: NDArray[np.int64]) -> None:
+        self.files, self.starts = files, starts
 
     def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.uint32]:
         found = np.empty((len(numbers), ROWS), np.uint32)
         shard = np.searchsorted(self.starts, numbers, side="right") - 1
         for s in np.unique(shard):
             here = shard == s
-            found[here] = self.shards[s]["signature"][numbers[here] - self.starts[s]]
+            sketches = _sketches(self.files[s])
+            found[here] = sketches["signature"][numbers[here] - self.starts[s]]
         return found
 
 

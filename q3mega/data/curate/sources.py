@@ -5,13 +5,16 @@ row groups of a Parquet file, and the whole of any other file. A row that cannot
 by its reason; a file that is broken ends the run, since nobody knows what it held.
 """
 
+import bz2
+import codecs
 import glob
 import gzip
-import io
 import json
 import lzma
+import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,10 +25,19 @@ from pyarrow import parquet
 from q3mega.errors import UserError
 from q3mega.sections import one_line, short
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 LONGEST = 8 << 20  # bytes of a row: the steps need some fifty times as much memory
 FORMATS = (".jsonl", ".txt", ".parquet", ".arrow")
-_COMPRESSED = (".gz", ".zst", ".xz")
-_BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+_LONG_WINDOW: dict[int, int] = {
+    zstd.DecompressionParameter.window_log_max: 31
+}  # of zstd --long: 2 GiB at most
+_BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError, pa.ArrowException)
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ def shards(name: str, pattern: str, field: str, shard_mb: int) -> list[Shard]:
 
 def format_of(path: Path) -> tuple[str, str]:
     """(format, compression) by the name; UserError for any other."""
-    *_, before, last = ["", "", *path.suffixes]
+    *_, before, last = ["", "", *map(str.lower, path.suffixes)]
     kind, packed = (before, last) if last in _COMPRESSED else (last, "")
     kind = ".jsonl" if kind in (".ndjson", ".json") else kind
     if kind not in FORMATS or (packed and kind in (".parquet", ".arrow")):
@@ -89,11 +101,18 @@ def _cut(source: str, path: Path, field: str, most: int) -> Iterator[Shard]:
         yield Shard(source, str(path), size, 0, size)
 
 
+_STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+
+
 def _check_column(path: Path, schema: pa.Schema, field: str) -> None:
     if field not in schema.names:
         raise UserError(f"{path} has no column {field!r}, only {', '.join(schema.names)}")
+    if schema.names.count(field) > 1:
+        raise UserError(f"{path} has several columns {field!r}: rename all but one")
     kind = schema.field(field).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not any(test(kind) for test in _STRINGS):
         raise UserError(f"{path}: column {field!r} holds {kind}, not strings")
 
 
@@ -117,7 +136,7 @@ def rows(shard: Shard, field: str) -> Iterator[Row]:
     """The rows of a shard, in order; those that cannot be read with their reason."""
     path = Path(shard.path)
     kind, packed = format_of(path)
-    with _readable(path) as reading:
+    with _readable(path) as reading, _unchanged(path, shard.bytes):
         if kind == ".txt":
             yield _whole_file(path, packed)
         elif kind == ".jsonl":
@@ -130,13 +149,31 @@ def rows(shard: Shard, field: str) -> Iterator[Row]:
                 yield _from_value(place, value)
 
 
+@contextmanager
+def _unchanged(path: Path, size: int) -> Iterator[None]:
+    """A shard is bytes or row groups of the file as it was: of another it would be other text."""
+
+    def check() -> None:
+        if (now := path.stat().st_size) != size:
+            raise UserError(
+                f"{path} has {now} bytes, and had {size} when the run began: "
+                "let nothing write to it, and begin in a new folder"
+            )
+
+    check()
+    yield
+    check()
+
+
 def _open(path: Path, packed: str) -> BinaryIO:
     if packed == ".gz":
         return gzip.open(path)  # type: ignore[return-value]
     if packed == ".xz":
         return lzma.open(path)  # type: ignore[return-value]
+    if packed == ".bz2":
+        return bz2.open(path)  # type: ignore[return-value]
     if packed == ".zst":
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), 1 << 20)
+        return zstd.open(path, options=_LONG_WINDOW)  # type: ignore[return-value]
     return path.open("rb")
 
 
@@ -146,13 +183,13 @@ def _whole_file(path: Path, packed: str) -> Row:
     if len(raw) > LONGEST:
         raise UserError(f"{path}: a .txt file is one document, of {LONGEST >> 20} MiB at most")
     try:
-        return _from_value(1, raw.decode("utf-8"))
+        return _from_value(1, raw.decode("utf-16" if raw.startswith(_UTF16) else "utf-8"))
     except UnicodeDecodeError:
         return Row(1, None, "invalid_utf8")
 
 
-def _lines(file: BinaryIO, shard: Shard, packed: str) -> Iterator[tuple[int, bytes]]:
-    """Lines that begin in the shard. One that is longer than LONGEST comes cut, so as no JSON."""
+def _lines(file: BinaryIO, shard: Shard, packed: str) -> Iterator[tuple[int, bytes | None]]:
+    """Lines that begin in the shard; None for one that is longer than LONGEST."""
     at = shard.start
     if at:
         file.seek(at - 1)
@@ -163,16 +200,22 @@ def _lines(file: BinaryIO, shard: Shard, packed: str) -> Iterator[tuple[int, byt
         if not line:
             return
         at += len(line)
-        piece = line
+        piece, place, long = line, place + 1, False
         while len(piece) == LONGEST and not piece.endswith(b"\n"):
             piece = file.readline(LONGEST)
             at += len(piece)
-        place += 1
-        if line.strip():
+            long = long or bool(piece)
+        if place == 1 and not shard.start:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if long:
+            yield place, None
+        elif line.strip():
             yield place, line
 
 
-def _from_json(place: int, line: bytes, field: str) -> Row:
+def _from_json(place: int, line: bytes | None, field: str) -> Row:
+    if line is None:
+        return Row(place, None, "too_long")
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -200,10 +243,23 @@ def _column(path: Path, kind: str, shard: Shard, field: str) -> Iterator[Any]:
             for batch in file.iter_batches(64, row_groups=groups, columns=[field]):
                 yield from _strings(batch.column(0))
     else:
-        with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
-            _check_column(path, stream.schema, field)
-            for batch in stream:
+        with pa.memory_map(str(path)) as mapped:
+            for batch in _batches(path, mapped, field):
                 yield from _strings(batch.column(field))
+
+
+def _batches(path: Path, mapped: pa.MemoryMappedFile, field: str) -> Iterator[pa.RecordBatch]:
+    """Of Arrow's two formats: the stream that `datasets` saves, and the file, which Feather is."""
+    magic = mapped.read(6)
+    mapped.seek(0)
+    if magic == b"ARROW1":
+        with pa.ipc.open_file(mapped) as file:
+            _check_column(path, file.schema, field)
+            yield from map(file.get_batch, range(file.num_record_batches))
+    else:
+        with pa.ipc.open_stream(mapped) as stream:
+            _check_column(path, stream.schema, field)
+            yield from stream
 
 
 def _strings(column: pa.Array) -> Iterator[Any]:
@@ -244,6 +300,7 @@ class Malformed:
             "no_field": f"has no field {short(self.field)}",
             "no_text": f"has no string in {short(self.field)}",
             "invalid_utf8": "is not UTF-8",
+            "too_long": f"is longer than {LONGEST >> 20} MiB",
         }[self.first.reason]
         raise UserError(
             f"{self.shard.path} row {place} {why}; {self.bad} of {self.rows} rows cannot be read, "

@@ -6,7 +6,7 @@ notes last, in a .json, so that a run that is cut does it again, and does it no 
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from time import perf_counter
 
@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from q3mega.data import text
 from q3mega.data.curate import duplicates, labels, mixture
-from q3mega.data.curate.config import Config
+from q3mega.data.curate.config import Config, TokenizerFolder
 from q3mega.data.curate.contamination import Forbidden
 from q3mega.data.curate.dataset import TOKENISED, Encoder, tokenised
 from q3mega.data.curate.document import LABELS, Books, Document, size
@@ -112,12 +112,18 @@ def _known(verdicts: Sequence[int], documents: Sequence[Document]) -> list[str]:
     return [duplicates.REASONS[v] for v in verdicts]
 
 
+@lru_cache(maxsize=1)
+def _encoder(folder: TokenizerFolder) -> Encoder:
+    """A worker's, which takes longer to load than a small file to tokenise."""
+    return Encoder(folder)
+
+
 def token_shard(config: Config, out: Path, number: int, first: int) -> dict[str, float]:
     """The second pass: tokens/N.bin and tokens/N.parquet. Returns seconds by step.
 
     first: the number of the shard's first document among all.
     """
-    books, encoder = Books(), Encoder(config.tokenizer)
+    books, encoder = Books(), _encoder(config.tokenizer)
     forbidden = Forbidden.read(out / "evaluation.npz")
     verdict = np.load(out / "duplicates.npy", mmap_mode="r")
     stem = f"{number:05d}"
