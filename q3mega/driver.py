@@ -91,8 +91,7 @@ def _chosen(recipe: Recipe, only: str | None, start: str | None) -> list[str]:
     for flag, stage in (("--only", only), ("--from", start)):
         if stage is not None and stage not in stages:
             raise UserError(
-                f"{flag} {stage} is not a stage of this recipe, "
-                f"the nearest is {nearest(stage, stages)}"
+                f"{flag} {stage} is not a stage of this recipe, {nearest(stage, stages)}"
             )
     if only:
         return [only]

@@ -30,9 +30,11 @@ FLOORS = [  # from the ground up; rooms of one floor may import each other
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Plain words that every floor speaks, and what the recipe itself may lean on.
-EVERYWHERE = {"errors", "io", "layout", "recipe", "sections", "settings"}
+EVERYWHERE = {"cluster", "errors", "io", "layout", "recipe", "sections", "settings"}
 BELOW_RECIPE = {
+    "q3mega.cluster",
     "q3mega.errors",
+    "q3mega.io",
     "q3mega.layout",
     "q3mega.model.sizes",
     "q3mega.sections",
