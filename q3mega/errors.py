@@ -1,5 +1,7 @@
 """The one error a user is meant to see: a sentence, no traceback, exit code 2."""
 
+EXIT_STOPPED = 75  # of a stage that was asked to stop and goes on when it is started again
+
 
 class UserError(ValueError):
     """Bad input. The message names the field, the value, and the remedy, in one line."""
@@ -7,3 +9,7 @@ class UserError(ValueError):
 
 class JudgeFailed(UserError):
     """A judge model gave no usable verdict, which is never a score, and never silent."""
+
+
+class Stopped(BaseException):
+    """A stage was asked to stop. No failure, so that nothing which catches those swallows it."""

@@ -75,8 +75,6 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML with the scalars of YAML 1.2's core schema: 4:00:00, on and 2024-01-01 are text,
     012 is twelve, 1e-4 a number. A key given twice is an error."""
 
-    yaml_implicit_resolvers: dict[Any, Any] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for place, key in enumerate(keys):
@@ -105,6 +103,7 @@ _SCALARS = {  # https://yaml.org/spec/1.2.2/#1032-tag-resolution, and merge keys
     r"|[-+]?(\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN",
     "merge": r"<<",
 }
+_Loader.yaml_implicit_resolvers = {}  # without those of YAML 1.1
 for _kind, _pattern in _SCALARS.items():
     _tag = f"tag:yaml.org,2002:{_kind}"
     _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), None)

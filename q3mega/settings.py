@@ -31,9 +31,7 @@ class StageConfig(Section):
     layout: Rounds[Layout]
     init: str | None = None  # a Hugging Face folder; None: the stage that comes before
     save_every: Free[PositiveInt] = 50  # optimizer steps
-    micro_batch_tokens: Rounds[PositiveInt] = (
-        4096  # a rank's packed micro-batch holds at most so many
-    )
+    micro_batch_tokens: Rounds[PositiveInt] = 4096  # a rank's packed micro-batch holds at most
     fp8: bool = False  # pre-training's linear layers, through Transformer Engine
     sample_batch: Rounds[PositiveInt] = 512  # sequences that a sampling rank decodes at once
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -211,11 +209,10 @@ class RolloutEngine(Section):
     timeout: Free[PositiveFloat] = 3600.0  # seconds a request
     retries: Free[NonNegativeInt] = 3  # of a sequence
     key_env: Free[str | None] = None  # the environment variable that holds the servers' key
-    max_gap: Free[PositiveFloat | None] = 0.1  # mean |delta log p| to the trainer that ends the run
+    # mean |delta log p| to the trainer that ends the run
+    max_gap: Free[PositiveFloat | None] = 0.1
     sync: Free[Literal["folder", "broadcast"]] = "folder"  # how the servers get the weights
-    weights: Free[str | None] = (
-        None  # this stage's own folder for them; None: in the stage's folder
-    )
+    weights: Free[str | None] = None  # a folder for them of this stage's; None: in the stage's own
 
     @model_validator(mode="after")
     def _can_sync(self) -> Self:
@@ -294,9 +291,7 @@ class TeacherSettings(Section):
     teacher_at: Address[
         Annotated[str, Field(pattern=r"^(tcp://[^/]+:\d+|https?://.+)$")] | None
     ] = None
-    teacher_key_env: Free[str | None] = (
-        None  # the environment variable that holds the key of teacher_at
-    )
+    teacher_key_env: Free[str | None] = None  # the variable that holds the key of teacher_at
     teacher_timeout: Free[PositiveFloat] = 1800.0  # seconds until teacher_at says something
     teacher_topk: NonNegativeInt = 0  # its best tokens of each position; 0: see the stage
 

@@ -17,9 +17,10 @@ import pytest
 import yaml
 
 from q3mega import cli, driver
-from q3mega.driver import StageFailed, recent_metrics, run
+from q3mega.driver import StageFailed, run
 from q3mega.errors import UserError
 from q3mega.ops import dispatch
+from q3mega.progress import recent_metrics
 from q3mega.recipe import Recipe
 
 LAPTOP = yaml.safe_load(

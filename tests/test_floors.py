@@ -17,6 +17,9 @@ FLOORS = [  # from the ground up; rooms of one floor may import each other
     {"stages", "evaluate", "claims", "figures", "report"},
     {
         "driver",
+        "doctor",
+        "run_folder",
+        "progress",
         "preflight",
         "slurm",
         "try_out",
@@ -26,6 +29,7 @@ FLOORS = [  # from the ground up; rooms of one floor may import each other
         "convert",
         "mixtures",
         "cli",
+        "__main__",
     },
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

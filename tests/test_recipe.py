@@ -161,7 +161,7 @@ def test_bad_values_are_named(tiny: Path, override: str, words: list[str]) -> No
         ("- a", ["must be a mapping"]),
         ("", ["must be a mapping"]),
         ("name: a\nname: b", ["line 1", "'name' is given twice"]),
-        ("name: 2024-99-99", ["not valid YAML"]),
+        ("seed: !!timestamp 2024-99-99", ["not valid YAML"]),
         ("{[1]: 2}", ["not valid YAML"]),
         ("[" * 5000, ["not valid YAML"]),
         ("name: !!python/object/apply:os.getcwd []", ["not valid YAML"]),

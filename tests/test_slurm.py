@@ -147,14 +147,18 @@ def wait(until: Callable[[], bool], seconds: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_a_preempted_chain_finishes_as_an_uncut_run(tmp_path: Path, cluster: None) -> None:
+@pytest.mark.parametrize("name", ["plain", 'a run\'s "best" #1, 100%j \u00e9'])
+@pytest.mark.parametrize("cut", ["preempted", "near its limit"])
+def test_a_chain_that_is_cut_finishes_as_an_uncut_run(
+    tmp_path: Path, cluster: None, name: str, cut: str
+) -> None:
     raw = yaml.safe_load(TINY.read_text())
     kept = ("pretrain_general", "pretrain_reasoning")
     raw["stages"] = {name: raw["stages"][name] for name in kept}
     recipe = tmp_path / "two.yaml"
     recipe.write_text(yaml.safe_dump(raw, sort_keys=False))
 
-    runs = {name: tmp_path / name for name in ("uncut", "queued")}
+    runs = {"uncut": tmp_path / "uncut", "queued": tmp_path / name}
     command = [sys.executable, "-m", "q3mega.cli", "run", str(recipe), *ON_CPUS]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--run-dir", str(runs["uncut"])], check=True, env=environment)
@@ -163,10 +167,17 @@ def test_a_preempted_chain_finishes_as_an_uncut_run(tmp_path: Path, cluster: Non
     jobs = slurm.submit(paths)
     saved = runs["queued"] / "01-pretrain_general" / "checkpoints"
     wait(lambda: any(saved.glob("step_??????")), 120)
-    assert ask("scontrol", "requeue", jobs[0]) == ""
+    with pytest.raises(UserError, match=f"in the queue as jobs {jobs[0]}, {jobs[1]}: .* scancel"):
+        slurm.submit(paths)
+    if cut == "preempted":
+        assert ask("scontrol", "requeue", jobs[0]) == ""
+    else:
+        assert ask("scancel", "--signal=USR1", "--batch", jobs[0]) == ""
     wait(lambda: "Restarts=1" in ask("scontrol", "show", "job", jobs[0]), 60)
     wait(lambda: all("COMPLETED" in ask("scontrol", "show", "job", j) for j in jobs), 300)
     for stage in ("01-pretrain_general", "02-pretrain_reasoning"):
         uncut, queued = (run / stage / "hf" / "model.safetensors" for run in runs.values())
         assert uncut.read_bytes() == queued.read_bytes()
     assert (runs["queued"] / "report.html").exists()
+    log = next((runs["queued"] / "slurm").glob("pretrain_general-*.log")).read_text()
+    assert ("goes back into the queue" in log) == (cut == "near its limit")
