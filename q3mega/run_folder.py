@@ -71,10 +71,8 @@ def compare(recipe: Recipe, run_dir: Path) -> _Changes:
         raise UserError(f"{path}, which this run began with: {error}") from None
     changed = changes(before, recipe)
     if (fixed := changed.get(None)) and _computed(run_dir):
-        more = f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""
         raise UserError(
-            f"{path} holds another recipe: {', '.join(fixed[:3])}{more}; choose another --run-dir "
-            "to change it"
+            f"{path} holds another recipe: {_few(fixed)}; choose another --run-dir to change it"
         )
     return changed
 
@@ -96,6 +94,11 @@ def changes(before: Recipe, now: Recipe) -> _Changes:
     return dict(changed)
 
 
+def _few(changed: list[str]) -> str:
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return ", ".join(changed[:3]) + more
+
+
 def _without_passwords(text: str) -> str:
     return re.sub(r"//[^/@\s]+@", "//", text)
 
@@ -105,11 +108,11 @@ def _sentences(changed: _Changes) -> Iterator[str]:
     others = changed.get(Change.NOTHING, []) + changed.get(Change.MOVED, [])
     if rounding:
         yield (
-            f"since the last start {', '.join(rounding)} changed: sums are taken in another order, "
+            f"since the last start {_few(rounding)} changed: sums are taken in another order, "
             "so low bits, and samples drawn from now on, are not those of an uncut run"
         )
     if others:
-        yield f"since the last start {', '.join(others)} changed, which no result depends on"
+        yield f"since the last start {_few(others)} changed, which no result depends on"
 
 
 def _computed(run_dir: Path) -> bool:

@@ -211,7 +211,8 @@ def _check_queue(run_dir: Path) -> None:
         states = _ask("squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%i %T")
     except (OSError, ValueError, subprocess.CalledProcessError):
         return  # none was submitted, or squeue knows none of them; `singleton` holds in any case
-    if queued := [line.split()[0] for line in states.splitlines() if line.strip()]:
+    known = states.split()[::2]
+    if queued := [job for job in jobs if job in known]:
         raise UserError(
             f"{run_dir} is in the queue as jobs {', '.join(queued)}: wait for their end, or "
             f"scancel {' '.join(queued)}"
