@@ -1,6 +1,7 @@
 """What is checked before a stage computes: rows of files, rewards, the sandbox."""
 
 import itertools
+from pathlib import Path
 
 from q3mega.data.tasks import Problem, files
 from q3mega.data.tasks.pool import Pool
@@ -14,6 +15,7 @@ from q3mega.settings import GeneralRL, ModeFusion
 
 def check_files(recipe: Recipe) -> None:
     """UserError for a row that a stage could not use, before any of them computes."""
+    _check_folders(recipe)
     own.load(recipe.rewards)
     for problem in Pool(recipe.problems):
         if models := models_of(problem):
@@ -59,6 +61,19 @@ def _check_tasks(stage: GeneralRL) -> None:
                 f"{stage.judge_examples}: a row needs answer, the reference, and right: true or "
                 f"false, not {row.get('right')!r}"
             )
+
+
+def _check_folders(recipe: Recipe) -> None:
+    """Weights and tokenizers that are there before the run; a stage's hf/ may be this run's own."""
+    wanted = {"tokenizer.path": (recipe.tokenizer.path, "tokenizer.json")}
+    for name, stage in recipe.stages.items():
+        for field in ("init", "teacher"):
+            folder = getattr(stage, field, None)
+            if isinstance(folder, str) and Path(folder).parent.name[3:] not in recipe.stages:
+                wanted[f"stages.{name}.{field}"] = (folder, "config.json")
+    for field, (folder, file) in wanted.items():
+        if folder is not None and not (Path(folder) / file).is_file():
+            raise UserError(f"{field}={folder}: there is no {file}; name a Hugging Face folder")
 
 
 def _check_sandbox(problem: Problem) -> None:

@@ -150,3 +150,22 @@ def test_a_lock_where_files_cannot_be_locked(
     with exclusive_lock(path, ""):
         pass
     assert not holder.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("cold_start.init={}/none", "stages.cold_start.init="),
+        ("distill_on_policy.teacher={}/none", "stages.distill_on_policy.teacher="),
+        ("tokenizer={{path: '{}/none'}}", "tokenizer.path="),
+    ],
+)
+def test_folders_are_looked_for_before_anything_is_written(
+    override: str, field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(TINY), override.format(tmp_path)]
+    for command in (["run"], ["slurm"], ["plan"]):
+        where = [] if command == ["plan"] else ["--run-dir", str(tmp_path / "run")]
+        assert main([*command, *words, *where]) == 2
+        assert field in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
