@@ -1,13 +1,13 @@
-"""The `q3mega` command. What the user got wrong is one line on stderr and exit code 2."""
+"""The `q3mega` command."""
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from q3mega import console
 from q3mega.errors import EXIT_STOPPED, UserError
 
 if TYPE_CHECKING:
@@ -19,53 +19,20 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 1 (stage broke, wide gap), 2 (bad input), 75 (stopped, goes on),
-    130 (interrupted) or 141 (nobody reads what it prints)."""
-    _prepare_streams()
-    try:
-        code = _command(argv)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed
-        return 141
-
-
-def _prepare_streams() -> None:
-    """What a terminal of another encoding cannot show is no error, and a closed one is none."""
-    for name in ("stdout", "stderr"):
-        if (stream := getattr(sys, name)) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    """Run one command; return its exit code: `q3mega.console`."""
+    return console.run(lambda: _command(argv))
 
 
 def _command(argv: Sequence[str] | None) -> int:
     parser = _parser()
-    try:
-        arguments, rest = parser.parse_known_args(argv)
-        # argparse stops collecting overrides at the first option; those behind it are left over.
-        overrides = getattr(arguments, "overrides", None)
-        if rest and (overrides is None or any(word.startswith("-") for word in rest)):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        if overrides is not None:
-            overrides += rest
-        return arguments.command(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        from q3mega.io import OF_THE_USER, explained
-
-        if error.errno not in OF_THE_USER:
-            raise
-        print(f"error: {explained(error)}", file=sys.stderr)
-        return 2
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse stops collecting overrides at the first option; those behind it are left over.
+    overrides = getattr(arguments, "overrides", None)
+    if rest and (overrides is None or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if overrides is not None:
+        overrides += rest
+    return arguments.command(arguments)
 
 
 class _Version(argparse.Action):

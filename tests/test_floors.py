@@ -17,6 +17,7 @@ FLOORS = [  # from the ground up; rooms of one floor may import each other
     {"stages", "evaluate", "claims", "figures", "report"},
     {
         "driver",
+        "console",
         "doctor",
         "run_folder",
         "progress",
