@@ -1,39 +1,29 @@
-"""The `q3mega` command. What the user got wrong is one line on stderr and exit code 2."""
+"""The `q3mega` command."""
 
 import argparse
-import importlib.util
-import json
 import os
-import platform
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from q3mega.errors import UserError
+from q3mega import console
+from q3mega.errors import EXIT_STOPPED, UserError
 
 if TYPE_CHECKING:
     from q3mega.layout import Layout
     from q3mega.rollout.base import SamplingParams
-
-_PACKAGES = (
-    "torch",
-    "megatron-core",
-    "transformers",
-    "triton",
-    "transformer-engine",
-    "vllm",
-    "sglang",
-)
+    from q3mega.try_out import Checkpoint
 
 # The heavy imports stand inside the commands, so that --help and errors come at once.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 1 (stage broke, wide gap), 2 (bad input) or 130 (interrupted)."""
+    """Run one command; return its exit code: `q3mega.console`."""
+    return console.run(lambda: _command(argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse stops collecting overrides at the first option; those behind it are left over.
@@ -42,17 +32,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if overrides is not None:
         overrides += rest
-    try:
-        return arguments.command(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return arguments.command(arguments)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from q3mega.doctor import version
+
+        print(version())
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="q3mega", description="The Qwen3 recipe, end to end.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="and the commit, if known")
     commands = parser.add_subparsers(metavar="command", required=True)
 
     run = commands.add_parser("run", help="run a recipe's stages; a cut run goes on by itself")
@@ -129,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         sub.set_defaults(mode="think")
         sub.add_argument("checkpoint", help="a Hugging Face folder, such as a stage's hf/")
-        sub.add_argument("--max-tokens", type=int, default=256)
+        sub.add_argument("--max-tokens", type=int, help="of an answer (default: the model's limit)")
         sub.add_argument("--temperature", type=float, help="default: the report's, by mode")
         sub.add_argument("--seed", type=int, default=0)
         if name == "eval":
@@ -187,18 +180,14 @@ def _parser() -> argparse.ArgumentParser:
 def _takes_recipe(command: argparse.ArgumentParser, **how: Any) -> None:
     command.add_argument("recipe", **how)
     command.add_argument(
-        "overrides", nargs="*", metavar="stage.field=value", help="change a setting"
+        "overrides", nargs="*", default=[], metavar="stage.field=value", help="change a setting"
     )
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from q3mega.driver import StageFailed, run
+    from q3mega.driver import RunStopped, StageFailed, run
     from q3mega.recipe import Recipe
 
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)  # unwinds through the driver, which ends the stage
-
-    signal.signal(signal.SIGTERM, stop)
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
     run_dir = Path(arguments.run_dir or Path("runs") / recipe.name)
     try:
@@ -206,6 +195,15 @@ def _run(arguments: argparse.Namespace) -> int:
     except StageFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
+    except RunStopped as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print(
+            f"interrupted: run again to go on from the last checkpoint in {run_dir}",
+            file=sys.stderr,
+        )
+        return 130
     return 0
 
 
@@ -235,7 +233,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     if (a.recipe is None) == (a.model is None):
         raise UserError("plan takes a recipe, or --model and --gpus")
     if a.recipe:
-        table, fits = plan.table_of_stages(Recipe.load(a.recipe, a.overrides), a.card)
+        from q3mega.preflight import check_files
+
+        recipe = Recipe.load(a.recipe, a.overrides)
+        check_files(recipe)
+        table, fits = plan.table_of_stages(recipe, a.card)
     elif a.rl is not None:
         searched = a.model, a.gpus, a.card, a.sequence, a.batch
         table, fits = plan.table_of_schedules(*searched, a.rl)
@@ -254,9 +256,11 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _slurm(arguments: argparse.Namespace) -> int:
     from q3mega import slurm
+    from q3mega.preflight import check_files
     from q3mega.recipe import Recipe
 
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
+    check_files(recipe)
     run_dir = Path(arguments.run_dir or Path("runs") / recipe.name)
     paths = slurm.write(recipe, run_dir)
     jobs = slurm.submit(paths) if arguments.submit else [""] * len(paths)
@@ -267,9 +271,9 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 def _layout(words: list[str]) -> "Layout":
     """`axis=ways` words, for as many processes as torchrun has started."""
-    from q3mega.layout import layout_of
+    from q3mega.layout import launched, layout_of
 
-    return layout_of(words, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    return layout_of(words, processes=launched())
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -293,12 +297,14 @@ def _teach(arguments: argparse.Namespace) -> int:
 
 def _params(arguments: argparse.Namespace, budget: int | None, n: int = 1) -> "SamplingParams":
     from q3mega.rollout.base import EVALUATION, SamplingParams
+    from q3mega.try_out import longest_answer
 
     a = arguments
+    limit = longest_answer(a.checkpoint) if a.max_tokens is None else a.max_tokens
     how: dict[str, Any] = EVALUATION[a.mode]
     if a.temperature is not None:
         how = how | {"temperature": a.temperature}
-    return SamplingParams(a.max_tokens, **how, thinking_budget=budget, n=n, seed=a.seed)
+    return SamplingParams(limit, **how, thinking_budget=budget, n=n, seed=a.seed)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -308,6 +314,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     params = _params(arguments, arguments.budget)
     model = Checkpoint(arguments.checkpoint)
     print(model.answer(messages, params, think=arguments.mode == "think"))
+    _tell_cut(model, params)
     return 0
 
 
@@ -331,6 +338,11 @@ def _line() -> str:
         raise UserError(f"the line is not UTF-8 ({error}): set the terminal to it") from None
 
 
+def _tell_cut(model: "Checkpoint", params: "SamplingParams") -> None:
+    if cut := model.sampler.cut_share():
+        print(f"cut at {params.max_tokens} tokens: {cut:.0%} (--max-tokens)", file=sys.stderr)
+
+
 def _chat(arguments: argparse.Namespace) -> int:
     from q3mega.try_out import Checkpoint
 
@@ -340,11 +352,13 @@ def _chat(arguments: argparse.Namespace) -> int:
         messages.append({"role": "user", "content": line})
         text = model.answer(messages, params, think=arguments.mode == "think")
         print(text)
+        _tell_cut(model, params)
         messages.append({"role": "assistant", "content": text})
     return 0
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from q3mega.io import write_json
     from q3mega.rewards import own
     from q3mega.try_out import Checkpoint
 
@@ -368,8 +382,9 @@ def _eval(arguments: argparse.Namespace) -> int:
                 f"[{found['low']:.3f}, {found['high']:.3f}]  {found['n']:>8}"
                 + (f"  {found['unjudged']:.1%} unjudged" if "unjudged" in found else "")
             )
+        _tell_cut(model, params)
     if out:
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(out, results)
     return 0
 
 
@@ -387,7 +402,7 @@ def _gap(arguments: argparse.Namespace) -> int:
         if a.engine
         else gap_of_layouts(a.checkpoint, layout, a.problems, keep=a.record, against=a.against)
     )
-    if found is None or os.environ.get("RANK", "0") != "0":
+    if found is None or (layout.processes > 1 and os.environ["RANK"] != "0"):
         return 0
     print(f"tokens                {found.tokens}")
     print(f"mean |delta log p|    {found.mean:.3g}")
@@ -407,57 +422,11 @@ def _gap(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    for name, finding in _findings():
+    from q3mega.doctor import findings
+
+    for name, finding in findings():
         print(f"{name:<32} {finding}")
     return 0
-
-
-_NOT_BUILT = "not built: pip install ."
-
-
-def _findings() -> Iterator[tuple[str, str]]:
-    yield "python", f"{platform.python_version()} on {platform.platform()}"
-    for package in _PACKAGES:
-        yield package, _version(package)
-    if importlib.util.find_spec("torch"):
-        import torch
-
-        yield "cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        cards = [torch.cuda.get_device_name(i) for i in range(count)]
-        yield "gpu", ", ".join(cards) or "none"
-        from q3mega.ops import dispatch
-
-        for op in dispatch.OPERATORS:
-            for backend, state in dispatch.backends(op).items():
-                yield f"{op} {backend}", state
-        from q3mega.ops.backends import KERNELS
-
-        yield "C++ operators", KERNELS["cpu"].build() if "cpu" in KERNELS else _NOT_BUILT
-    if importlib.util.find_spec("megatron"):
-        from q3mega import device
-
-        yield (
-            "linear layers, experts",
-            "Transformer Engine's, grouped; fp8 can be had"
-            if device.HAS_TRANSFORMER_ENGINE
-            else "megatron-core's own; fp8 needs a GPU and Transformer Engine",
-        )
-    from q3mega.rewards import sandbox
-
-    try:
-        yield "sandbox", sandbox.LEVELS[sandbox.confinement()]
-    except UserError as error:
-        yield "sandbox", str(error)
-    built = importlib.util.find_spec("q3mega._data")
-    yield "C++ data helpers", str(built.origin) if built else _NOT_BUILT
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

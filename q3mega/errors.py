@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+EXIT_STOPPED = 75  # of a stage that was asked to stop and goes on when it is started again
+
 
 class UserError(ValueError):
     """Bad input. The message names the field, the value, and the remedy, in one line."""
@@ -20,3 +22,7 @@ class NoReply:
     rule: str
     detail: str
     again: bool = False
+
+
+class Stopped(BaseException):
+    """A stage was asked to stop. No failure, so that nothing which catches those swallows it."""

@@ -4,14 +4,19 @@ A line of JSON lines ends at a newline alone: strings may hold U+2028, U+0085 an
 characters at which `str.splitlines` cuts. A file may begin with a byte order mark.
 """
 
+import errno
 import fcntl
 import json
 import math
 import os
+import socket
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import psutil
 
 from q3mega.errors import UserError
 
@@ -92,18 +97,102 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+# What of a user's machine may fail a write or a read, as against a fault of ours.
+OF_THE_USER = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG,
+    errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE,
+}  # fmt: skip
+
+
+def explained(error: OSError) -> str:
+    """One line for an error of OF_THE_USER."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some disk space" if full else "choose what can be read and written"
+    of = f"{error.filename}: " if error.filename else ""
+    return f"{of}{error.strerror}; {remedy}"
+
+
+# What file systems without locks answer: some network and user-space ones.
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO, errno.EINVAL}
+_RETRY_SECONDS = 0.2
+
+
 @contextmanager
-def exclusive_lock(path: Path, in_use: str) -> Iterator[None]:
+def exclusive_lock(path: Path, in_use: str, wait: float = 0.0) -> Iterator[None]:
     """Hold `path`, a file that is made; the system lets go of it however the process ends.
 
-    `in_use` says what to tell where another process holds it, whose number is put for {holder}.
+    `in_use` says what to tell where another process holds it after `wait` seconds; who that is
+    stands for {holder}. Where files cannot be locked, a file `<path>.holder` is made and removed,
+    and one that a dead process of this machine has left is taken over. Raises UserError, OSError.
     """
-    with path.open("a+") as file:
+    deadline = time.monotonic() + wait
+    with path.open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(in_use.format(holder=file.read().strip())) from None
-        file.truncate(0)
-        print(os.getpid(), file=file, flush=True)
-        yield
+            while not _locked(file):
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    raise UserError(in_use.replace("{holder}", _name(file.read())))
+                time.sleep(_RETRY_SECONDS)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            held: Path | None = path.with_name(f"{path.name}.holder")
+        else:
+            held = None
+            file.truncate(0)
+            print(_me(), file=file, flush=True)
+        if held:
+            _take(held, in_use, deadline)
+        try:
+            yield
+        finally:
+            if held:
+                held.unlink(missing_ok=True)
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _me() -> str:
+    return " ".join([str(os.getpid()), socket.gethostname(), os.environ.get("SLURM_JOB_ID", "")])
+
+
+def _name(holder: str) -> str:
+    """A holder's number, with its machine where that is another."""
+    pid, host, job = [*holder.split(), "", "", ""][:3]
+    of_job = f", SLURM job {job}" if job else ""
+    return pid if host in ("", socket.gethostname()) else f"{pid} on {host}{of_job}"
+
+
+def _take(held: Path, in_use: str, deadline: float) -> None:
+    while True:
+        with suppress(FileExistsError):
+            with held.open("x", encoding="utf-8") as file:
+                file.write(_me())
+            return
+        with suppress(FileNotFoundError):
+            holder = held.read_text(encoding="utf-8")
+            if _is_gone(holder):
+                held.rename(held.with_name(f"{held.name}.{os.getpid()}"))  # of two, one succeeds
+                held.with_name(f"{held.name}.{os.getpid()}").unlink()
+            elif time.monotonic() >= deadline:
+                message = in_use.replace("{holder}", _name(holder))
+                raise UserError(f"{message}; if that process is no more, remove {held}")
+            else:
+                time.sleep(_RETRY_SECONDS)
+
+
+def _is_gone(holder: str) -> bool:
+    """Is it a process of this machine that has ended, or of this very job before it was queued
+    again?"""
+    pid, host, job = [*holder.split(), "", "", ""][:3]
+    if not pid.isdigit():  # just being written
+        return False
+    if host != socket.gethostname():
+        return bool(job) and job == os.environ.get("SLURM_JOB_ID")
+    return int(pid) == os.getpid() or not psutil.pid_exists(int(pid))

@@ -1,5 +1,6 @@
 """How many processes train, along which axes they split, and which splits a model allows."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -74,6 +75,17 @@ def check_layout(layout: Layout, model: Qwen3Shape) -> None:
             f"layout.tensor={layout.tensor} of a mixture of experts needs "
             "layout.sequence_parallel=true"
         )
+
+
+def launched() -> int:
+    """How many processes torchrun, or who sets the same variables, has started; 1 without it.
+
+    A pod of a training operator has RANK and WORLD_SIZE of its own, but no LOCAL_RANK.
+    """
+    rendezvous = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if any(name not in os.environ for name in rendezvous):
+        return 1
+    return int(os.environ["WORLD_SIZE"])
 
 
 def layout_of(overrides: Sequence[str], processes: int) -> Layout:

@@ -21,6 +21,7 @@ _PIECE = re.compile(r"\d|[^\W\d_]+")  # each is a token or more: a digit, a run 
 
 def check_files(recipe: Recipe) -> None:
     """UserError for a row that a stage could not use, before any of them computes."""
+    _check_folders(recipe)
     own.load(recipe.rewards)
     for problem in Pool(recipe.problems):
         _check_length(problem)
@@ -94,6 +95,19 @@ def _try_reward(problem: Problem) -> None:
     """What the rewards need of the row, and whether those of users get through an empty reply."""
     scored = dict.fromkeys(MODELS, Verdict(0.0, "not asked"))
     judge_answer(problem, "", tokens=0, max_tokens=1, scored=scored)
+
+
+def _check_folders(recipe: Recipe) -> None:
+    """Weights and tokenizers that are there before the run; a stage's hf/ may be this run's own."""
+    wanted = {"tokenizer.path": (recipe.tokenizer.path, "tokenizer.json")}
+    for name, stage in recipe.stages.items():
+        for field in ("init", "teacher"):
+            folder = getattr(stage, field, None)
+            if isinstance(folder, str) and Path(folder).parent.name[3:] not in recipe.stages:
+                wanted[f"stages.{name}.{field}"] = (folder, "config.json")
+    for field, (folder, file) in wanted.items():
+        if folder is not None and not (Path(folder) / file).is_file():
+            raise UserError(f"{field}={folder}: there is no {file}; name a Hugging Face folder")
 
 
 def _check_sandbox(problem: Problem) -> None:

@@ -7,11 +7,13 @@ with a file or an override becomes a `UserError` of one line that names the dott
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
+    BaseModel,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -24,10 +26,22 @@ from pydantic import (
     model_validator,
 )
 
+from q3mega.cluster import Slurm
 from q3mega.errors import UserError
+from q3mega.io import atomic_write
 from q3mega.layout import Layout, check_layout
 from q3mega.model.sizes import QWEN3, Qwen3Shape, rows_for
-from q3mega.sections import Section, explain, field_names, override, parse_yaml, short
+from q3mega.sections import (
+    Free,
+    Rounds,
+    Section,
+    explain,
+    field_names,
+    override,
+    parse_yaml,
+    section_at,
+    short,
+)
 from q3mega.settings import (
     STAGES,
     ColdStart,
@@ -111,22 +125,16 @@ class ModelSpec(Section):
         return Qwen3Shape(vocab=rows_for(vocab), **self.model_dump(exclude={"size"}))
 
 
-class Slurm(Section):
-    """What `q3mega slurm` asks the cluster for; nodes follow from a stage's layout."""
-
-    processes_per_node: PositiveInt = 8
-    gpus: bool = True  # one a process
-    cpus_per_process: PositiveInt = 8
-    partition: str | None = None
-    account: str | None = None
-    time: str = "24:00:00"  # a stage's limit
-    setup: tuple[str, ...] = ()  # shell lines before the ranks start: modules, a container
+# A section made of the table validates each stage with its own class and keeps the path.
+_Stages = create_model(
+    "_Stages", __base__=Section, **{name: (stage, None) for name, stage in STAGES.items()}
+)  # type: ignore[call-overload]
 
 
 class Recipe(Section):
     """A whole run. `stages` keeps the file's order, and each stage's layout is complete."""
 
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    name: Free[Annotated[str, Field(pattern=r"^\w[\w.-]*$")]]
     seed: NonNegativeInt
     problems: tuple[str, ...] = ()  # files of reasoning problems; none: the generated families
     rewards: tuple[str, ...] = ()  # Python files of rewards of one's own, run in every process
@@ -135,9 +143,9 @@ class Recipe(Section):
     tokenizer: TokenizerSpec
     model: ModelSpec  # also the teacher's
     student: ModelSpec | None = None
-    layout: Layout
+    layout: Rounds[Layout]
     precision: Literal["fp32", "bf16"] = "fp32"  # of weights; gradients and Adam are fp32
-    slurm: Slurm = Slurm()
+    slurm: Free[Slurm] = Slurm()
     stages: dict[str, SerializeAsAny[StageConfig]]
 
     @model_validator(mode="before")
@@ -157,9 +165,7 @@ class Recipe(Section):
     @field_validator("stages", mode="before")
     @classmethod
     def _own_class(cls, raw: Any) -> dict[str, StageConfig]:
-        # A section made of the table validates each value with its own class and keeps the path.
-        rows: dict[str, Any] = {name: (cls, None) for name, cls in STAGES.items()}
-        stages = create_model("Stages", __base__=Section, **rows).model_validate(raw)
+        stages = _Stages.model_validate(raw)
         if not raw:
             raise UserError(f"a recipe needs at least one of {', '.join(STAGES)}")
         return {name: getattr(stages, name) for name in raw}
@@ -216,9 +222,10 @@ class Recipe(Section):
         """Read YAML, apply `dotted.path=value` overrides (values are YAML), validate.
 
         A path that begins with a stage's name is short for `stages.` before it. A file's `base`
-        names another, beside it, which the file is laid over: sections are merged (a mixture is
-        replaced), null takes a field out, stages that the base has not come last. Paths are
-        relative to the file that names them, those of overrides to the working folder.
+        names another, beside it, which the file is laid over: sections are merged, lists and maps
+        by files or kinds are replaced, null takes a field out, stages that the base has not come
+        last. Paths are relative to the file that names them, those of overrides to the working
+        folder.
         """
         raw = _read(Path(path))
         for item in overrides:
@@ -235,14 +242,14 @@ class Recipe(Section):
             cls.model_validate(raw)  # whose errors show the overrides as they were typed
             return cls.model_validate(_located(raw, Path.cwd()))  # files' paths are absolute by now
         except ValidationError as error:
-            raise UserError(explain(error.errors()[0], _names)) from None
+            homes = partial(_homes, raw)
+            raise UserError(explain(error.errors()[0], _names, homes)) from None
 
     def dump(self, path: str | Path) -> None:
         """Write the resolved recipe (every default filled in), whole or not at all."""
-        partial = Path(f"{path}.partial")
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        with atomic_write(Path(path)) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
     def stage_dir(self, run_dir: str | Path, stage: str) -> Path:
         """The folder of `stage`, numbered by its place in this recipe from 1."""
@@ -306,11 +313,14 @@ def _file(name: str, folder: Path) -> str:
     return _absolute(name, folder) if "." in name or "/" in name else name
 
 
-def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    both = base | own
-    for key in base.keys() & own.keys():
-        if isinstance(base[key], dict) and isinstance(own[key], dict) and key != "mixture":
-            both[key] = _merged(base[key], own[key])
+def _merged(
+    base: dict[str, Any], over: dict[str, Any], section: type[BaseModel] = Recipe
+) -> dict[str, Any]:
+    both = base | over
+    for key in base.keys() & over.keys():
+        inner = _Stages if (section, key) == (Recipe, "stages") else section_at(section, key)
+        if inner and isinstance(base[key], dict) and isinstance(over[key], dict):
+            both[key] = _merged(base[key], over[key], inner)
     return {key: value for key, value in both.items() if value is not None or key not in base}
 
 
@@ -328,3 +338,11 @@ def _names(path: list[Any]) -> list[str]:
         case ["stages", stage, *rest]:
             return field_names(STAGES[stage], rest)
     return field_names(Recipe, path)
+
+
+def _homes(raw: dict[str, Any], name: str) -> list[str]:
+    """Where a recipe may have a field of this name, below its top."""
+    stages = raw.get("stages")
+    sections = {key: section_at(Recipe, key) for key in Recipe.model_fields if key != "stages"}
+    sections |= {key: STAGES.get(key) for key in stages} if isinstance(stages, dict) else {}
+    return [f"{key}.{name}" for key, s in sections.items() if s and name in s.model_fields]

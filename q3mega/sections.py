@@ -4,7 +4,8 @@ import difflib
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from enum import Enum
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -21,8 +22,59 @@ class Section(BaseModel):
     )
 
 
+class Change(Enum):
+    """What a run's result has of a field that changes between two starts of it.
+
+    A field without this mark is part of what the run is: with another value it is another run.
+    """
+
+    NOTHING = "nothing"
+    ROUNDING = "the order of sums, so low bits, and what is sampled with them"
+    MOVED = "nothing, as long as it neither comes nor goes: the address of the same thing"
+
+
+_T = TypeVar("_T")
+Free = Annotated[_T, Change.NOTHING]
+Rounds = Annotated[_T, Change.ROUNDING]
+Address = Annotated[_T, Change.MOVED]
+
+
+def leaves(
+    value: Any, path: tuple[str, ...] = (), mark: Change | None = None
+) -> Iterator[tuple[str, Any, Change | None]]:
+    """(dotted path, value, mark) of every field below a section; a mark holds for what is in it."""
+    if isinstance(value, Section):
+        for name, info in type(value).model_fields.items():
+            marks = [m for m in info.metadata if isinstance(m, Change)]
+            yield from leaves(getattr(value, name), (*path, name), marks[0] if marks else mark)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, str(key)), mark)
+    else:
+        yield ".".join(path), value, mark
+
+
+class _Int(int):
+    """An integer that, where text is expected, is what was written: 012345 of an account."""
+
+    written: str
+
+    def __str__(self) -> str:
+        return self.written
+
+
+class _Float(float):
+    """The same of other numbers: 1.10 of a version."""
+
+    written: str
+
+    def __str__(self) -> str:
+        return self.written
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, but `1e-4` is a number (as in YAML 1.2) and a key given twice is an error."""
+    """Safe YAML with the scalars of YAML 1.2's core schema: 4:00:00, on and 2024-01-01 are text,
+    012 is twelve, 1e-4 a number. A key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -32,12 +84,32 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        base = {"0o": 8, "0x": 16}.get(node.value[:2], 10)
+        number = _Int(int(node.value, base))
+        number.written = node.value
+        return number
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+    def construct_float(self, node: yaml.ScalarNode) -> float:
+        number = _Float(re.sub(r"\.(?=inf|nan)", "", node.value.lower()))
+        number.written = node.value
+        return number
+
+
+_SCALARS = {  # https://yaml.org/spec/1.2.2/#1032-tag-resolution, and merge keys
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+    r"|[-+]?(\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN",
+    "merge": r"<<",
+}
+_Loader.yaml_implicit_resolvers = {}  # without those of YAML 1.1
+for _kind, _pattern in _SCALARS.items():
+    _tag = f"tag:yaml.org,2002:{_kind}"
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), None)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_float)
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -64,10 +136,14 @@ def override(raw: dict[str, Any], path: str, value: Any) -> None:
     section[name] = value
 
 
-def explain(error: Mapping[str, Any], names: Callable[[list[Any]], Sequence[str]]) -> str:
+def explain(
+    error: Mapping[str, Any],
+    names: Callable[[list[Any]], Sequence[str]],
+    homes: Callable[[str], Sequence[str]] = lambda name: (),
+) -> str:
     """One line for one pydantic error: dotted path, value, what is allowed.
 
-    `names(path)` lists the fields that exist at a path.
+    `names(path)` lists the fields that exist at a path, `homes(name)` the paths that end in a name.
     """
     *parents, name = error["loc"] or ("recipe",)
     path = one_line(".".join(map(str, (*parents, name))))
@@ -75,14 +151,14 @@ def explain(error: Mapping[str, Any], names: Callable[[list[Any]], Sequence[str]
         case "missing":
             return f"{path} is missing and has no default"
         case "extra_forbidden":
-            valid = ".".join(map(str, (*parents, nearest(name, names(parents)))))
+            hint = nearest(name, names(parents), parents, homes(str(name)))
             held = "***" if is_secret(str(name)) else shown(error["input"])
-            return f"{path}={held} is not a field, the nearest is {valid}"
+            return f"{path}={held} is not a field, {hint}"
         case "literal_error" if "[key]" in error["loc"]:  # pydantic's mark for a mapping's key
             *section, key = map(str, error["loc"][: error["loc"].index("[key]")])
             kinds = re.findall(r"'([^']+)'", error["ctx"]["expected"])
-            valid = ".".join((*section, nearest(key, kinds)))
-            return f"{one_line('.'.join((*section, key)))} is not a field, the nearest is {valid}"
+            hint = nearest(key, kinds, section)
+            return f"{one_line('.'.join((*section, key)))} is not a field, {hint}"
         case "value_error":  # one of our own, which may name the path already
             message = one_line(str(error["ctx"]["error"]))
             return message if not error["loc"] or message.startswith(path) else f"{path}: {message}"
@@ -93,9 +169,15 @@ def explain(error: Mapping[str, Any], names: Callable[[list[Any]], Sequence[str]
 def field_names(section: type[BaseModel], path: Sequence[Any]) -> list[str]:
     """The fields at `path` below `section`; keys of mappings and list indices are stepped over."""
     for key in path:
-        if key in section.model_fields:
-            section = next(_sections(section.model_fields[key].annotation), section)
+        section = section_at(section, key) or section
     return list(section.model_fields)
+
+
+def section_at(section: type[BaseModel], key: object) -> type[BaseModel] | None:
+    """The section that a field holds; None for a value, and for a mapping by keys of the user."""
+    if key not in section.model_fields:
+        return None
+    return next(_sections(section.model_fields[str(key)].annotation), None)
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -105,9 +187,19 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _sections(part)
 
 
-def nearest(name: object, valid: Sequence[str]) -> str:
-    """The member of `valid` that looks most like `name`."""
-    return difflib.get_close_matches(str(name), valid, n=1, cutoff=0.0)[0]
+def nearest(
+    name: object,
+    valid: Sequence[str],
+    parents: Sequence[object] = (),
+    homes: Sequence[str] = (),
+) -> str:
+    """What to write for `name`: the member of `valid` that looks like it; where else it has a home;
+    or what there is."""
+    if close := difflib.get_close_matches(str(name), valid, n=1):
+        return f"the nearest is {'.'.join(map(str, (*parents, close[0])))}"
+    if homes:
+        return f"it belongs to a section: {', '.join(homes)}"
+    return f"there are {', '.join(valid)}"
 
 
 def one_line(text: str) -> str:

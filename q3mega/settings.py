@@ -18,7 +18,7 @@ from pydantic import (
 from q3mega import keys
 from q3mega.errors import UserError
 from q3mega.layout import Layout
-from q3mega.sections import Section
+from q3mega.sections import Address, Free, Rounds, Section
 
 Kind = Literal[
     "prose", "code", "science", "facts", "worked", "direct", "chat", "retrieval", "retrieval_long",
@@ -58,12 +58,12 @@ class StageConfig(Section):
 
     trains: ClassVar[Literal["model", "student"]] = "model"
 
-    layout: Layout
+    layout: Rounds[Layout]
     init: str | None = None  # a Hugging Face folder; None: the stage that comes before
-    save_every: PositiveInt = 50  # optimizer steps
-    micro_batch_tokens: PositiveInt = 4096  # a rank's packed micro-batch holds at most so many
+    save_every: Free[PositiveInt] = 50  # optimizer steps
+    micro_batch_tokens: Rounds[PositiveInt] = 4096  # a rank's packed micro-batch holds at most
     fp8: bool = False  # pre-training's linear layers, through Transformer Engine
-    sample_batch: PositiveInt = 512  # sequences that a sampling rank decodes at once
+    sample_batch: Rounds[PositiveInt] = 512  # sequences that a sampling rank decodes at once
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat
     adam_lr: PositiveFloat | None = None  # with muon: embeddings and norms; None: lr
@@ -119,20 +119,20 @@ class SFT(StageConfig):
 class ChatModelSpec(Section):
     """A teacher or judge: `model` of an OpenAI-compatible server at `url`, or the folder `path`."""
 
-    url: Url | None = None
+    url: Address[Url | None] = None
     model: str | None = None
     path: str | None = None  # a Hugging Face folder, sampled from by the stage's own processes
-    key_env: Variable | None = None  # the environment variable that holds the server's key
+    key_env: Free[Variable | None] = None  # the environment variable that holds the server's key
     max_tokens: PositiveInt = 32768  # of a reply
     temperature: NonNegativeFloat | None = 0.6  # of a teacher; None: the server's, of a judge too
-    concurrency: PositiveInt = 64  # requests at once
-    token_budget: PositiveInt | None = None  # tokens of all requests; None: no limit
-    max_failures: Fraction = 0.05  # share of texts without a usable reply that ends the stage
-    timeout: PositiveFloat = 3600.0  # seconds a request
-    retries: NonNegativeInt = 6  # of a request
+    concurrency: Free[PositiveInt] = 64  # requests at once
+    token_budget: Free[PositiveInt | None] = None  # tokens of all requests; None: no limit
+    max_failures: Free[Fraction] = 0.05  # share of texts without a usable reply that ends the stage
+    timeout: Free[PositiveFloat] = 3600.0  # seconds a request
+    retries: Free[NonNegativeInt] = 6  # of a request
     switch: bool = True  # send chat_template_kwargs.enable_thinking
     # the field that bounds a reply; reasoning models of some hosts take the second alone
-    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    token_limit: Free[Literal["max_tokens", "max_completion_tokens"]] = "max_tokens"
     extra_body: dict[str, Any] = Field({})  # further fields of every request
 
     @field_validator("extra_body")
@@ -270,15 +270,16 @@ class RLSettings(Section):
 class RolloutEngine(Section):
     """Servers that sample instead of the training processes: docs/engines.md."""
 
-    kind: Literal["vllm", "sglang"]
-    urls: Annotated[tuple[Url, ...], Field(min_length=1)]
-    concurrency: PositiveInt = 256  # sequences under way on each server
-    timeout: PositiveFloat = 3600.0  # seconds a request
-    retries: NonNegativeInt = 3  # of a sequence
-    key_env: Variable | None = None  # the environment variable that holds the servers' key
-    max_gap: PositiveFloat | None = 0.1  # mean |delta log p| to the trainer that ends the run
-    sync: Literal["folder", "broadcast"] = "folder"  # how the servers get the weights
-    weights: str | None = None  # this stage's own folder for them; None: in the stage's folder
+    kind: Rounds[Literal["vllm", "sglang"]]
+    urls: Free[Annotated[tuple[Url, ...], Field(min_length=1)]]
+    concurrency: Free[PositiveInt] = 256  # sequences under way on each server
+    timeout: Free[PositiveFloat] = 3600.0  # seconds a request
+    retries: Free[NonNegativeInt] = 3  # of a sequence
+    key_env: Free[Variable | None] = None  # the environment variable that holds the servers' key
+    # mean |delta log p| to the trainer that ends the run
+    max_gap: Free[PositiveFloat | None] = 0.1
+    sync: Free[Literal["folder", "broadcast"]] = "folder"  # how the servers get the weights
+    weights: Free[str | None] = None  # a folder for them of this stage's; None: in the stage's own
 
     @model_validator(mode="after")
     def _can_sync(self) -> Self:
@@ -300,7 +301,7 @@ class ReasoningRL(StageConfig, RLSettings):
     """Reinforcement learning on verifiable problems."""
 
     selection: Selection
-    engine: RolloutEngine | None = None  # None: the training processes sample
+    engine: Rounds[RolloutEngine | None] = None  # None: the training processes sample
 
 
 class ModeFusion(SFT):
@@ -346,7 +347,7 @@ class GeneralRL(StageConfig, RLSettings):
     judge_model: ChatModelSpec | None = None  # asked instead of one trained here
     judge_examples: str | None = None  # rows of messages, answer, response, right: its calibration
     preference: PreferenceModel = PreferenceModel()
-    engine: RolloutEngine | None = None
+    engine: Rounds[RolloutEngine | None] = None
 
 
 class TeacherSettings(Section):
@@ -354,14 +355,14 @@ class TeacherSettings(Section):
 
     teacher: str | None = None  # a Hugging Face folder; None: the latest stage of the model
     # the teacher elsewhere: tcp://host:port of a q3mega teach, http://host:port of a vLLM server
-    teacher_at: (
+    teacher_at: Address[
         Annotated[
             str, Field(pattern=r"^(tcp://[^/]+:\d+|https?://.+)$"), AfterValidator(_teachers_url)
         ]
         | None
-    ) = None
-    teacher_key_env: Variable | None = None  # the variable that holds the key of teacher_at
-    teacher_timeout: PositiveFloat = 1800.0  # seconds until teacher_at says something
+    ] = None
+    teacher_key_env: Free[Variable | None] = None  # the variable that holds teacher_at's key
+    teacher_timeout: Free[PositiveFloat] = 1800.0  # seconds until teacher_at says something
     teacher_topk: NonNegativeInt = 0  # its best tokens of each position; 0: see the stage
 
     @property

@@ -19,7 +19,7 @@ from q3mega.keys import key_of
 from q3mega.layout import Layout, check_layout
 from q3mega.model.config import dtype_of, shape_of
 from q3mega.model.reader import Reader
-from q3mega.rollout import SamplingParams
+from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.base import text_of
 from q3mega.rollout.gap import Gap, Record, between, measure, record
 from q3mega.rollout.in_process import InProcessSampler
@@ -27,6 +27,40 @@ from q3mega.rollout.servers import Kind, ServerSampler
 from q3mega.teacher.serve import serve
 
 TASKS = (*REASONING, "capabilities")
+
+
+LONGEST = 32_768  # tokens of an answer in the report's evaluations
+SMALL, SHORT = 500_000_000, 1_024  # parameters below the released models', and their answers' limit
+
+
+def longest_answer(folder: str | Path) -> int:
+    """How many tokens an answer may have: the context, up to what real thinking takes. A model
+    smaller than the released ones, which may never end, gets fewer."""
+    shape = shape_of(folder)
+    return min(LONGEST if shape.num_parameters() >= SMALL else SHORT, shape.max_positions)
+
+
+class _Counted:
+    """A `Sampler` that knows the share of its completions which were cut at the limit."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler, self.drawn, self.cut = sampler, 0, 0
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> list[list[Completion]]:
+        """See `Sampler`."""
+        groups = self.sampler.generate(prompts, params)
+        reasons = [c.finish_reason for group in groups for c in group]
+        self.drawn += len(reasons)
+        self.cut += reasons.count("length")
+        return groups
+
+    def cut_share(self) -> float:
+        """Since the last call."""
+        share = self.cut / max(1, self.drawn)
+        self.drawn = self.cut = 0
+        return share
 
 
 class Checkpoint:
@@ -38,7 +72,7 @@ class Checkpoint:
         ids = self.tokenizer.vocab_size
         engine = Engine(shape_of(folder), Layout(processes=1), seed=0, ids=ids)
         engine.load_hf(folder)
-        self.sampler = InProcessSampler(engine, self.tokenizer, max_batch=batch)
+        self.sampler = _Counted(InProcessSampler(engine, self.tokenizer, max_batch=batch))
 
     def answer(
         self, messages: Sequence[dict[str, Any]], params: SamplingParams, *, think: bool = True

@@ -17,9 +17,10 @@ import pytest
 import yaml
 
 from q3mega import cli, driver
-from q3mega.driver import StageFailed, recent_metrics, run
+from q3mega.driver import StageFailed, run
 from q3mega.errors import UserError
 from q3mega.ops import dispatch
+from q3mega.progress import recent_metrics
 from q3mega.recipe import Recipe
 
 LAPTOP = yaml.safe_load(
@@ -37,7 +38,7 @@ RECIPE = LAPTOP | {
 # Counts up in metrics.jsonl, ten steps a stage, and goes on where a cut run stopped. BEHAVE says
 # in which way it goes wrong, and in which stage.
 STAGE = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
 
 run_dir, stage = pathlib.Path(sys.argv[1]), sys.argv[2]
 folder = next(run_dir.glob("*-" + stage))
@@ -67,7 +68,12 @@ if rank == 0:
             print(json.dumps(line | {"pid": os.getpid()}), file=file, flush=True)
             if how == "hang" and step == 4:
                 time.sleep(600)
-if how in ("hang", "crash"):
+if how == "port" and not (folder / "again").exists():
+    (folder / "again").touch()
+    sys.exit("The server could not be started: EADDRINUSE")
+if how == "polite":
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+if how in ("hang", "crash", "polite"):
     time.sleep(600)
 if rank == 0:
     (folder / "hf").mkdir(exist_ok=True)
@@ -300,3 +306,78 @@ def test_doctor_names_what_is_installed(capsys: pytest.CaptureFixture[str]) -> N
     assert ["torch", metadata.version("torch")] in found
     assert found[0][:2] == ["python", platform.python_version()]
     assert {(op, "reference", "ok") for op in dispatch.OPERATORS} <= set(map(tuple, found))
+
+
+def test_a_stage_whose_port_was_taken_starts_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEHAVE", "pretrain_general:port")
+    go(recipe, tmp_path / "run")
+    log = (tmp_path / "run" / "01-pretrain_general" / "log.txt").read_text()
+    assert len({line.split("port ")[1] for line in log.splitlines() if "port " in line}) == 2
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_run_that_is_asked_to_stop_lets_its_stage_save(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for variable, left in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(variable, left)  # by a launcher around it
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("BEHAVE", "cold_start:polite")
+    code = (
+        "import sys; from q3mega import cli, driver; from functools import partial; "
+        "driver.run = partial(driver.run, module='stand_in_stage'); "
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    words = ["run", str(tmp_path / "tiny.yaml"), "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(lambda: len(recent_metrics(tmp_path / "run" / "02-cold_start")) == 10)
+    time.sleep(0.2)
+    process.send_signal(signal.Signals[name])
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, "run again to go on" in said) == (75, True), said
+    assert "rank 0 of 1" in (tmp_path / "run" / "02-cold_start" / "log.txt").read_text()
+    monkeypatch.delenv("BEHAVE")
+    go(recipe, tmp_path / "run")
+
+
+def test_a_file_gets_lines_whatever_the_colour(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    done, _ = driver_process(tmp_path).communicate(timeout=60)
+    before, *_ = done.partition("\x1b")  # of the table of results, which may have colour
+    assert "cold_start:  done  10/10" in before
+
+
+@pytest.mark.parametrize("words", [["--help"], ["doctor"], ["run", "--help"]])
+def test_a_closed_pipe_is_no_error(words: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "q3mega", *words], stdout=writer, stderr=-1)
+    os.close(writer)
+    assert done.returncode == 141 and b"Traceback" not in done.stderr and done.stderr == b""
+
+
+def test_a_terminal_of_another_encoding(tmp_path: Path) -> None:
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ["report", str(tmp_path)]
+    folder = tmp_path / "01-cold_start"
+    folder.mkdir()
+    result = {"\u6b63\u786e": {"value": 0.5, "n": 1}}
+    (folder / "eval.json").write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
+    command = [sys.executable, "-m", "q3mega", *words]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "\u6b63\u786e" in (tmp_path / "results.json").read_text(encoding="utf-8")
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"q3mega {metadata.version('q3mega')}")

@@ -17,6 +17,10 @@ FLOORS = [  # from the ground up; rooms of one floor may import each other
     {"stages", "evaluate", "claims", "figures", "report"},
     {
         "driver",
+        "console",
+        "doctor",
+        "run_folder",
+        "progress",
         "preflight",
         "slurm",
         "try_out",
@@ -26,13 +30,16 @@ FLOORS = [  # from the ground up; rooms of one floor may import each other
         "convert",
         "mixtures",
         "cli",
+        "__main__",
     },
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Plain words that every floor speaks, and what the recipe itself may lean on.
-EVERYWHERE = {"errors", "io", "keys", "layout", "recipe", "sections", "settings"}
+EVERYWHERE = {"cluster", "errors", "io", "keys", "layout", "recipe", "sections", "settings"}
 BELOW_RECIPE = {
+    "q3mega.cluster",
     "q3mega.errors",
+    "q3mega.io",
     "q3mega.keys",
     "q3mega.layout",
     "q3mega.model.sizes",

@@ -13,6 +13,7 @@ from q3mega.errors import UserError
 from q3mega.layout import Layout, check_layout
 from q3mega.model.sizes import QWEN3
 from q3mega.recipe import ModelSpec, Recipe
+from q3mega.sections import parse_yaml
 from q3mega.settings import PRESETS, STAGES
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -161,7 +162,7 @@ def test_bad_values_are_named(tiny: Path, override: str, words: list[str]) -> No
         ("- a", ["must be a mapping"]),
         ("", ["must be a mapping"]),
         ("name: a\nname: b", ["line 1", "'name' is given twice"]),
-        ("name: 2024-99-99", ["not valid YAML"]),
+        ("seed: !!timestamp 2024-99-99", ["not valid YAML"]),
         ("{[1]: 2}", ["not valid YAML"]),
         ("[" * 5000, ["not valid YAML"]),
         ("name: !!python/object/apply:os.getcwd []", ["not valid YAML"]),
@@ -394,3 +395,71 @@ def test_paths_are_those_beside_the_recipe_and_of_overrides_those_of_the_shell(
     assert stages["pretrain_long"].init == f"{tmp_path}/hf"
     assert stages["reasoning_rl"].init == "/models/x"
     assert set(stages["pretrain_general"].mixture) == {f"curated:{tmp_path}/shell/web", "facts"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("4:00:00", "4:00:00"), ("on", "on"), ("no", "no"), ("2024-01-01", "2024-01-01"),
+        ("012", 12), ("0o17", 15), ("1_000", "1_000"), ("true", True), ("1e-4", 1e-4),
+        ("1.10", 1.1), ("~", None), ("{a: &x {b: 1}, c: {<<: *x}}", {"a": {"b": 1}, "c": {"b": 1}}),
+    ],
+)  # fmt: skip
+def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+    assert parse_yaml(text, "here") == value
+    assert type(parse_yaml(text, "here")) in type(value).__mro__ or isinstance(value, int | float)
+
+
+def test_a_number_keeps_its_spelling_where_text_is_meant(tiny: Path) -> None:
+    given = ["slurm.account=012345", "slurm.qos=1.10", "slurm.gpus=off", "evaluated=1_000"]
+    recipe = Recipe.load(tiny, [*given, "seed=012", "slurm.setup=[on]"])
+    assert (recipe.slurm.account, recipe.slurm.qos, recipe.slurm.setup) == (
+        "012345",
+        "1.10",
+        ("on",),
+    )
+    assert (recipe.slurm.gpus, recipe.evaluated, recipe.seed) == (False, 1000, 12)
+
+
+@pytest.mark.parametrize(
+    ("time", "minutes"),
+    [("4:00:00", 240), ("90", 90), ("30:00", 30), ("1-2", 1560), ("2-00:30:00", 2910), ("0", 0)],
+)
+def test_time_limits_are_sbatchs(tiny: Path, time: str, minutes: float) -> None:
+    slurm = Recipe.load(tiny, [f"slurm.time={time}"]).slurm
+    assert (slurm.time, slurm.minutes) == (time, minutes)
+    assert slurm.lead == 600 if minutes == 0 else slurm.lead <= minutes * 30
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("slurm.time=4h", "'4h' is no time limit: write MINUTES"),
+        ('slurm.partition="a\\n#SBATCH --uid=0"', "slurm.partition"),
+        ('slurm.options=["--x=1\\nrm"]', "slurm.options.0"),
+        ("slurm.options=[licenses]", "slurm.options.0='licenses'"),
+        ("slurm.container_image=a", "name it in slurm.python"),
+        ("lr=1", "it belongs to a section: pretrain_general.lr, cold_start.lr, reasoning_rl.lr"),
+        ("tensor=2", "it belongs to a section: layout.tensor"),
+        ("qqqq=2", "there are name, seed, "),
+    ],
+)
+def test_what_is_refused_of_a_cluster_and_of_names(tiny: Path, override: str, words: str) -> None:
+    assert words in refusal(tiny, override)
+
+
+def test_maps_by_files_are_replaced_and_sections_merged(tmp_path: Path) -> None:
+    rl = LAPTOP["stages"]["general_rl"] | {"problems": {"a.jsonl": 1.0}, "judge_model": None}
+    fusion = LAPTOP["stages"]["mode_fusion"] | {"non_thinking": {"b.jsonl": 3}}
+    base = TINY | {"stages": {"mode_fusion": fusion, "general_rl": rl}, "rewards": ["x.py", "y.py"]}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "top.yaml").write_text(
+        "base: base.yaml\nrewards: [z.py]\nstages:\n  general_rl: {problems: {c.jsonl: 2}, "
+        "judge: {steps: 5}}\n  mode_fusion: {non_thinking: {d.jsonl: 4}, lr: 0.5}\n"
+    )
+    recipe = Recipe.load(tmp_path / "top.yaml")
+    assert recipe.stages["general_rl"].problems == {"c.jsonl": 2}
+    assert recipe.stages["general_rl"].judge.steps == 5
+    assert recipe.stages["mode_fusion"].non_thinking == {"d.jsonl": 4}
+    assert recipe.stages["mode_fusion"].budgets == tuple(fusion["budgets"])
+    assert recipe.rewards == ("z.py",)

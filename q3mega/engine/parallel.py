@@ -20,12 +20,15 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 
 from q3mega.data.batch import Batch
+from q3mega.errors import UserError
+from q3mega.layout import launched
 from q3mega.ops import context_parallel
 
 _T = TypeVar("_T")
 # Ranks wait for the one that prepares data, and for those that sample longest; a dead one is seen
 # at once by whoever started it.
 PATIENCE = timedelta(hours=6)
+ARRIVAL = timedelta(minutes=15)  # of the ranks, which are started together
 
 if find_spec("transformer_engine") is None:
     # This class takes its own default, False, for "fp8 is on", and then needs that package.
@@ -35,13 +38,7 @@ if find_spec("transformer_engine") is None:
 def initialise(layout: Any, seed: int) -> None:
     """Join the process group that torchrun describes (or be alone), cut it as the layout says."""
     if not dist.is_initialized():
-        if device.HAS_GPU:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        if "RANK" in os.environ:
-            dist.init_process_group(device.BACKEND, timeout=PATIENCE)
-        else:
-            store = dist.HashStore()
-            dist.init_process_group(device.BACKEND, store=store, rank=0, world_size=1)
+        _join(layout.processes)
     if not ps.model_parallel_is_initialized():
         virtual = layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
         ps.initialize_model_parallel(
@@ -56,6 +53,33 @@ def initialise(layout: Any, seed: int) -> None:
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
+
+
+def _join(processes: int) -> None:
+    """One process is alone, whatever a pod or a shell has left in its environment."""
+    store: dist.Store = dist.HashStore()
+    rank = local_rank = 0
+    if processes > 1:
+        if launched() != processes:
+            raise UserError(
+                f"layout.processes={processes}, and {launched()} were started: start them by "
+                "q3mega run, q3mega slurm or torchrun"
+            )
+        try:
+            store, rank, _ = next(dist.rendezvous("env://", timeout=ARRIVAL))
+        except dist.DistStoreError as error:
+            raise UserError(
+                f"WORLD_SIZE={processes}, and not all of them came within "
+                f"{ARRIVAL // timedelta(minutes=1)} minutes ({str(error).splitlines()[0]}); "
+                "without a launcher unset RANK and WORLD_SIZE"
+            ) from None
+        store.set_timeout(PATIENCE)
+        local_rank = int(os.environ["LOCAL_RANK"])
+    if device.HAS_GPU:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group(
+        device.BACKEND, store=store, rank=rank, world_size=processes, timeout=PATIENCE
+    )
 
 
 def config_fields(layout: Any, layers: int) -> dict[str, Any]:

@@ -1,14 +1,18 @@
 """One process of a stage: `python -m q3mega.stages RUN_DIR STAGE`, under torchrun's environment."""
 
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from q3mega.errors import UserError
+from q3mega.errors import EXIT_STOPPED, Stopped, UserError
+from q3mega.io import OF_THE_USER, exclusive_lock, explained
+from q3mega.train import stopping
 
 FILES = {
     "pretrain_general": "pretrain",
@@ -23,21 +27,46 @@ FILES = {
 }
 
 
+_HANDOVER_SECONDS = 60.0  # in which a file system notices that a killed process holds no lock
+
+
 def main() -> int:
-    run_dir, name = sys.argv[1:]
+    """Run the stage; return 0, 2 (bad input) or EXIT_STOPPED."""
+    run_dir, name = Path(sys.argv[1]), sys.argv[2]
+    stopping.listen()
     warnings.filterwarnings("ignore", module="megatron|torch.distributed")
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        from q3mega.stages.stage import Stage
+        with _alone(run_dir, name):
+            from q3mega.stages.stage import Stage
 
-        module = import_module(f"q3mega.stages.{FILES[name]}")
-        run: Callable[[Stage], None] = getattr(module, name, None) or module.run
-        run(Stage(Path(run_dir), name))
+            module = import_module(f"q3mega.stages.{FILES[name]}")
+            run: Callable[[Stage], None] = getattr(module, name, None) or module.run
+            run(Stage(run_dir, name))
+            torch.distributed.destroy_process_group()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    torch.distributed.destroy_process_group()
+    except OSError as error:
+        if error.errno not in OF_THE_USER:
+            raise
+        print(f"error: {explained(error)}", file=sys.stderr)
+        return 2
+    except Stopped:
+        print("stopped: goes on when it is started again", file=sys.stderr, flush=True)
+        os._exit(EXIT_STOPPED)  # peers may be where nobody meets them, and threads at work
     return 0
+
+
+@contextmanager
+def _alone(run_dir: Path, name: str) -> Iterator[None]:
+    """One group of processes a stage, whoever started them and on whichever machine."""
+    if int(os.environ.get("RANK", 0)):
+        yield
+        return
+    in_use = f"{name} of {run_dir} is at work already, in process {{holder}}: wait for its end"
+    with exclusive_lock(run_dir / f".{name}.lock", in_use, _HANDOVER_SECONDS):
+        yield
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
 from q3mega.model.routing import COLUMN, column, differing
 from q3mega.rollout.logprobs import routed_logprobs, token_logprobs
+from q3mega.train import stopping
 from q3mega.train.ledger import FILE as LEDGER
 from q3mega.train.ledger import Ledger
 from q3mega.train.log import Log, size
@@ -141,7 +142,11 @@ def train(
     def begin(number: int) -> None:
         ledger.begun(number, prompts(number))
 
-    for step in range(first + 1, steps + 1):
+    def save(step: int) -> None:
+        keep(schedule.finished())
+        _save(engine, folder, step, entropy, updates, ready)
+
+    for step in stopping.steps(first + 1, steps, save_every, save, engine.finish_saving):
         engine.finish_saving()  # sampling is long beside it
         keep(schedule.advance(step, steps, updates, ready, begin))
         rollouts = ready.pop(step)
@@ -171,9 +176,6 @@ def train(
         _record(log, step, rollouts, list(samples.values()), totals)
         if watch:
             watch(step)
-        if step % save_every == 0 or step == steps:
-            keep(schedule.finished())
-            _save(engine, folder, step, entropy, updates, ready)
     engine.finish_saving()
 
 

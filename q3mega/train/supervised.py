@@ -6,6 +6,7 @@ from pathlib import Path
 from q3mega.algorithms.losses import normalise, supervised
 from q3mega.data.batch import Batch, Sample, collate, pack
 from q3mega.engine import Engine, LossFn, parallel
+from q3mega.train import stopping
 from q3mega.train.log import Log, size
 
 
@@ -50,7 +51,11 @@ def train(
     log.resume(first)
     if watch and first == 0:
         watch(0)
-    for step in range(first + 1, steps + 1):
+
+    def save(step: int) -> None:
+        engine.save(folder, step, {})
+
+    for step in stopping.steps(first + 1, steps, save_every, save, engine.finish_saving):
         samples = draw(step)
         batches = shard(normalise(samples), capacity)
         if prepare:
@@ -59,6 +64,4 @@ def train(
         log.step(step, **size(samples), **metrics)
         if watch:
             watch(step)
-        if step % save_every == 0 or step == steps:
-            engine.save(folder, step, {})
     engine.finish_saving()

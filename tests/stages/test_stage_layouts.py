@@ -17,8 +17,8 @@ from q3mega import device  # noqa: F401
 # isort: split
 from tiny import LAYOUT
 
-from q3mega.driver import recent_metrics
 from q3mega.engine import Engine
+from q3mega.progress import recent_metrics
 from q3mega.recipe import Recipe
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
