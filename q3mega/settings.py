@@ -73,7 +73,7 @@ class StageConfig(Section):
     weight_decay: NonNegativeFloat = 0.0
     clip_grad: NonNegativeFloat = 1.0
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
-    max_skipped: NonNegativeInt = 10  # steps in a row whose loss or gradient is not finite
+    max_skipped: Free[NonNegativeInt] = 10  # steps in a row whose loss or gradient is not finite
     # whose choices balance a mixture: "step" counts its own first, by a forward pass more
     expert_shares: Literal["step", "last_step"] = "step"
 

@@ -458,8 +458,8 @@ def test_maps_by_files_are_replaced_and_sections_merged(tmp_path: Path) -> None:
         "judge: {steps: 5}}\n  mode_fusion: {non_thinking: {d.jsonl: 4}, lr: 0.5}\n"
     )
     recipe = Recipe.load(tmp_path / "top.yaml")
-    assert recipe.stages["general_rl"].problems == {"c.jsonl": 2}
+    assert recipe.stages["general_rl"].problems == {f"{tmp_path}/c.jsonl": 2}
     assert recipe.stages["general_rl"].judge.steps == 5
-    assert recipe.stages["mode_fusion"].non_thinking == {"d.jsonl": 4}
+    assert recipe.stages["mode_fusion"].non_thinking == {f"{tmp_path}/d.jsonl": 4}
     assert recipe.stages["mode_fusion"].budgets == tuple(fusion["budgets"])
-    assert recipe.rewards == ("z.py",)
+    assert recipe.rewards == (f"{tmp_path}/z.py",)
