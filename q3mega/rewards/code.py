@@ -99,12 +99,7 @@ def check(candidate):
 """
 
 
-def check_tests(row: Mapping[str, Any]) -> None:
-    """UserError for tests that cannot be run."""
-    _tester(row.get("tests") or {})
-
-
-@reward("code", needs=check_tests)
+@reward("code")
 def code(completion: str, row: Mapping[str, Any]) -> Verdict:
     """1 when the program in the reply's last ```python block, or the whole reply without one,
     passes all of row["tests"]; else 0, with the first thing that went wrong.

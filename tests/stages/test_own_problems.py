@@ -229,7 +229,7 @@ def test_the_report_shows_funnels_and_scores(ran, monkeypatch, capsys):
     ("change", "message"),
     [
         ("problems=[none.jsonl]", "none.jsonl cannot be read"),
-        ("rewards=[none.py]", "rewards=none.py: must be a Python file that is there"),
+        ("rewards=[none.py]", "none.py: must be a Python file that is there"),
         ("cold_start.teacher=null", "stages.cold_start.teacher answers the problems of files"),
         ("mode_fusion.direct=5", "stages.mode_fusion.direct=5"),
         ("mode_fusion.non_thinking={problems.jsonl: 3}", "problems.jsonl:1: response=None"),

@@ -147,7 +147,7 @@ def _check_texts(value: Any, name: str = "row") -> None:
 
 def _chat(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The turns of a row, in the form that the template reads."""
-    if isinstance(row.get("question"), str) and not row.get("messages"):
+    if isinstance(row.get("question"), str):
         if not row["question"].strip():
             raise ValueError("question is blank: give a text")
         return [{"role": "user", "content": row["question"]}]
