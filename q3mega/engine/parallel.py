@@ -56,20 +56,22 @@ def initialise(layout: Any, seed: int) -> None:
 
 
 def _join(processes: int) -> None:
-    """One process is alone, whatever a pod or a shell has left in its environment."""
+    """One process is alone, whatever a pod or a shell has left in its environment; under torchrun
+    it is one of torchrun's."""
     store: dist.Store = dist.HashStore()
     rank = local_rank = 0
-    if processes > 1:
-        if launched() != processes:
-            raise UserError(
-                f"layout.processes={processes}, and {launched()} were started: start them by "
-                "q3mega run, q3mega slurm or torchrun"
-            )
+    size = launched() if processes > 1 or "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if processes not in (1, size):
+        raise UserError(
+            f"layout.processes={processes}, and {size} were started: start them by q3mega run, "
+            "q3mega slurm or torchrun"
+        )
+    if size > 1:
         try:
             store, rank, _ = next(dist.rendezvous("env://", timeout=ARRIVAL))
         except dist.DistStoreError as error:
             raise UserError(
-                f"WORLD_SIZE={processes}, and not all of them came within "
+                f"WORLD_SIZE={size}, and not all of them came within "
                 f"{ARRIVAL // timedelta(minutes=1)} minutes ({str(error).splitlines()[0]}); "
                 "without a launcher unset RANK and WORLD_SIZE"
             ) from None
@@ -78,7 +80,7 @@ def _join(processes: int) -> None:
     if device.HAS_GPU:
         torch.cuda.set_device(local_rank)
     dist.init_process_group(
-        device.BACKEND, store=store, rank=rank, world_size=processes, timeout=PATIENCE
+        device.BACKEND, store=store, rank=rank, world_size=size, timeout=PATIENCE
     )
 
 
