@@ -3,7 +3,7 @@
 // output.
 //
 //   confine --level namespaces --memory BYTES --cpu S --wall S --file BYTES --scratch BYTES
-//           [--read PATH]... [--program FD] [--report FD] -- COMMAND ARGUMENT...
+//           --stack BYTES [--read PATH]... [--program FD] [--report FD] -- COMMAND ARGUMENT...
 //
 // The command finds the program, if one is given, at descriptor 3. The report is one line: "exit
 // CODE", "signal N", each with the peak memory in KiB and the CPU time in ms, or "refused WHY" when
@@ -53,14 +53,13 @@ constexpr uint32_t kArchitecture = AUDIT_ARCH_AARCH64;
 
 constexpr int kProgram = 3;             // the program's descriptor, as the command finds it
 constexpr unsigned kNobody = 65534;     // who the program runs as
-constexpr rlim_t kStack = 64ull << 20;  // what threads and setrlimit may raise the stack to
 constexpr rlim_t kThreads = 64;
 constexpr rlim_t kDescriptors = 64;
 constexpr const char* kScratch = "/scratch";
 
 struct Job {
   std::string level;
-  rlim_t memory = 0, cpu = 0, file = 0, scratch = 0;
+  rlim_t memory = 0, cpu = 0, file = 0, scratch = 0, stack = 0;
   double wall = 0;
   std::vector<std::string> read;
   int program = -1, report = -1;
@@ -105,6 +104,8 @@ void parse(int argc, char** argv) {
       job.file = number(value);
     } else if (name == "--scratch") {
       job.scratch = number(value);
+    } else if (name == "--stack") {
+      job.stack = number(value);
     } else if (name == "--program") {
       job.program = static_cast<int>(number(value));
     } else if (name == "--report") {
@@ -116,7 +117,7 @@ void parse(int argc, char** argv) {
   }
   errno = EINVAL;
   const bool level = job.level == "namespaces" || job.level == "landlock" || job.level == "none";
-  must(level && job.memory && job.cpu && job.wall > 0, "options");
+  must(level && job.memory && job.cpu && job.stack && job.wall > 0, "options");
   must(i + 1 < argc, "no command after --");
   job.command = argv + i + 1;
 }
@@ -460,7 +461,7 @@ void limit(int what, rlim_t soft, rlim_t hard) {
   limit(RLIMIT_CPU, job.cpu, job.cpu + 1);  // a signal, which can be caught, and then the end
   limit(RLIMIT_FSIZE, job.file, job.file);
   limit(RLIMIT_NOFILE, kDescriptors, kDescriptors);
-  limit(RLIMIT_STACK, 8 << 20, kStack);
+  limit(RLIMIT_STACK, job.stack, job.stack);
   limit(RLIMIT_MEMLOCK, 0, 0);
   limit(RLIMIT_MSGQUEUE, 0, 0);
   must(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0, "no new privileges");
