@@ -142,9 +142,12 @@ class Started:
         complaint = _read(self.stderr)
         words = _read(self.report).strip().split(maxsplit=1)
         seconds = time.monotonic() - self.begun
-        if not words and code == -signal.SIGALRM:
-            reason = f"over {self.limits.wall:g} s of wall time"
-            return Outcome("time", reason, printed, complaint, seconds=seconds)
+        if not words and code < 0:  # the launcher's own end is its program's, not the caller's
+            late = code == -signal.SIGALRM
+            name = signal.Signals(-code).name
+            reason = f"over {self.limits.wall:g} s of wall time" if late else f"ended by {name}"
+            status: Status = "time" if late else "signal"
+            return Outcome(status, reason, printed, complaint, seconds=seconds)
         if not words or words[0] == "refused":
             raise RuntimeError(f"the sandbox did not start: {' '.join(words[1:]) or complaint}")
         value, kib, ms = map(int, words[1].split())
