@@ -55,9 +55,10 @@ Status = Literal["ok", "error", "time", "memory", "output", "signal"]
 
 @dataclass(frozen=True)
 class Limits:
-    """cpu, wall: seconds. memory: bytes of address space, the stack apart. output: bytes of stdout,
-    of stderr and of any other file. scratch: bytes of all files, on the level "namespaces". stack:
-    bytes that the main thread's may grow to, and any other's that asks for it."""
+    """cpu, wall: seconds. memory: bytes of address space; a larger stack comes on top. output: bytes
+    of stdout, of stderr and of any other file. scratch: bytes of all files, on the level
+    "namespaces". stack: bytes that the main thread's may grow to, and another's that asks for it.
+    """
 
     cpu: int = 5
     wall: float = 10.0
@@ -192,7 +193,7 @@ def started(
 def launcher(level: str, limits: Limits, read: Iterable[str] = ()) -> list[str]:
     """The words before `--` and a command; read: more paths than the interpreter's own."""
     numbers = {
-        "memory": limits.memory + limits.stack,
+        "memory": limits.memory + max(0, limits.stack - Limits.stack),
         "stack": limits.stack,
         "cpu": limits.cpu,
         "wall": limits.wall,
