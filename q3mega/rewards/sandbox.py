@@ -55,8 +55,8 @@ Status = Literal["ok", "error", "time", "memory", "output", "signal"]
 
 @dataclass(frozen=True)
 class Limits:
-    """cpu, wall: seconds. memory: bytes of address space; a larger stack comes on top. output: bytes
-    of stdout, of stderr and of any other file. scratch: bytes of all files, on the level
+    """cpu, wall: seconds. memory: bytes of address space; a larger stack comes on top. output:
+    bytes of stdout, of stderr and of any other file. scratch: bytes of all files, on the level
     "namespaces". stack: bytes that the main thread's may grow to, and another's that asks for it.
     """
 
