@@ -13,11 +13,11 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from q3mega.errors import UserError
 
@@ -28,27 +28,74 @@ LEVELS = {
     "landlock": "Landlock, seccomp and limits",
     "none": f"seccomp and limits alone, since {UNCONFINED}=1",
 }
-# Descriptor 3 holds the program, so that no file of it has to lie anywhere.
+# Descriptor 3 holds the program, so that no file of it has to lie anywhere. The program finds what
+# an ordinary python3 has: exit and quit, and the standard streams by their names in /dev, which has
+# no other entries here. Its threads have the usual stack, whatever that of the process is.
 _BOOTSTRAP = """
-import sys
+import _sitebuiltins, _thread, builtins, io, posix, sys
 with open(3, encoding="utf-8") as file:
     source = file.read()
+def named(file, *given, open=open, dup=posix.dup, **more):
+    number = STREAMS.get(str(file))
+    return open(file if number is None else dup(number), *given, **more)
+STREAMS = {f"/dev/{name}": n for n, name in enumerate(("stdin", "stdout", "stderr"))}
+STREAMS |= {f"{folder}/{n}": n for n in range(3) for folder in ("/dev/fd", "/proc/self/fd")}
+builtins.open = io.open = named
+builtins.exit, builtins.quit = (_sitebuiltins.Quitter(n, "Ctrl-D") for n in ("exit", "quit"))
+_thread.stack_size(8 << 20)
 sys.argv = ["main.py"]
-exec(compile(source, "main.py", "exec"), {"__name__": "__main__"})
+main = sys.modules["__main__"] = type(sys)("__main__")
+main.__file__ = "main.py"
+exec(compile(source, "main.py", "exec"), main.__dict__)
 """
+# UTF-8, and integers as long as contests print them.
+_OPTIONS = "-X", "utf8", "-X", "int_max_str_digits=0"
 Status = Literal["ok", "error", "time", "memory", "output", "signal"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """cpu, wall: seconds. memory: bytes of address space. output: bytes of stdout, of stderr and of
-    any other file. scratch: bytes of all files, on the level "namespaces"."""
+    """cpu, wall: seconds. memory: bytes of address space; a larger stack comes on top. output:
+    bytes of stdout, of stderr and of any other file. scratch: bytes of all files, on the level
+    "namespaces". stack: bytes that the main thread's may grow to, and another's that asks for it.
+    """
 
     cpu: int = 5
     wall: float = 10.0
     memory: int = 512 << 20
     output: int = 1 << 20
     scratch: int = 16 << 20
+    stack: int = 8 << 20
+
+
+# What a row may ask for, from ... to.
+_RANGES: dict[str, tuple[float, float]] = {
+    "cpu": (1, 3600),
+    "wall": (0.1, 7200),
+    "memory": (32 << 20, 64 << 30),
+    "output": (1, 1 << 30),
+    "scratch": (1 << 12, 16 << 30),
+    "stack": (1 << 20, 4 << 30),
+}
+
+
+def limits_of(fields: Any) -> Limits:
+    """Limits from a row's fields; `wall` is twice `cpu` at least, where it is not given.
+
+    Raises UserError for an unknown field, and for a value that is no number in its range.
+    """
+    if not isinstance(fields, Mapping):
+        raise UserError(f"limits={fields!r:.80} must be an object of {', '.join(_RANGES)}")
+    for name, value in fields.items():
+        if name not in _RANGES:
+            raise UserError(f"limits.{name} is unknown: use some of {', '.join(_RANGES)}")
+        least, most = _RANGES[name]
+        kinds = (int, float) if name == "wall" else (int,)
+        if type(value) not in kinds or not least <= value <= most:
+            kind = "number" if name == "wall" else "whole number"
+            raise UserError(f"limits.{name}={value!r:.80} must be a {kind} from {least} to {most}")
+    wall = max(Limits.wall, 2.0 * fields.get("cpu", 0))
+    return Limits(**{"wall": wall, **fields})
 
 
 @dataclass(frozen=True)
@@ -96,9 +143,12 @@ class Started:
         complaint = _read(self.stderr)
         words = _read(self.report).strip().split(maxsplit=1)
         seconds = time.monotonic() - self.begun
-        if not words and code == -signal.SIGALRM:
-            reason = f"over {self.limits.wall:g} s of wall time"
-            return Outcome("time", reason, printed, complaint, seconds=seconds)
+        if not words and code < 0:  # the launcher's own end is its program's, not the caller's
+            late = code == -signal.SIGALRM
+            name = signal.Signals(-code).name
+            reason = f"over {self.limits.wall:g} s of wall time" if late else f"ended by {name}"
+            status: Status = "time" if late else "signal"
+            return Outcome(status, reason, printed, complaint, seconds=seconds)
         if not words or words[0] == "refused":
             raise RuntimeError(f"the sandbox did not start: {' '.join(words[1:]) or complaint}")
         value, kib, ms = map(int, words[1].split())
@@ -122,7 +172,7 @@ def started(
         given = files.enter_context(_memory_file(stdin)) if isinstance(stdin, str) else stdin
         printed = files.enter_context(_memory_file()) if stdout is None else None
         given_files = ["--program", str(source.fileno()), "--report", str(report.fileno())]
-        command = [interpreter(), "-I", "-S", "-B", "-X", "utf8", "-c", _BOOTSTRAP]
+        command = [interpreter(), "-I", "-S", "-B", *_OPTIONS, "-c", _BOOTSTRAP]
         begun = time.monotonic()
         process = subprocess.Popen(
             [*launcher(level, limits), *given_files, "--", *command],
@@ -143,7 +193,8 @@ def started(
 def launcher(level: str, limits: Limits, read: Iterable[str] = ()) -> list[str]:
     """The words before `--` and a command; read: more paths than the interpreter's own."""
     numbers = {
-        "memory": limits.memory,
+        "memory": limits.memory + max(0, limits.stack - Limits.stack),
+        "stack": limits.stack,
         "cpu": limits.cpu,
         "wall": limits.wall,
         "file": limits.output,

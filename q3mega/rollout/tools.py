@@ -1,8 +1,8 @@
 """Tools with a real environment, for episodes of several turns.
 
 A tool call is untrusted text: the calculator walks a syntax tree of four operators, programs run
-in the sandbox, SQL reads a database in memory and nothing else, and whatever is wrong with a call
-comes back to the model as text.
+in the sandbox, SQL reads a database in memory in a confined process, and whatever is wrong with a
+call comes back to the model as text.
 """
 
 import ast
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Protocol
 
 from q3mega.data.chat import parse
@@ -21,6 +22,7 @@ from q3mega.data.tasks import Problem
 from q3mega.data.tasks.tools import MAX_STEPS, WORKS_ON, Schema, arguments_of, name_of
 from q3mega.errors import UserError
 from q3mega.rewards import reward_of, sandbox
+from q3mega.rewards.worker import Worker
 
 MAX_CALLS = 4  # of one turn are answered
 MAX_RESULT = 2000  # characters of a tool's answer
@@ -31,15 +33,16 @@ SECONDS = 30.0  # in tools, of an episode
 OVER = "That was the last call. Answer now."
 JUDGE_CALLS = {"tool_call", "tool_calls"}  # rewards
 LATE = "error: no time is left for tools"
-_SQL_STEPS = 100_000  # instructions of SQLite's machine between two looks at the budget
-_SQL_LOOKS = 100  # some seconds
-_SQL_READS = {
-    sqlite3.SQLITE_SELECT,
-    sqlite3.SQLITE_READ,
-    sqlite3.SQLITE_FUNCTION,
-    sqlite3.SQLITE_RECURSIVE,
-}
-_SQL_OUTSIDE = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA}
+SQL_SECONDS = 5.0  # of a query, then its process is ended
+_SQL_MAIN = str(Path(__file__).with_name("sql_worker.py"))
+_SQL = Worker(
+    "SQL",
+    (sandbox.interpreter(), "-I", "-S", "-B", "-X", "utf8", _SQL_MAIN),
+    (_SQL_MAIN,),
+    # It sees to its own CPU time and writes nothing.
+    sandbox.Limits(cpu=10**9, wall=1e9, memory=1 << 30, output=0, scratch=1 << 12),
+    SQL_SECONDS,
+)
 _EXPRESSION = re.compile(r"[0-9+\-*/() ]{1,60}")
 _MAX_VALUE = 10**12
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
@@ -168,45 +171,24 @@ def sql(script: str) -> Run:
     """Rows that a SELECT finds in the database which `script` makes, in memory.
 
     The model's query may read and compute, for some seconds and with values of up to a megabyte;
-    the script may write too. Raises UserError for a script that fails or does anything else.
+    the script may write too. Both run in a confined process, which is ended where SQLite looks at
+    no budget. Raises UserError for a script that fails, takes longer or does anything else, and
+    where nothing confines it.
     """
-    database = sqlite3.connect(":memory:", check_same_thread=False)
-    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1 << 20)
-    looks = 0
-
-    def over_budget() -> bool:
-        nonlocal looks
-        looks += 1
-        return looks > _SQL_LOOKS
-
-    def authorize(actions: set[int], allowed: bool) -> None:
-        database.set_authorizer(
-            lambda action, *names: (
-                sqlite3.SQLITE_OK
-                if (action in actions) == allowed and "load_extension" not in names
-                else sqlite3.SQLITE_DENY
-            )
-        )
-
-    database.set_progress_handler(over_budget, _SQL_STEPS)
-    authorize(_SQL_OUTSIDE, allowed=False)
-    try:
-        database.executescript(script)
-    except (sqlite3.Error, sqlite3.Warning, ValueError, TypeError) as error:
-        raise UserError(f"script={script!r:.80} makes no database ({error}): correct it") from error
-    authorize(_SQL_READS, allowed=True)
+    if not isinstance(script, str):
+        raise UserError(f"script={script!r:.80} makes no database (no text): give SQL statements")
+    with _SQL.asking() as ask:
+        made = ask({"script": script, "query": None})
+    if made is None or "wrong" in made:
+        why = "it takes too long or too much memory" if made is None else made["wrong"]
+        raise UserError(f"script={script!r:.80} makes no database ({why}): correct it")
 
     def run(query: str) -> str:
-        nonlocal looks
-        looks = 0
-        try:
-            found = database.execute(query)
-            if found.description is None:
-                return "error: not a query"
-            rows = found.fetchmany(50)
-        except (sqlite3.Error, sqlite3.Warning, ValueError) as error:  # ValueError: a NUL
-            return f"error: {error}"
-        return "\n".join(" | ".join(map(str, row)) for row in rows) or "no rows"
+        with _SQL.asking() as ask:
+            reply = ask({"script": script, "query": query})
+        if reply is None:
+            return "error: the query takes too long or too much memory"
+        return str(reply["text"]) if "text" in reply else f"error: {reply['wrong']}"
 
     return run
 

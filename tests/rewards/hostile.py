@@ -17,6 +17,8 @@ class Hostile(NamedTuple):
 # How one calls the kernel without Python's own functions.
 _SYSCALL = "import ctypes; call = ctypes.CDLL(None, use_errno=True).syscall\n"
 
+_LIBRARY = "import fcntl, os\nf = os.open(os.__file__, 0)\n"
+
 
 def syscall(number: int, *arguments: object, good: str = ">= 0") -> Hostile:
     """A raw system call (numbers of x86-64), which must not succeed."""
@@ -219,5 +221,127 @@ PROGRAMS = {
         "at = ctypes.addressof(ctypes.c_char.from_buffer(m))\n"
         "if ctypes.CFUNCTYPE(ctypes.c_long)(at)() >= 0: print('ESCAPED')",
         ("ok",),
+    ),
+    # metadata of the host
+    "size of the secret": Hostile(
+        "import os\nprint('ESCAPED', os.stat('HOST/secret'))", reason="Error"
+    ),
+    "existence of the secret": Hostile(
+        "import os\nif os.path.lexists('HOST/secret') or os.access('HOST', 0): print('ESCAPED')",
+        ("ok",),
+    ),
+    "size by statx": syscall(
+        332, -100, "b'HOST/secret'", 0, 0xFFF, "ctypes.create_string_buffer(256)"
+    ),
+    "size by a path beside a descriptor": syscall(
+        262, 0, "b'HOST/secret'", "ctypes.create_string_buffer(256)", 0x1000
+    ),
+    "size by a folder": Hostile(
+        "import os\nd = os.open(os.path.dirname(os.__file__), 0)\n"
+        "print('ESCAPED', os.stat('../' * 20 + 'HOST/secret'[1:], dir_fd=d))",
+        reason="Error",
+    ),
+    "a path without reading": Hostile(
+        "import os\nos.open('HOST/secret', os.O_PATH)\nprint('ESCAPED')"
+    ),
+    "the fourth access mode": Hostile("import os\nos.open('HOST/secret', 3)\nprint('ESCAPED')"),
+    "go to the host": Hostile("import os\nos.chdir('HOST')\nprint('ESCAPED')", reason="Error"),
+    "free space": Hostile(
+        "import os\nos.statvfs(os.__file__)\nprint('ESCAPED')", reason="not permitted"
+    ),
+    "where links lead": Hostile("import os\nprint('ESCAPED', os.readlink('/proc/self/exe'))"),
+    "name of the host": Hostile(
+        "import os\nif os.uname().nodename != 'sandbox': print('ESCAPED')", ("ok",)
+    ),
+    "load of the machine": syscall(99, "ctypes.create_string_buffer(256)"),
+    "which pages are cached": Hostile(
+        f"{_SYSCALL}import mmap\nm = mmap.mmap(-1, 4096)\n"
+        "at = ctypes.addressof(ctypes.c_char.from_buffer(m))\n"
+        "page = ctypes.create_string_buffer(1)\n"
+        "if call(27, ctypes.c_void_p(at), 4096, page) == 0: print('ESCAPED')",
+        ("ok",),
+    ),
+    "drop cached pages": Hostile(
+        "import os\nos.posix_fadvise(os.open(os.__file__, 0), 0, 0, 4)\nprint('ESCAPED')"
+    ),
+    "the keeper's descriptors": Hostile(
+        "import os\nfor n in range(30):\n"
+        "  try: open(f'/proc/{os.getppid()}/fd/{n}', 'w'); print('ESCAPED')\n"
+        "  except OSError: pass",
+        ("ok",),
+    ),
+    "the keeper's memory": Hostile(
+        "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb')\nprint('ESCAPED')"
+    ),
+    # truncation, which Landlock knows since its third version
+    "truncate the secret": Hostile(
+        "import os\nos.truncate('HOST/secret', 0)\nprint('ESCAPED')", reason="not permitted"
+    ),
+    "truncate what may be read": Hostile(
+        "import os\nos.open(os.devnull, os.O_RDONLY | os.O_TRUNC)\nprint('ESCAPED')",
+        reason="not permitted",
+    ),
+    "truncate by the fourth access mode": Hostile(
+        "import os\nos.open(os.devnull, 3 | os.O_TRUNC)\nprint('ESCAPED')", reason="not permitted"
+    ),
+    # locks and watches of the host's files
+    "lock the library": Hostile(f"{_LIBRARY}fcntl.flock(f, fcntl.LOCK_EX)\nprint('ESCAPED')"),
+    "lock a range": Hostile(f"{_LIBRARY}fcntl.lockf(f, fcntl.LOCK_SH)\nprint('ESCAPED')"),
+    "lock an open file": Hostile(f"{_LIBRARY}fcntl.fcntl(f, 37, bytes(32))\nprint('ESCAPED')"),
+    "lease": Hostile(f"{_LIBRARY}fcntl.fcntl(f, fcntl.F_SETLEASE, 0)\nprint('ESCAPED')"),
+    "watch a folder": Hostile(
+        "import fcntl, os\nf = os.open(os.path.dirname(os.__file__), 0)\n"
+        "fcntl.fcntl(f, fcntl.F_NOTIFY, 2)\nprint('ESCAPED')"
+    ),
+    "inotify": syscall(294, 0),
+    "fanotify": syscall(300, 0, 0),
+    # signals and settings of others
+    "signal by a pipe's owner": Hostile(
+        "import fcntl, os\nfcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, PARENT)\nprint('ESCAPED')"
+    ),
+    "signal by an owner's thread": Hostile(
+        "import fcntl, os, struct\n"
+        "fcntl.fcntl(os.pipe()[0], 15, struct.pack('ii', 1, PARENT))\nprint('ESCAPED')"
+    ),
+    "another signal than SIGIO": Hostile(
+        "import fcntl, os\nfcntl.fcntl(os.pipe()[0], 10, 9)\nprint('ESCAPED')"
+    ),
+    "queue a signal": syscall(129, "PARENT", 0, "ctypes.create_string_buffer(128)"),
+    "signal a thread": syscall(200, "PARENT", 0),
+    "handle of a process": syscall(434, "PARENT", 0),
+    "signal by a handle": syscall(424, 0, 0, 0, 0),
+    "group of another": Hostile("import os\nos.getpgid(PARENT)\nprint('ESCAPED')", reason="Error"),
+    "processors of another": Hostile(
+        "import os\nos.sched_setaffinity(PARENT, {0})\nprint('ESCAPED')"
+    ),
+    "disc priority of another": syscall(251, 1, "PARENT", 0),
+    # more than its share
+    "two hundred threads": Hostile(
+        "import threading, time\nthreading.stack_size(1 << 16)\n"
+        "for i in range(200): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\n"
+        "print('ESCAPED')",
+        reason="can't start new thread",
+    ),
+    "a thread with descriptors of its own": syscall(56, 0x10000 | 0x800 | 0x100, 0, 0, 0, 0),
+    "descriptors in flight": Hostile(
+        "import socket\na, b = socket.socketpair()\n"
+        "socket.send_fds(a, [b'x'], [0])\nprint('ESCAPED')"
+    ),
+    "huge pages": Hostile(
+        "import mmap\nmmap.mmap(-1, 2 << 20, flags=0x40022)\nprint('ESCAPED')",
+        reason="not permitted",
+    ),
+    "a datagram to the host": Hostile(
+        "import socket as s\na, b = s.socketpair(s.AF_UNIX, s.SOCK_DGRAM)\n"
+        "a.sendto(b'x', 'HOST/log')\nprint('ESCAPED')"
+    ),
+    "a stream to the host": Hostile(
+        "import socket as s\na, b = s.socketpair()\na.sendto(b'x', 'HOST/log')\nprint('ESCAPED')"
+    ),
+    "run a file in memory": syscall(322, 0, "b''", 0, 0, 0x1000),
+    "start again without a harness": Hostile(
+        "import os, sys\nos.execv(sys.executable, ['p', '-I', '-S', '-c',"
+        " \"print('ESCAPED', open('HOST/secret').read())\"])",
+        ("error", "signal"),
     ),
 }

@@ -3,6 +3,9 @@ import gzip
 import json
 import os
 import platform
+import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +19,7 @@ from hostile import PROGRAMS
 
 from q3mega.errors import UserError
 from q3mega.rewards import sandbox, score
-from q3mega.rewards.sandbox import Limits, confinement, run
+from q3mega.rewards.sandbox import Limits, confinement, limits_of, run, started
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox stands on Linux")
 SHORT = Limits(cpu=1, wall=2.5, memory=256 << 20, output=64 << 10, scratch=1 << 20)
@@ -38,7 +41,12 @@ LEVELS = [
 def host(tmp_path_factory):
     folder = tmp_path_factory.mktemp("host")
     (folder / "secret").write_text("do not tell")
-    return folder
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        log.bind(str(folder / "log"))
+        log.setblocking(False)
+        yield folder
+        with pytest.raises(BlockingIOError):  # nobody has written
+            log.recv(1)
 
 
 def processes(root=None):
@@ -77,13 +85,13 @@ def test_no_program_gets_out(level, name, host, monkeypatch):
     assert found.status in hostile.expected, found
     assert hostile.reason in found.reason
     assert len(found.stdout) <= SHORT.output and len(found.stderr) <= SHORT.output
-    assert (host / "secret").read_text() == "do not tell" and len(list(host.iterdir())) == 1
+    assert (host / "secret").read_text() == "do not tell" and len(list(host.iterdir())) == 2
     assert processes() == before
     assert not Path("/x").exists() and not Path("/tmp/x").exists()
 
 
 def test_each_program_is_another():
-    assert len(PROGRAMS) >= 90
+    assert len(PROGRAMS) >= 130
     assert len({h.program for h in PROGRAMS.values()}) == len(PROGRAMS)
 
 
@@ -113,6 +121,139 @@ print(len(done), "été 中文", file=sys.stderr)
     assert found.stderr == "1 été 中文\n"
     assert (found.status, found.reason) == ("ok", "exit 0")
     assert 1 << 20 < found.memory < 100 << 20 and 0 < found.cpu < found.seconds + 1
+
+
+HONEST = {
+    "threads": (
+        "import threading\nbarrier = threading.Barrier(13)\n"
+        "ts = [threading.Thread(target=barrier.wait) for _ in range(12)]\n"
+        "for t in ts: t.start()\nbarrier.wait()\nfor t in ts: t.join()\nprint(len(ts))",
+        "12\n",
+    ),
+    "recursion": (
+        "import sys\nsys.setrecursionlimit(10**6)\n"
+        "def f(n): return n and 1 + f(n - 1)\nprint(f(100_000))",
+        "100000\n",
+    ),
+    "recursion in a thread": (
+        "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(1 << 27)\n"
+        "def f(n): return max([0, n and 1 + f(n - 1)])\n"
+        "t = threading.Thread(target=lambda: print(f(50_000)))\nt.start()\nt.join()",
+        "50000\n",
+    ),
+    "asyncio": (
+        "import asyncio\nasync def f(): await asyncio.sleep(0.001); return 6 * 7\n"
+        "print(asyncio.run(f()))",
+        "42\n",
+    ),
+    "a database in memory": (
+        "import sqlite3\nc = sqlite3.connect(':memory:')\nc.execute('create table t (a)')\n"
+        "c.execute('insert into t values (1)')\nprint(c.execute('select * from t').fetchall())",
+        "[(1,)]\n",
+    ),
+    "streams by their names": (
+        "import sys\nfrom pathlib import Path\nopen('/dev/stderr', 'w').write('x')\n"
+        "print(Path('/dev/stdin').read_text(), open('/dev/stdout', 'w').writable(), end='')",
+        "6 7\n True",
+    ),
+    "a pool of threads": (
+        "from concurrent.futures import ThreadPoolExecutor as P\n"
+        "with P(8) as p: print(sum(p.map(abs, range(-9, 9))))",
+        "81\n",
+    ),
+    "facts about files": (
+        "import os\nfrom pathlib import Path\nhome = Path(os.__file__).parent\n"
+        "print(home.is_dir(), (home / 'json').exists(), os.stat(0).st_size,"
+        " os.path.getsize(os.__file__) > 999, os.access(os.__file__, os.W_OK), home.is_symlink())",
+        "True True 4 True False False\n",
+    ),
+    "flush to the disc": ("import os, sys\nprint(1, flush=True)\nos.fsync(1)", "1\n"),
+    "long integers": ("print(len(str(10**20_000)))", "20001\n"),
+    "a dataclass": (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\n"
+        "class A:\n  x: int\nif __name__ == '__main__': print(A(1), __file__)\nexit()",
+        "A(x=1) main.py\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_programs_keep_running(level, name):
+    program, printed = HONEST[name]
+    assert run(program, "6 7\n", level=level).stdout == printed
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_million_lines_come_in_and_go_out(level):
+    lines = "".join(f"{n}\n" for n in range(10**6))
+    program = "import sys\nfor line in sys.stdin: sys.stdout.write(line)"
+    assert run(program, lines, Limits(output=8 << 20), level).stdout == lines
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_half_a_gigabyte_of_stack_for_who_asks(level):
+    program = """
+import functools, sys
+sys.setrecursionlimit(10**6)
+@functools.lru_cache(None)
+def f(n): return n and 1 + f(n - 1)
+print(f(200_000))
+"""
+    assert run(program, level=level).reason == "ended by SIGSEGV"
+    deep = Limits(stack=512 << 20)
+    assert run(program, limits=deep, level=level).stdout == "200000\n"
+    thread = "import threading as t\nt.stack_size(500 << 20)\nt.Thread(target=print).start()"
+    assert run(thread, limits=deep, level=level).stdout == "\n"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("whom", [0, 1])
+def test_who_kills_the_launcher_or_the_keeper_ends_a_program_and_nothing_else(level, whom):
+    with started("import time\ntime.sleep(9)", SHORT, level=level) as process:
+        while len(ids := sorted(processes())) < 3:  # the launcher, the keeper, the program
+            time.sleep(0.01)
+        os.kill(ids[whom], signal.SIGKILL)
+        outcome = process.wait()
+    assert (outcome.status, outcome.reason) == ("signal", "ended by SIGKILL")
+    until = time.monotonic() + 5
+    while any(map(alive, ids)) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any(map(alive, ids))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_blocked_alarm_still_ends_a_program(level):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    try:
+        outcome = run("import time\ntime.sleep(9)", limits=replace(SHORT, wall=0.3), level=level)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    assert outcome.reason == "over 0.3 s of wall time"
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"time": 5}, "limits.time is unknown: use some of cpu, wall, memory"),
+        ({"cpu": 0}, "limits.cpu=0 must be a whole number from 1 to 3600"),
+        ({"cpu": 2.5}, "limits.cpu=2.5 must be a whole number"),
+        ({"wall": float("nan")}, "limits.wall=nan must be a number from 0.1"),
+        ({"memory": "512 MB"}, "limits.memory='512 MB' must be a whole number"),
+        ({"stack": 1 << 50}, f"limits.stack={1 << 50} must be a whole number from 1048576"),
+        ({"output": True}, "limits.output=True must be a whole number"),
+        ([1], "limits=[1] must be an object of cpu, wall"),
+    ],
+)
+def test_limits_of_a_row_are_named_and_bounded(fields, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        limits_of(fields)
+
+
+def test_limits_of_a_row():
+    assert limits_of({}) == Limits()
+    assert limits_of({"cpu": 8, "stack": 1 << 29}) == Limits(cpu=8, wall=16, stack=1 << 29)
+    assert limits_of({"cpu": 8, "wall": 9}) == Limits(cpu=8, wall=9)
 
 
 def test_namespaces_have_a_scratch_folder_and_it_is_gone_afterwards():

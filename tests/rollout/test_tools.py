@@ -10,6 +10,7 @@ from q3mega.data.tasks import Problem, files, generate
 from q3mega.data.tasks.general import call, tool
 from q3mega.data.tasks.tools import SCHEMAS
 from q3mega.errors import UserError
+from q3mega.rollout import tools
 from q3mega.rollout.tools import CUT, LATE, OVER, TOOLS, Environment, calculate, environment
 
 MALFORMED = "error: a call is a JSON object with name and arguments"
@@ -224,6 +225,27 @@ def test_sql_does_nothing_else(query):
     (message,) = environment.step(call("sql", "query", query))
     assert message["content"].startswith("error: ")
     (after,) = environment.step(call("sql", "query", "select count(*), sum(people) from city"))
+    assert after["content"] == "3 | 1007000"
+
+
+LONG = "with recursive c(n) as (select 1 union all select n + 1 from c where n < 10000) select "
+MEGABYTE = "hex(zeroblob(120000 + 0 * n))"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        f"{LONG} max(instr({MEGABYTE}, hex(zeroblob(60000 + 0 * n)) || '1')) from c",
+        f"{LONG} sum({MEGABYTE} like '%0%0%0%0%0%0%1') from c",
+    ],
+)
+def test_sql_ends_within_its_seconds_whatever_the_query(query, monkeypatch):
+    monkeypatch.setattr(tools._SQL, "_seconds", 1.0)
+    world = Environment(problem_with("sql", script=CITIES), max_steps=3)
+    (message,) = world.step(call("sql", "query", query))
+    assert message["content"].startswith("error: ")
+    monkeypatch.setattr(tools._SQL, "_seconds", 60.0)
+    (after,) = world.step(call("sql", "query", "select count(*), sum(people) from city"))
     assert after["content"] == "3 | 1007000"
 
 
