@@ -18,10 +18,11 @@ class Claim:
     measure: Callable[[Evals], tuple[str, bool]]
 
     def judge(self, evals: Evals) -> tuple[str, bool | None]:
-        """What was measured, and whether the bar is met; None where a stage has not run."""
+        """What was measured, and whether the bar is met; None where a stage has not run, or what it
+        measured is no number (null)."""
         try:
             return self.measure(evals)
-        except KeyError:
+        except (KeyError, TypeError):
             return "", None
 
 

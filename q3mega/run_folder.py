@@ -5,7 +5,6 @@ values at each start: recipe.yaml then holds those, and recipe.1.yaml, recipe.2.
 held before.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from q3mega.errors import UserError
 from q3mega.io import atomic_write, exclusive_lock
+from q3mega.keys import redacted
 from q3mega.recipe import Recipe
 from q3mega.sections import Change, leaves
 
@@ -90,17 +90,13 @@ def changes(before: Recipe, now: Recipe) -> _Changes:
             continue
         if mark is Change.MOVED and None in (was, is_now):
             mark = None
-        changed[mark].append(_without_passwords(f"{path} ({was} -> {is_now})"))
+        changed[mark].append(redacted(f"{path} ({was} -> {is_now})"))
     return dict(changed)
 
 
 def _few(changed: list[str]) -> str:
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return ", ".join(changed[:3]) + more
-
-
-def _without_passwords(text: str) -> str:
-    return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def _sentences(changed: _Changes) -> Iterator[str]:
