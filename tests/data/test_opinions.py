@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from q3mega.data import opinions
-from q3mega.errors import JudgeFailed
+from q3mega.errors import JudgeFailed, NoReply
 
 GOOD = {"questions": 1, "open_ended": False, "domain": "code"}
 
@@ -111,3 +111,21 @@ def test_checklists_are_written_and_held_to():
     rows = [("A poem", "Roses.", ["It is short.", "It rhymes."])]
     assert opinions.check(rows, ask) == [[True, False]] and len(asked) == 2
     assert "- It rhymes." in asked[0][1][0]
+
+
+def test_where_they_are_counted_a_missing_opinion_costs_its_text():
+    counted = []
+
+    def ask(chats, temperature):
+        texts = [chat[0]["content"] for chat in chats]
+        return [
+            NoReply("content filter", "no") if "refused" in t
+            else "?" if "unclear" in t
+            else json.dumps(GOOD)
+            for t in texts
+        ]  # fmt: skip
+
+    texts = ["Sort.", "refused", "unclear"]
+    good, refused, unclear = opinions.of_queries(texts, ["code"], ask, counted.extend)
+    assert good.domain == "code" and counted == [good, refused, unclear]
+    assert (refused.rule, unclear.rule) == ("content filter", opinions.UNREADABLE)

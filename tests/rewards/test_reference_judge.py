@@ -158,3 +158,17 @@ def test_the_map_is_monotone_and_keeps_the_mean():
     assert (np.diff(right) >= 0).all() and (right > 0).all() and (right < 1).all()
     assert np.interp(raw, grid, right).mean() == pytest.approx(truth.mean(), abs=0.01)
     assert np.abs(np.interp(raw, grid, right) - raw**2).mean() < 0.08
+
+
+def test_an_answer_that_the_judge_refuses_cannot_be_judged():
+    refusal = (400, {}, '{"error": {"code": "content_filter", "message": "filtered"}}')
+
+    def script(request, number):
+        return refusal if "Rome" in request["messages"][0]["content"] else careful(request, number)
+
+    counted = []
+    with served(script) as server:
+        judge = ReferenceJudge(asker(server), counted.extend)
+        right, refused = judge(["Paris", "Rome"], [ROW] * 2)
+    assert right.score == 1.0 and refused.score is None
+    assert refused.reason == "not judged: content filter" and len(counted) == 4
