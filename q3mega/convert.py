@@ -40,7 +40,7 @@ def hf_to_mcore(source: Path, target: Path, layout: Layout, *, check: bool = Fal
     reader = Reader(source, shape)
     dtype = _exact(reader)
     with _becoming(target) as unfinished:
-        engine = Engine(shape, layout, seed=0, dtype=dtype)
+        engine = Engine(shape, layout, seed=0, dtype=dtype, fresh=False)
         states = audit(source, shape) if check else {}
         _refuse(source, states)
         engine.load_hf(source)
@@ -60,7 +60,7 @@ def mcore_to_hf(source: Path, target: Path, layout: Layout, *, check: bool = Fal
     transformers on it."""
     shape = _prepared(source, target, layout)
     with _becoming(target) as unfinished:
-        engine = Engine(shape, layout, seed=0, dtype=dtype_of(source) or torch.float32)
+        engine = Engine(shape, layout, seed=0, dtype=dtype_of(source) or torch.float32, fresh=False)
         checkpoint.load_weights(engine, source)
         engine.save_hf(unfinished, {})
         _keep(source, unfinished)
@@ -160,7 +160,7 @@ def _compare(mcore: Path, folder: Path, shape: Qwen3Shape, layout: Layout) -> No
 
     Raises UserError where they are more than NEAR apart.
     """
-    engine = Engine(shape, layout, seed=0)
+    engine = Engine(shape, layout, seed=0, fresh=False)
     checkpoint.load_weights(engine, mcore)
     ids = torch.randint(shape.vocab, (48,), generator=torch.Generator().manual_seed(0))
     batch = collate([Sample(ids.tolist(), [0.0] * len(ids))])

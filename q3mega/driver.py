@@ -255,7 +255,7 @@ def _failure(stage: str, rank: int, code: int, log: Path, written: str) -> Excep
             "runs out), and its peers ended with it; run again to go on from the last checkpoint; "
             f"log: {log}"
         )
-    lines = written.splitlines()
+    lines = written.rstrip().split("\n")
     reasons = [line for line in lines if line.startswith("error:")]
     if code == 2 and reasons:
         return UserError(f"{stage}: {reasons[-1].removeprefix('error:').strip()}")

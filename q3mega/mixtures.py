@@ -64,7 +64,7 @@ def _losses(
     hf: Path, documents: dict[_Cell, list[list[int]]], sequence: int
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """(nats, tokens) by label and value."""
-    engine = Engine(shape_of(hf), Layout(processes=1), seed=0)
+    engine = Engine(shape_of(hf), Layout(processes=1), seed=0, fresh=False)
     engine.load_hf(hf)
     sums: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(2))
     for cell, some in sorted(documents.items()):

@@ -131,6 +131,9 @@ _Stages = create_model(
 )  # type: ignore[call-overload]
 
 
+MODELS = ("model", "student")  # sections of a recipe that are a ModelSpec
+
+
 class Recipe(Section):
     """A whole run. `stages` keeps the file's order, and each stage's layout is complete."""
 
@@ -237,7 +240,11 @@ class Recipe(Section):
                 if not isinstance(stages, dict) or stage not in stages:
                     raise UserError(f"override {short(item)}: the recipe has no stage {stage}")
                 field = f"stages.{field}"
-            override(raw, field, parse_yaml(value, f"override {short(item)}"))
+            given = parse_yaml(value, f"override {short(item)}")
+            section, _, name = field.partition(".")
+            if section in MODELS and name == "size" and isinstance(raw.get(section), dict):
+                raw[section] = _of_size(raw[section], given)
+            override(raw, field, given)
         try:
             cls.model_validate(raw)  # whose errors show the overrides as they were typed
             return cls.model_validate(_located(raw, Path.cwd()))  # files' paths are absolute by now
@@ -320,8 +327,17 @@ def _merged(
     for key in base.keys() & over.keys():
         inner = _Stages if (section, key) == (Recipe, "stages") else section_at(section, key)
         if inner and isinstance(base[key], dict) and isinstance(over[key], dict):
-            both[key] = _merged(base[key], over[key], inner)
+            under = base[key]
+            if section is Recipe and key in MODELS and "size" in over[key]:
+                under = _of_size(under, over[key]["size"])
+            both[key] = _merged(under, over[key], inner)
     return {key: value for key, value in both.items() if value is not None or key not in base}
+
+
+def _of_size(model: dict[str, Any], size: Any) -> dict[str, Any]:
+    """A model's raw fields without the numbers that a size laid over them brings."""
+    numbers = asdict(QWEN3[size]) if isinstance(size, str) and size in QWEN3 else {}
+    return {key: value for key, value in model.items() if key not in numbers}
 
 
 def _over(default: Any, own: Any) -> Any:

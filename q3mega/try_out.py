@@ -70,7 +70,7 @@ class Checkpoint:
         """batch: sequences decoded at once."""
         self.tokenizer = Tokenizer(folder)
         ids = self.tokenizer.vocab_size
-        engine = Engine(shape_of(folder), Layout(processes=1), seed=0, ids=ids)
+        engine = Engine(shape_of(folder), Layout(processes=1), seed=0, ids=ids, fresh=False)
         engine.load_hf(folder)
         self.sampler = _Counted(InProcessSampler(engine, self.tokenizer, max_batch=batch))
 
@@ -182,7 +182,7 @@ def _engine(folder: str | Path, layout: Layout, tokenizer: Tokenizer) -> Engine:
     shape = shape_of(folder)
     check_layout(layout, shape)
     dtype = dtype_of(folder) or Reader(Path(folder), shape).dtype()
-    engine = Engine(shape, layout, seed=0, dtype=dtype, ids=tokenizer.vocab_size)
+    engine = Engine(shape, layout, seed=0, dtype=dtype, ids=tokenizer.vocab_size, fresh=False)
     engine.load_hf(folder)
     return engine
 

@@ -148,7 +148,7 @@ def _live_code_bench(row: Row) -> Row:
         if not isinstance(about, dict) or not about.get("func_name"):
             raise ValueError("metadata.func_name is missing, the function that the tests call")
         calls = [
-            {"arguments": [_json(line, "input") for line in c["input"].splitlines()],
+            {"arguments": [_json(line, "input") for line in c["input"].strip("\n").split("\n")],
              "result": _json(c["output"], "output")}
             for c in cases
         ]  # fmt: skip
