@@ -35,7 +35,17 @@ FLOORS = [  # from the ground up; rooms of one floor may import each other
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Plain words that every floor speaks, and what the recipe itself may lean on.
-EVERYWHERE = {"cluster", "errors", "io", "keys", "layout", "recipe", "sections", "settings"}
+EVERYWHERE = {
+    "cluster",
+    "errors",
+    "io",
+    "keys",
+    "layout",
+    "recipe",
+    "sections",
+    "server_settings",
+    "settings",
+}
 BELOW_RECIPE = {
     "q3mega.cluster",
     "q3mega.errors",
@@ -44,6 +54,7 @@ BELOW_RECIPE = {
     "q3mega.layout",
     "q3mega.model.sizes",
     "q3mega.sections",
+    "q3mega.server_settings",
     "q3mega.settings",
 }
 

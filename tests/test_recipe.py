@@ -463,3 +463,14 @@ def test_maps_by_files_are_replaced_and_sections_merged(tmp_path: Path) -> None:
     assert recipe.stages["mode_fusion"].non_thinking == {f"{tmp_path}/d.jsonl": 4}
     assert recipe.stages["mode_fusion"].budgets == tuple(fusion["budgets"])
     assert recipe.rewards == (f"{tmp_path}/z.py",)
+
+
+def test_a_size_takes_the_numbers_under_it_along(tmp_path: Path) -> None:
+    (tmp_path / "top.yaml").write_text(
+        f"base: {EXAMPLES / 'laptop.yaml'}\nmodel: {{size: qwen3-0.6b, layers: 4}}\n"
+    )
+    small = QWEN3["qwen3-0.6b"]
+    over_base = Recipe.load(tmp_path / "top.yaml").model
+    by_override = Recipe.load(EXAMPLES / "laptop.yaml", ["model.size=qwen3-0.6b"]).model
+    assert (over_base.hidden, over_base.layers) == (small.hidden, 4)
+    assert (by_override.hidden, by_override.layers) == (small.hidden, small.layers)

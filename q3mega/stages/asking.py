@@ -12,7 +12,7 @@ from q3mega.errors import NoReply, UserError
 from q3mega.rollout.chat_model import ChatModel, LocalChat
 from q3mega.rollout.endpoint import Endpoint
 from q3mega.rollout.in_process import InProcessSampler
-from q3mega.settings import ChatModelSpec
+from q3mega.server_settings import ChatModelSpec
 from q3mega.stages.stage import Stage
 
 Chats = list[list[dict[str, Any]]]

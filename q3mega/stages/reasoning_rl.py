@@ -22,7 +22,8 @@ from q3mega.rewards import Verdict, judge_answer
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.base import text_of
 from q3mega.rollout.synced import Interruptible, SyncedSampler
-from q3mega.settings import RLSettings, RolloutEngine
+from q3mega.server_settings import RolloutEngine
+from q3mega.settings import RLSettings
 from q3mega.stages.funnel import Funnel
 from q3mega.stages.stage import Stage
 from q3mega.train import reinforcement

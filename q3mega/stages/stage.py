@@ -28,7 +28,7 @@ from q3mega.rollout import Sampler, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.servers import ServerSampler
 from q3mega.rollout.synced import SyncedSampler
-from q3mega.settings import RolloutEngine
+from q3mega.server_settings import RolloutEngine
 from q3mega.train.log import Log
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}

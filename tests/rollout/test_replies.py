@@ -12,7 +12,7 @@ from q3mega.data.chat import parse
 from q3mega.errors import NoReply
 from q3mega.rollout import replies
 from q3mega.rollout.replies import BROKEN, EMPTY, REFUSED, REJECTED, TOO_LONG, Fault, read
-from q3mega.settings import ChatModelSpec
+from q3mega.server_settings import ChatModelSpec
 
 
 def body(message, end="stop", **more):
