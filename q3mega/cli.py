@@ -339,7 +339,7 @@ def _line() -> str:
 
 
 def _tell_cut(model: "Checkpoint", params: "SamplingParams") -> None:
-    if cut := model.sampler.cut_share():
+    if cut := model.counted.cut_share():
         print(f"cut at {params.max_tokens} tokens: {cut:.0%} (--max-tokens)", file=sys.stderr)
 
 

@@ -28,10 +28,12 @@ _SAVED = "-name state.json -o -path '*/data/*' -o -path '*/hf/*'"
 _ENDING = """
 ranks=$!
 asked=
+guard=
 stop() {{  # the limit is near: the ranks save after their step; a longer step is cut
   asked=yes
   kill -USR1 "$ranks" || true
-  ( sleep {wait}; kill -KILL "$ranks" ) > /dev/null 2>&1 &
+  ( sleep {wait} && kill -KILL "$ranks" ) > /dev/null 2>&1 &
+  guard=$!
 }}
 trap stop USR1
 code=0
@@ -41,6 +43,7 @@ while kill -0 "$ranks" 2> /dev/null; do  # a signal ends a wait
   wait "$ranks" || code=$?
 done
 trap '' USR1
+[ -z "$guard" ] || kill "$guard" 2> /dev/null || true
 [ -e {done} ] && code=0
 if [ -n "$asked" ] || [ "$code" -eq {stopped} ]; then
   if [ "$code" -ne 0 ] && [ -z "$(find {folder} -newer {began} \( {saved} \) -print -quit)" ]; then

@@ -72,7 +72,8 @@ class Checkpoint:
         ids = self.tokenizer.vocab_size
         engine = Engine(shape_of(folder), Layout(processes=1), seed=0, ids=ids, fresh=False)
         engine.load_hf(folder)
-        self.sampler = _Counted(InProcessSampler(engine, self.tokenizer, max_batch=batch))
+        self.sampler = InProcessSampler(engine, self.tokenizer, max_batch=batch)
+        self.counted = _Counted(self.sampler)
 
     def answer(
         self, messages: Sequence[dict[str, Any]], params: SamplingParams, *, think: bool = True
@@ -81,7 +82,7 @@ class Checkpoint:
         prompt = render(
             messages, add_generation_prompt=True, enable_thinking=None if think else False
         )
-        [[completion]] = self.sampler.generate([self.tokenizer.encode(prompt)], params)
+        [[completion]] = self.counted.generate([self.tokenizer.encode(prompt)], params)
         return text_of(completion, self.tokenizer)
 
     def score(
@@ -99,16 +100,16 @@ class Checkpoint:
         rows = {t: files.rows(t, n, self.tokenizer) for t in tasks if files.named(t)}
         for task in tasks:
             if task in rows:
-                scores = evaluate.graded(self.sampler, self.tokenizer, rows[task], params, mode)
+                scores = evaluate.graded(self.counted, self.tokenizer, rows[task], params, mode)
                 yield from _summary(task, rows[task], scores)
                 continue
             if task == "capabilities":
                 yield from evaluate.capabilities(
-                    self.sampler, self.tokenizer, params.seed, params.max_tokens
+                    self.counted, self.tokenizer, params.seed, params.max_tokens
                 ).items()
                 continue
             problems = Pool().draw(task, n, seed=0, heldout=True)
-            found = evaluate.answers(self.sampler, self.tokenizer, problems, params, mode)
+            found = evaluate.answers(self.counted, self.tokenizer, problems, params, mode)
             yield f"{task} pass@1", evaluate.accuracy(found)
             if params.n > 1:
                 correct = [[a.correct for a in tries] for tries in found]

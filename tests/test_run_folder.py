@@ -90,7 +90,7 @@ def test_a_changed_run_goes_on_and_keeps_what_it_was(tmp_path: Path) -> None:
     assert Recipe.load(tmp_path / "recipe.yaml") == now
     assert Recipe.load(tmp_path / "recipe.1.yaml") == before
     assert keep(now, tmp_path) == [] and not (tmp_path / "recipe.2.yaml").exists()
-    with pytest.raises(UserError, match=r"seed \(0 -> 5\); choose another --run-dir"):
+    with pytest.raises(UserError, match=r"seed \(1 -> 5\); choose another --run-dir"):
         compare(Recipe.load(TINY, ["seed=5"]), tmp_path)
 
 

@@ -146,7 +146,8 @@ def test_eval_takes_problems_of_ones_own(uncut, tmp_path, capsys):
     assert 0 <= float(mean[2]) <= 1 and mean[-1] == best[-1] == "2"
     file.write_text(json.dumps(row | {"reward": "code"}))
     assert main([*command, "--tasks", str(file)]) == 2
-    assert "row 1: the reward code needs 'tests'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "row 1: reward=code" in error and f"{file}:1" in error and "tests is missing" in error
 
 
 def test_reasoning_rl_takes_a_preset_a_schedule_and_a_correction(uncut, tmp_path):
