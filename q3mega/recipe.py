@@ -300,8 +300,11 @@ def _changed(value: Any, field: Sequence[str], change: Callable[[str], str]) -> 
     if field and isinstance(value, dict):
         keys = value if field[0] == "*" else {field[0]} & value.keys()
         return value | {key: _changed(value[key], field[1:], change) for key in keys}
-    if field or isinstance(value, str):
-        return value if field else change(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not field and (number or isinstance(value, str)):  # a folder may be called 7
+        return change(str(value))
+    if field:
+        return value
     if isinstance(value, list):
         return [_changed(each, (), change) for each in value]
     if isinstance(value, dict):

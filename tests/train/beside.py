@@ -32,7 +32,7 @@ from q3mega.train.reinforcement import PolicySettings
 from q3mega.train.rollouts import Rollout
 from q3mega.train.schedule import Beside
 
-TOKENIZER = SimpleNamespace(eos=63, eod=62, think_open=61, think_close=60)
+TOKENIZER = SimpleNamespace(vocab_size=64, eos=63, eod=62, think_open=61, think_close=60)
 STEPS, UPDATES, PROMPTS, ROLLOUTS = 6, 2, 3, 4
 Trained = list[tuple[int, Rollout]]
 

@@ -31,7 +31,7 @@ from q3mega.train.rollouts import Batches, Rollout, pack, unpack
 from q3mega.train.schedule import InTurn
 
 TOKENIZER = SimpleNamespace(
-    eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
+    vocab_size=64, eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
 )
 ids = st.integers(0, 2**31 - 1)
 finite = st.floats(allow_nan=False, allow_infinity=False)
