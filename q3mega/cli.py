@@ -13,7 +13,6 @@ from q3mega.errors import EXIT_STOPPED, UserError
 if TYPE_CHECKING:
     from q3mega.layout import Layout
     from q3mega.rollout.base import SamplingParams
-    from q3mega.try_out import Checkpoint
 
 # The heavy imports stand inside the commands, so that --help and errors come at once.
 
@@ -314,7 +313,6 @@ def _generate(arguments: argparse.Namespace) -> int:
     params = _params(arguments, arguments.budget)
     model = Checkpoint(arguments.checkpoint)
     print(model.answer(messages, params, think=arguments.mode == "think"))
-    _tell_cut(model, params)
     return 0
 
 
@@ -338,11 +336,6 @@ def _line() -> str:
         raise UserError(f"the line is not UTF-8 ({error}): set the terminal to it") from None
 
 
-def _tell_cut(model: "Checkpoint", params: "SamplingParams") -> None:
-    if cut := model.counted.cut_share():
-        print(f"cut at {params.max_tokens} tokens: {cut:.0%} (--max-tokens)", file=sys.stderr)
-
-
 def _chat(arguments: argparse.Namespace) -> int:
     from q3mega.try_out import Checkpoint
 
@@ -352,7 +345,6 @@ def _chat(arguments: argparse.Namespace) -> int:
         messages.append({"role": "user", "content": line})
         text = model.answer(messages, params, think=arguments.mode == "think")
         print(text)
-        _tell_cut(model, params)
         messages.append({"role": "assistant", "content": text})
     return 0
 
@@ -382,7 +374,8 @@ def _eval(arguments: argparse.Namespace) -> int:
                 f"[{found['low']:.3f}, {found['high']:.3f}]  {found['n']:>8}"
                 + (f"  {found['unjudged']:.1%} unjudged" if "unjudged" in found else "")
             )
-        _tell_cut(model, params)
+        if cut := model.counted.cut_share():
+            print(f"cut at {params.max_tokens} tokens: {cut:.0%} (--max-tokens)", file=sys.stderr)
     if out:
         write_json(out, results)
     return 0

@@ -1,5 +1,6 @@
 """A Hugging Face folder at work by hand: generate, chat, evaluate; teach other jobs."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.servers import Kind, ServerSampler
 from q3mega.teacher.serve import serve
 
+_LOG = logging.getLogger(__name__)
 TASKS = (*REASONING, "capabilities")
 
 
@@ -35,8 +37,12 @@ SMALL, SHORT = 500_000_000, 1_024  # parameters below the released models', and 
 
 def longest_answer(folder: str | Path) -> int:
     """How many tokens an answer may have: the context, up to what real thinking takes. A model
-    smaller than the released ones, which may never end, gets fewer."""
-    shape = shape_of(folder)
+    smaller than the released ones, which may never end, gets fewer. What is no checkpoint has no
+    limit: loading it says what is wrong."""
+    try:
+        shape = shape_of(folder)
+    except UserError:
+        return LONGEST
     return min(LONGEST if shape.num_parameters() >= SMALL else SHORT, shape.max_positions)
 
 
@@ -68,9 +74,10 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path, *, batch: int = 512) -> None:
         """batch: sequences decoded at once."""
+        shape = shape_of(folder)
         self.tokenizer = Tokenizer(folder)
         ids = self.tokenizer.vocab_size
-        engine = Engine(shape_of(folder), Layout(processes=1), seed=0, ids=ids, fresh=False)
+        engine = Engine(shape, Layout(processes=1), seed=0, ids=ids, fresh=False)
         engine.load_hf(folder)
         self.sampler = InProcessSampler(engine, self.tokenizer, max_batch=batch)
         self.counted = _Counted(self.sampler)
@@ -78,11 +85,14 @@ class Checkpoint:
     def answer(
         self, messages: Sequence[dict[str, Any]], params: SamplingParams, *, think: bool = True
     ) -> str:
-        """The assistant's raw text for a chat; think=False pre-fills the empty think block."""
+        """The assistant's raw text for a chat; think=False pre-fills the empty think block. The log
+        tells of one that is cut at its limit."""
         prompt = render(
             messages, add_generation_prompt=True, enable_thinking=None if think else False
         )
-        [[completion]] = self.counted.generate([self.tokenizer.encode(prompt)], params)
+        [[completion]] = self.sampler.generate([self.tokenizer.encode(prompt)], params)
+        if completion.finish_reason == "length":
+            _LOG.warning("cut at %d tokens: raise --max-tokens", params.max_tokens)
         return text_of(completion, self.tokenizer)
 
     def score(

@@ -35,11 +35,13 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_chat_ends_with_its_input_or_an_empty_line(checkpoint, monkeypatch, capsys):
+def test_a_chat_ends_with_its_input_or_an_empty_line(checkpoint, monkeypatch, capsys, caplog):
     for typed, turns in (("hi\n", 1), ("hi\nyou\n\nnever\n", 2), ("", 0)):
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
         assert main(["chat", str(checkpoint), "--max-tokens", "2"]) == 0
         assert capsys.readouterr().out.count("you> ") == turns + 1
+        assert caplog.text.count("cut at 2 tokens") == turns
+        caplog.clear()
 
 
 def test_a_prompt_that_is_no_text_is_one_line(checkpoint, monkeypatch, capsys):
