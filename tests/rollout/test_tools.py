@@ -228,7 +228,7 @@ def test_sql_does_nothing_else(query):
     assert after["content"] == "3 | 1007000"
 
 
-LONG = "with recursive c(n) as (select 1 union all select n + 1 from c where n < 10000) select "
+LONG = "with recursive c(n) as (select 1 union all select n + 1 from c where n < 100000000) select "
 MEGABYTE = "hex(zeroblob(120000 + 0 * n))"
 
 
