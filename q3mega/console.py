@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from q3mega.errors import UserError
-from q3mega.io import OF_THE_USER, explained
+from q3mega.io import explaining
 
 
 def run(command: Callable[[], int]) -> int:
@@ -14,10 +14,11 @@ def run(command: Callable[[], int]) -> int:
     on); or 2, 130 (interrupted) or 141 (nobody reads what it prints) for what it raises."""
     _prepare_streams()
     try:
-        try:
-            return command()
-        finally:
-            sys.stdout.flush()
+        with explaining():
+            try:
+                return command()
+            finally:
+                sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -27,11 +28,6 @@ def run(command: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed
         return 141
-    except OSError as error:
-        if error.errno not in OF_THE_USER:
-            raise
-        print(f"error: {explained(error)}", file=sys.stderr)
-        return 2
 
 
 def _prepare_streams() -> None:

@@ -98,14 +98,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 # What of a user's machine may fail a write or a read, as against a fault of ours.
-OF_THE_USER = {
+_OF_THE_USER = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG,
     errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE,
 }  # fmt: skip
 
 
-def explained(error: OSError) -> str:
-    """One line for an error of OF_THE_USER."""
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Raise UserError for a file or disk of the user's that cannot be read or written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OF_THE_USER:
+            raise
+        raise UserError(_explained(error)) from error
+
+
+def _explained(error: OSError) -> str:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = "free some disk space" if full else "choose what can be read and written"
     of = f"{error.filename}: " if error.filename else ""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from q3mega.errors import EXIT_STOPPED, Stopped, UserError
-from q3mega.io import OF_THE_USER, exclusive_lock, explained
+from q3mega.io import exclusive_lock, explaining
 from q3mega.train import stopping
 
 FILES = {
@@ -37,7 +37,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", module="megatron|torch.distributed")
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with _alone(run_dir, name):
+        with explaining(), _alone(run_dir, name):
             from q3mega.stages.stage import Stage
 
             module = import_module(f"q3mega.stages.{FILES[name]}")
@@ -46,11 +46,6 @@ def main() -> int:
             torch.distributed.destroy_process_group()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in OF_THE_USER:
-            raise
-        print(f"error: {explained(error)}", file=sys.stderr)
         return 2
     except Stopped:
         print("stopped: goes on when it is started again", file=sys.stderr, flush=True)
