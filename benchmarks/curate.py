@@ -2,9 +2,9 @@
 
     python benchmarks/curate.py [--megabytes 100] [--workers 2] [--folder DIR]
 
-The text: sentences, code and translations of q3mega.data.text, put together anew with words
-exchanged, as plain and compressed JSON lines and Parquet; among it copies, near copies (3 % of the
-words exchanged), documents that hold an evaluation question, pages that the rules should drop.
+The text: sentences, code and translations of q3mega.corpus.package_text, put together anew with
+words exchanged, as plain and compressed JSON lines and Parquet; among it copies, near copies (3 %
+of the words exchanged), documents that hold an evaluation question, pages that the rules should drop.
 Seconds are of the worker that spends them, so a step's speed is that of one core, as loaded as the
 machine is; memory is the highest sum of the processes' proportional set sizes.
 """
@@ -27,9 +27,9 @@ import pyarrow as pa
 import yaml
 from pyarrow import parquet
 
-from q3mega.data import text
-from q3mega.data.tasks import generate
+from q3mega.corpus import package_text
 from q3mega.data.tokenizer import train_tokenizer
+from q3mega.problems import generate
 
 VOCABULARY = 16_384
 FILES = ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet")
@@ -41,8 +41,8 @@ Row = dict[str, str]
 def pools() -> dict[str, list[str]]:
     """Lines to make documents of: one pool a language, and code in pieces of some lines."""
     found: dict[str, list[str]] = {}
-    for source in text.sources().values():
-        for document in text.documents(source.name):
+    for source in package_text.sources().values():
+        for document in package_text.documents(source.name):
             if source.kind == "code":
                 pieces = document.split("\n\n")
             else:

@@ -5,11 +5,12 @@ states and by full logits; and the top-k store's speed.
         [--store-tokens 1000000] [--folder DIR]
 
 A teacher's process sends N tokens' hidden states, or their logits, to a student's over
-`q3mega.teacher.wire` on this machine; the student computes KL(teacher || student) over the whole
-vocabulary in fp32, once by itself and once with its gradient. Extra memory is the peak of resident
-memory above the student's own operands and, for hidden states, the teacher's lm_head, which is
-shown apart: it stays with the student from the first step on. The store is written and read by
-documents of 4096 tokens, and the same bytes written by themselves; speeds are of the bytes on disk,
+`q3mega.distillation.service.connection` on this machine; the student computes
+KL(teacher || student) over the whole vocabulary in fp32, once by itself and once with its gradient.
+Extra memory is the peak of resident memory above the student's own operands and, for hidden states,
+the teacher's lm_head, which is shown apart: it stays with the student from the first step on. The
+store is written and read by documents of 4096 tokens, and the same bytes written by themselves;
+speeds are of the bytes on disk,
 which the page cache holds, by the clock and by the processor's time.
 """
 
@@ -28,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from q3mega import ops
-from q3mega.data.teacher_topk import ENTRY, STEP_BITS, STEPS_A_NAT, TeacherTopK, TopKWriter
-from q3mega.teacher.wire import Listener, dial
+from q3mega.distillation.service.connection import Listener, dial
+from q3mega.distillation.topk import ENTRY, STEP_BITS, STEPS_A_NAT, TeacherTopK, TopKWriter
 
 VOCABULARY = 151_936
 KEY = b"benchmark"

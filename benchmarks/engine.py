@@ -20,9 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from q3mega.algorithms.losses import normalise, supervised
+from q3mega.config.layout import Layout
 from q3mega.data.batch import Sample, pack
 from q3mega.engine import Engine, OptimizerSpec
-from q3mega.layout import Layout
 from q3mega.model import Qwen3Shape
 
 LENGTH, DOCUMENTS = 256, 16

@@ -17,8 +17,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from q3mega.config.recipe import ModelSpec
 from q3mega.model.config import shape_of
-from q3mega.recipe import ModelSpec
 
 RECIPE = Path(__file__).parent.parent / "examples" / "laptop.yaml"
 UPDATES = 8

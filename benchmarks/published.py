@@ -13,9 +13,9 @@ import sys
 from dataclasses import asdict, replace
 from typing import Any
 
-from q3mega.cost import RATES, Job, Rates, step
-from q3mega.layout import Layout
+from q3mega.config.layout import Layout
 from q3mega.model import QWEN3
+from q3mega.planner.cost import RATES, Job, Rates, step
 
 A3B, A22B = "qwen3-30b-a3b", "qwen3-235b-a22b"
 

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from q3mega.rewards import sandbox, score
-from q3mega.rewards.algebra import Algebra
+from q3mega.rewards import score
+from q3mega.rewards.math.algebra import Algebra
+from q3mega.sandbox import sandbox
 
 FUNCTION = {"entry_point": "f", "calls": [{"arguments": [3], "result": 9}]}
 OUTPUT = {"cases": [{"stdin": "3", "stdout": "9"}]}

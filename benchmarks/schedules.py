@@ -4,7 +4,8 @@
 
 Measures on this machine, one after the other: answers to generated problems, a decoding step at
 several numbers of sequences, a batch's updates, and writing the weights. Then simulates
-(q3mega.throughput) a trainer and as many servers as keep it busy, each as fast as this machine.
+(q3mega.planner.rollout_schedule) a trainer and as many servers as keep it busy, each as fast as
+this machine.
 """
 
 import argparse
@@ -19,16 +20,16 @@ from q3mega import device  # noqa: F401
 
 # isort: split
 from q3mega.algorithms.losses import normalise, policy_gradient
+from q3mega.config.layout import Layout
 from q3mega.data.batch import Sample
 from q3mega.data.chat import render
-from q3mega.data.tasks.pool import Pool
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, OptimizerSpec
-from q3mega.layout import Layout
 from q3mega.model.config import shape_of
+from q3mega.planner.rollout_schedule import Rates, finish_times, pace
+from q3mega.problems.pool import Pool
 from q3mega.rollout import Completion, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
-from q3mega.throughput import Rates, finish_times, pace
 from q3mega.train.supervised import shard
 
 BATCHES = 24  # simulated

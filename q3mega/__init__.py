@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from q3mega import ops
-    from q3mega.driver import run
-    from q3mega.recipe import Recipe
+    from q3mega.config.recipe import Recipe
+    from q3mega.launch.driver import run
 
 __all__ = ["Recipe", "ops", "run"]
 __version__ = "0.1.0"
 
-_HOME = {"Recipe": "q3mega.recipe", "run": "q3mega.driver"}
+_HOME = {"Recipe": "q3mega.config.recipe", "run": "q3mega.launch.driver"}
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "csrc").is_dir() and not (_root / "q3mega" / "kernels").exists():

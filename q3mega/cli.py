@@ -11,7 +11,7 @@ from q3mega import console
 from q3mega.errors import EXIT_STOPPED, UserError
 
 if TYPE_CHECKING:
-    from q3mega.layout import Layout
+    from q3mega.config.layout import Layout
     from q3mega.rollout.base import SamplingParams
 
 # The heavy imports stand inside the commands, so that --help and errors come at once.
@@ -36,7 +36,7 @@ def _command(argv: Sequence[str] | None) -> int:
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from q3mega.doctor import version
+        from q3mega.tools.doctor import version
 
         print(version())
         parser.exit()
@@ -184,8 +184,8 @@ def _takes_recipe(command: argparse.ArgumentParser, **how: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from q3mega.driver import RunStopped, StageFailed, run
-    from q3mega.recipe import Recipe
+    from q3mega.config.recipe import Recipe
+    from q3mega.launch.driver import RunStopped, StageFailed, run
 
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
     run_dir = Path(arguments.run_dir or Path("runs") / recipe.name)
@@ -207,8 +207,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _curate(arguments: argparse.Namespace) -> int:
-    from q3mega.data.curate.config import Config
-    from q3mega.data.curate.pipeline import curate, table
+    from q3mega.curate.config import Config
+    from q3mega.curate.pipeline import curate, table
 
     if arguments.workers < 1:
         raise UserError(f"--workers={arguments.workers} must be 1 or more")
@@ -217,7 +217,7 @@ def _curate(arguments: argparse.Namespace) -> int:
 
 
 def _mixtures(arguments: argparse.Namespace) -> int:
-    from q3mega.mixtures import compare
+    from q3mega.tools.mixtures import compare
 
     a = arguments
     print(compare(a.recipe, a.curated, a.out, a.overrides))
@@ -225,14 +225,14 @@ def _mixtures(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from q3mega import plan
-    from q3mega.recipe import Recipe
+    from q3mega.config.recipe import Recipe
+    from q3mega.planner import plan
 
     a = arguments
     if (a.recipe is None) == (a.model is None):
         raise UserError("plan takes a recipe, or --model and --gpus")
     if a.recipe:
-        from q3mega.preflight import check_files
+        from q3mega.launch.preflight import check_files
 
         recipe = Recipe.load(a.recipe, a.overrides)
         check_files(recipe)
@@ -247,16 +247,16 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from q3mega.report import publish
+    from q3mega.report.page import publish
 
     publish(arguments.run_dir)
     return 0
 
 
 def _slurm(arguments: argparse.Namespace) -> int:
-    from q3mega import slurm
-    from q3mega.preflight import check_files
-    from q3mega.recipe import Recipe
+    from q3mega.config.recipe import Recipe
+    from q3mega.launch import slurm
+    from q3mega.launch.preflight import check_files
 
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
     check_files(recipe)
@@ -270,13 +270,13 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 def _layout(words: list[str]) -> "Layout":
     """`axis=ways` words, for as many processes as torchrun has started."""
-    from q3mega.layout import launched, layout_of
+    from q3mega.config.layout import launched, layout_of
 
     return layout_of(words, processes=launched())
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from q3mega.convert import hf_to_mcore, mcore_to_hf
+    from q3mega.tools.convert import hf_to_mcore, mcore_to_hf
 
     a = arguments
     layout = _layout(a.overrides)
@@ -286,7 +286,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _teach(arguments: argparse.Namespace) -> int:
-    from q3mega.try_out import teach
+    from q3mega.inference import teach
 
     a = arguments
     layout = _layout(a.overrides)
@@ -295,8 +295,8 @@ def _teach(arguments: argparse.Namespace) -> int:
 
 
 def _params(arguments: argparse.Namespace, budget: int | None, n: int = 1) -> "SamplingParams":
+    from q3mega.inference import longest_answer
     from q3mega.rollout.base import EVALUATION, SamplingParams
-    from q3mega.try_out import longest_answer
 
     a = arguments
     limit = longest_answer(a.checkpoint) if a.max_tokens is None else a.max_tokens
@@ -307,7 +307,7 @@ def _params(arguments: argparse.Namespace, budget: int | None, n: int = 1) -> "S
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from q3mega.try_out import Checkpoint
+    from q3mega.inference import Checkpoint
 
     messages = [{"role": "user", "content": _text("--prompt", arguments.prompt)}]
     params = _params(arguments, arguments.budget)
@@ -337,7 +337,7 @@ def _line() -> str:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    from q3mega.try_out import Checkpoint
+    from q3mega.inference import Checkpoint
 
     params = _params(arguments, arguments.budget)
     model, messages = Checkpoint(arguments.checkpoint), list[dict[str, str]]()
@@ -350,13 +350,13 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from q3mega.inference import Checkpoint
     from q3mega.io import write_json
-    from q3mega.rewards import own
-    from q3mega.try_out import Checkpoint
+    from q3mega.rewards import plugins
 
     if arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch} must be 1 or more")
-    own.load(arguments.rewards)
+    plugins.load(arguments.rewards)
     out: Path | None = arguments.out
     if out and not out.parent.is_dir():
         raise UserError(f"--out {out}: {out.parent} is no folder")
@@ -382,7 +382,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _gap(arguments: argparse.Namespace) -> int:
-    from q3mega.try_out import gap_of_layouts, gap_to
+    from q3mega.inference import gap_of_layouts, gap_to
 
     a = arguments
     if a.problems < 1:
@@ -415,7 +415,7 @@ def _gap(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from q3mega.doctor import findings
+    from q3mega.tools.doctor import findings
 
     for name, finding in findings():
         print(f"{name:<32} {finding}")

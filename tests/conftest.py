@@ -4,7 +4,11 @@ import os
 
 # Before torch is imported, and inherited by every process that a test starts: sums then have one
 # order, and processes do not fight over the cores.
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": os.path.dirname(__file__),  # helpers, in those processes
+}
 
 import json
 import subprocess
@@ -30,11 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def torchrun():
     """torchrun(script, processes, *arguments) -> rank 0's last printed line, from JSON.
 
-    script: a path, or a name in tests/engine.
+    script: the name of a program in tests/helpers.
     """
 
     def run(script: str, processes: int, *arguments: str):
-        path = Path(__file__).parent / "engine" / script
+        path = Path(__file__).parent / "helpers" / script
         command = [
             sys.executable,
             "-m",

@@ -26,8 +26,8 @@ def test_import_is_light():
 def test_public_names_come_when_asked_for():
     import q3mega
     from q3mega import ops
-    from q3mega.driver import run
-    from q3mega.recipe import Recipe
+    from q3mega.config.recipe import Recipe
+    from q3mega.launch.driver import run
 
     assert (q3mega.run, q3mega.Recipe, q3mega.ops) == (run, Recipe, ops)
     assert not hasattr(q3mega, "anything_else")

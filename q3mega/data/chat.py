@@ -20,10 +20,10 @@ from typing import Any, Literal
 from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from q3mega.config.section import short
 from q3mega.data.language import IDEOGRAPHS, SPACELESS
 from q3mega.data.tagged import HALF_PAIR, SPELLED, Span, TaggedText
 from q3mega.errors import UserError
-from q3mega.sections import short
 
 TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 ROLES = ("system", "user", "assistant", "tool")

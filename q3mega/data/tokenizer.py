@@ -14,10 +14,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from q3mega.config.section import short
 from q3mega.data.chat import TEMPLATE_PATH
 from q3mega.data.tagged import HALF_PAIR, TEMPLATE_TOKENS, Span, TaggedText
 from q3mega.errors import UserError
-from q3mega.sections import short
 
 SPECIAL_TOKENS = ("<|endoftext|>", *TEMPLATE_TOKENS)
 # a run of letters with the space before it; one digit; one newline; one sign; other white space,

@@ -19,9 +19,9 @@ from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from torch import Tensor
 
+from q3mega.config.layout import launched
 from q3mega.data.batch import Batch
 from q3mega.errors import UserError
-from q3mega.layout import launched
 from q3mega.ops import context_parallel
 
 _T = TypeVar("_T")

@@ -3,7 +3,7 @@
 Each front is its plain PyTorch definition; `dispatch` says which backend serves it.
 """
 
-from q3mega.ops import fused_attention, fused_distill, fused_policy  # noqa: F401  (they register)
+import q3mega.ops.fused  # noqa: F401  (its operators register)
 from q3mega.ops.distill_loss import DistillOutput, distill_loss
 from q3mega.ops.dual_chunk_attention import dual_chunk_attention
 from q3mega.ops.grpo_loss import GrpoOutput, grpo_loss

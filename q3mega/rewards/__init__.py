@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, TypeVar
 
-from q3mega.data.tasks import Problem
 from q3mega.errors import UserError
+from q3mega.problems import Problem
 
 
 @dataclass(frozen=True)
@@ -135,24 +135,25 @@ def reference(row: Mapping[str, Any]) -> str:
 
 
 from q3mega.rewards import (  # noqa: E402  (they register)
-    answer,  # noqa: F401
-    code,  # noqa: F401
-    constraint_counts,  # noqa: F401
-    constraint_forms,  # noqa: F401
-    exact,  # noqa: F401
-    found,  # noqa: F401
-    grounded,  # noqa: F401
-    judge,  # noqa: F401
+    false_premise,  # noqa: F401
+    groundedness,  # noqa: F401
     language,  # noqa: F401
     length,  # noqa: F401
-    length_control,  # noqa: F401
     mode,  # noqa: F401
-    preference,  # noqa: F401
-    premise,  # noqa: F401
     repetition,  # noqa: F401
+    string_match,  # noqa: F401
     tool_call,  # noqa: F401
     tool_calls,  # noqa: F401
 )
+from q3mega.rewards.instructions import (  # noqa: E402
+    constraint_counts,  # noqa: F401
+    constraint_forms,  # noqa: F401
+    exact,  # noqa: F401
+    length_control,  # noqa: F401
+)
+from q3mega.rewards.math import answer  # noqa: E402, F401
+from q3mega.rewards.models import judge, preference  # noqa: E402, F401
+from q3mega.rewards.programs import code  # noqa: E402, F401
 
 MODELS = ("judge", "preference")  # what needs a model, which general RL has
 # family -> its reward; the reasoning families' is `answer`

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from q3mega.algorithms.credit import overlong_penalty
+from q3mega.algorithms.advantages import overlong_penalty
 from q3mega.rewards import Verdict, reward
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from q3mega.data.chat import parse
-from q3mega.data.tasks.tools import arguments_of, name_of
+from q3mega.data.tool_schemas import arguments_of, name_of
 from q3mega.errors import UserError
 from q3mega.rewards import Verdict, reward
 

@@ -14,9 +14,9 @@ from jsonschema.exceptions import SchemaError
 from q3mega.data.chat import parse
 from q3mega.errors import UserError
 from q3mega.rewards import Verdict, reward
-from q3mega.rewards.found import texts
+from q3mega.rewards.instructions.text_units import fold, visible
 from q3mega.rewards.mode import reply
-from q3mega.rewards.text_units import fold, visible
+from q3mega.rewards.string_match import texts
 
 VALID, NAMED = 0.5, 0.25  # arguments that fit the schema alone; not even those
 MAX_CALLS = 16

@@ -12,9 +12,9 @@ from typing import Any
 from q3mega.data.chat import EMPTY_THINKING, render
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import parallel
+from q3mega.environments.tools import Environment
 from q3mega.model.routing import continued
 from q3mega.rollout.base import Completion, Sampler, SamplingParams, joined
-from q3mega.rollout.tools import Environment
 
 
 def run_episodes(

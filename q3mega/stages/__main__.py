@@ -38,7 +38,7 @@ def main() -> int:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with explaining(), _alone(run_dir, name):
-            from q3mega.stages.stage import Stage
+            from q3mega.stages.common.stage import Stage
 
             module = import_module(f"q3mega.stages.{FILES[name]}")
             run: Callable[[Stage], None] = getattr(module, name, None) or module.run

@@ -12,24 +12,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from q3mega import evaluate
-from q3mega.data import opinions
+from q3mega.chat_models import judge_prompts
 from q3mega.data.chat import parse
-from q3mega.data.filters import ResponseFilter, balance, query_filter
 from q3mega.data.sft import chat_sample, reply_text
 from q3mega.data.tagged import TaggedText
-from q3mega.data.tasks import Problem
-from q3mega.data.tasks.solutions import boxed, check
-from q3mega.data.tasks.tutor import Candidate, candidates, unsuitable_queries
 from q3mega.engine import parallel
 from q3mega.errors import NoReply, UserError
+from q3mega.evaluation import evaluate
+from q3mega.problems import Problem
+from q3mega.problems.generated.scripted_teacher import Candidate, candidates, unsuitable_queries
+from q3mega.problems.generated.solutions import boxed, check
+from q3mega.problems.query_filters import ResponseFilter, balance, query_filter
 from q3mega.rewards import judge_answer
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
-from q3mega.stages.asking import Asked
-from q3mega.stages.fine_tune import fine_tune
-from q3mega.stages.funnel import Funnel
-from q3mega.stages.stage import Stage
+from q3mega.stages.common.asking import Asked
+from q3mega.stages.common.filter_report import Funnel
+from q3mega.stages.common.fine_tune import fine_tune
+from q3mega.stages.common.stage import Stage
 
 UNSUITABLE_SHARE = 10  # one query in ten of the generated pool
 GUESSED = "answered without thinking"
@@ -191,7 +191,7 @@ class FromFiles:
             return queries, [None] * len(queries)
         domains = self.stage.config.domains
         questions = [q.question for q in queries]
-        said = opinions.of_queries(questions, domains, self.judge.opinion, self.judge.count)
+        said = judge_prompts.of_queries(questions, domains, self.judge.opinion, self.judge.count)
         labelled = [
             q if isinstance(o, NoReply) else replace(q, family=o.domain)
             for q, o in zip(queries, said, strict=True)
@@ -231,7 +231,7 @@ class FromFiles:
             else "judged in disagreement" if not o.agrees
             else "judged inconsistent in style" if not o.consistent
             else None
-            for o in opinions.of_responses(texts, self.judge.opinion, self.judge.count)
+            for o in judge_prompts.of_responses(texts, self.judge.opinion, self.judge.count)
         ]  # fmt: skip
 
 

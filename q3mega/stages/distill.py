@@ -17,30 +17,30 @@ from typing import Any
 
 from torch import Tensor
 
-from q3mega import evaluate
 from q3mega.algorithms.losses import distillation, distillation_topk
+from q3mega.config.secrets import key_of
+from q3mega.config.stages import DistillOnPolicy
 from q3mega.data.batch import Batch, Sample, collate
 from q3mega.data.chat import render
 from q3mega.data.sft import chat_sample, epochs, steps_of
-from q3mega.data.tasks import Problem
-from q3mega.data.teacher_topk import TeacherTopK, TopKWriter, WithTeacher
 from q3mega.data.tokenizer import Tokenizer
+from q3mega.distillation.served_teacher import ServedTeacher
+from q3mega.distillation.service.client import RemoteTeacher
+from q3mega.distillation.service.server import head_weight
+from q3mega.distillation.topk import TeacherTopK, TopKWriter, WithTeacher
 from q3mega.engine import Engine, Head, LossFn, parallel
 from q3mega.errors import UserError
-from q3mega.evaluate import Mode, flagged
+from q3mega.evaluation import evaluate
+from q3mega.evaluation.evaluate import Mode, flagged
 from q3mega.io import whole_records
-from q3mega.keys import key_of
 from q3mega.model import Qwen3Shape
 from q3mega.model.config import shape_of
+from q3mega.problems import Problem
 from q3mega.rollout import Sampler, SamplingParams
 from q3mega.rollout.logprobs import top_logprobs
-from q3mega.rollout.served_teacher import ServedTeacher
-from q3mega.settings import DistillOnPolicy
 from q3mega.stages import pretrain, reasoning_rl
-from q3mega.stages.fine_tune import fine_tune
-from q3mega.stages.stage import Stage
-from q3mega.teacher.remote import RemoteTeacher
-from q3mega.teacher.serve import head_weight
+from q3mega.stages.common.fine_tune import fine_tune
+from q3mega.stages.common.stage import Stage
 from q3mega.train import supervised
 from q3mega.train.log import Log
 

@@ -11,22 +11,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from q3mega import evaluate
-from q3mega.algorithms.entropy import EntropyController
+from q3mega.algorithms.entropy_control import EntropyController
 from q3mega.data.chat import last_flag, render
-from q3mega.data.tasks import FAMILIES, Problem, general, generate
-from q3mega.data.tasks.pool import Pool
 from q3mega.engine import parallel
-from q3mega.evaluate import Mode, flagged
+from q3mega.environments.tools import environment
+from q3mega.evaluation import evaluate
+from q3mega.evaluation.evaluate import Mode, flagged
+from q3mega.problems import FAMILIES, Problem, generate
+from q3mega.problems.generated import general
+from q3mega.problems.pool import Pool
 from q3mega.rewards import listed, reward_of
 from q3mega.rollout import Sampler, SamplingParams
 from q3mega.rollout.episodes import run_episodes
-from q3mega.rollout.tools import environment
+from q3mega.stages.common.scorer import Episode, Scorer
+from q3mega.stages.common.stage import Stage
 from q3mega.stages.mode_fusion import both_modes
 from q3mega.stages.reasoning_rl import judged, policy
-from q3mega.stages.scorer import Episode, Scorer
-from q3mega.stages.stage import Stage
-from q3mega.train import reinforcement
+from q3mega.train import rl
 from q3mega.train.rollouts import Rollout
 from q3mega.train.schedule import InTurn
 
@@ -62,7 +63,7 @@ def run(stage: Stage) -> None:
             )
         ]
 
-    reinforcement.train(
+    rl.train(
         engine,
         InTurn(roll_out, staleness=int(config.schedule == "one_step_off")),
         policy(stage, config),

@@ -12,21 +12,22 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from q3mega import evaluate
-from q3mega.data import opinions
+from q3mega.chat_models import judge_prompts
 from q3mega.data.batch import Sample
 from q3mega.data.sft import chat_sample, reply_text
-from q3mega.data.tasks import Problem, files, general
-from q3mega.data.tasks.reasoning import chain_sum
-from q3mega.data.tasks.solutions import response_text, solve, thinking_text
 from q3mega.engine import Engine
 from q3mega.errors import NoReply
-from q3mega.evaluate import flagged
+from q3mega.evaluation import evaluate
+from q3mega.evaluation.evaluate import flagged
+from q3mega.problems import Problem, files
+from q3mega.problems.generated import general
+from q3mega.problems.generated.reasoning import chain_sum
+from q3mega.problems.generated.solutions import response_text, solve, thinking_text
 from q3mega.rollout import STOP_THINKING, SamplingParams
-from q3mega.stages.asking import Asked
-from q3mega.stages.fine_tune import fine_tune
-from q3mega.stages.funnel import Funnel
-from q3mega.stages.stage import Stage
+from q3mega.stages.common.asking import Asked
+from q3mega.stages.common.filter_report import Funnel
+from q3mega.stages.common.fine_tune import fine_tune
+from q3mega.stages.common.stage import Stage
 
 FLAGS = ("think", "no_think")
 FLAGLESS = 0.15  # of the thinking samples carry no flag
@@ -138,14 +139,14 @@ def chat_samples(stage: Stage, rng: random.Random, funnel: Funnel) -> list[Sampl
 
 
 def unmet(
-    rows: Sequence[dict[str, Any]], ask: opinions.Ask, count: opinions.Count
+    rows: Sequence[dict[str, Any]], ask: judge_prompts.Ask, count: judge_prompts.Count
 ) -> list[str | None]:
     """What each row's response does not do that its checklist asks for; the judge writes a
     checklist where the row has none (Qwen3 report, section 4.3)."""
     questions = [row["messages"][-1]["content"] for row in rows]
     lists: list[list[str] | NoReply] = [list(row.get("checklist", ())) for row in rows]
     bare = [i for i, items in enumerate(lists) if not items]
-    written = opinions.checklists([questions[i] for i in bare], ask, count)
+    written = judge_prompts.checklists([questions[i] for i in bare], ask, count)
     for i, items in zip(bare, written, strict=True):
         lists[i] = items
     asked = [
@@ -153,7 +154,7 @@ def unmet(
         for question, row, items in zip(questions, rows, lists, strict=True)
         if not isinstance(items, NoReply)
     ]
-    met = iter(opinions.check(asked, ask, count))
+    met = iter(judge_prompts.check(asked, ask, count))
     found = [items if isinstance(items, NoReply) else next(met) for items in lists]
     return [
         f"not judged ({some.rule})" if isinstance(some, NoReply)

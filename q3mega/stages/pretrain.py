@@ -8,12 +8,12 @@ YaRN and dual-chunk attention against plain RoPE (Qwen3 report, section 3).
 from dataclasses import replace
 from typing import Any
 
-from q3mega import evaluate
-from q3mega.data import corpus
+from q3mega.config.stages import PretrainSettings
+from q3mega.corpus import documents
 from q3mega.data.tokenizer import train_tokenizer
 from q3mega.engine import Engine
-from q3mega.settings import PretrainSettings
-from q3mega.stages.stage import Stage, extended
+from q3mega.evaluation import evaluate
+from q3mega.stages.common.stage import Stage, extended
 from q3mega.train import supervised
 
 TOKENIZER_DOCUMENTS = 300  # of each kind
@@ -39,7 +39,7 @@ def ensure_tokenizer(stage: Stage) -> None:
         kinds = dict.fromkeys(k for s in stages for k in getattr(s, "mixture", {}))
         texts = []
         for kind in kinds:
-            drawn = corpus.documents(kind, seed=stage.recipe.seed)
+            drawn = documents.documents(kind, seed=stage.recipe.seed)
             texts += [text for _, text in zip(range(TOKENIZER_DOCUMENTS), drawn, strict=False)]
         train_tokenizer(texts, spec.vocab_size, folder)
     stage.barrier()
@@ -54,7 +54,7 @@ def learn(stage: Stage, engine: Engine, settings: PretrainSettings, part: str = 
             folder.mkdir(exist_ok=True)
             seed = stage.seed("corpus", part)
             held_out = [problem.question for problem in stage.held_out()]
-            books = corpus.build(
+            books = documents.build(
                 settings.mixture, tokens, settings.sequence, stage.tokenizer, seed, folder, held_out
             )
             stage.write(f"data/{part}/funnel.json", books.steps)
@@ -63,7 +63,7 @@ def learn(stage: Stage, engine: Engine, settings: PretrainSettings, part: str = 
         stage.barrier()
     supervised.train(
         engine,
-        corpus.Mixture(
+        documents.Mixture(
             settings.mixture,
             folder,
             settings.steps,

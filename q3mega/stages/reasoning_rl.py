@@ -11,23 +11,23 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from q3mega import evaluate
-from q3mega.algorithms.correction import Correction
-from q3mega.algorithms.entropy import EntropyController
+from q3mega.algorithms.entropy_control import EntropyController
+from q3mega.algorithms.rollout_correction import Correction
+from q3mega.config.servers import RolloutEngine
+from q3mega.config.stages import RLSettings
 from q3mega.data.chat import render
-from q3mega.data.tasks import Problem
 from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
+from q3mega.evaluation import evaluate
+from q3mega.problems import Problem
 from q3mega.rewards import Verdict, judge_answer
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.base import text_of
-from q3mega.rollout.synced import Interruptible, SyncedSampler
-from q3mega.server_settings import RolloutEngine
-from q3mega.settings import RLSettings
-from q3mega.stages.funnel import Funnel
-from q3mega.stages.stage import Stage
-from q3mega.train import reinforcement
-from q3mega.train.reinforcement import PolicySettings
+from q3mega.rollout.weight_sync.sampler import Interruptible, SyncedSampler
+from q3mega.stages.common.filter_report import Funnel
+from q3mega.stages.common.stage import Stage
+from q3mega.train import rl
+from q3mega.train.rl import PolicySettings
 from q3mega.train.rollouts import Rollout
 from q3mega.train.schedule import Beside, InTurn, Schedule
 
@@ -66,7 +66,7 @@ def learn(
         first = (step - 1) * config.prompts
         return [problems[(first + i) % len(problems)] for i in range(config.prompts)]
 
-    reinforcement.train(
+    rl.train(
         engine,
         schedule(stage, stage.sampler(engine), prompts, config),
         policy(stage, config),

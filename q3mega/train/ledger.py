@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from q3mega.errors import UserError
 
 if TYPE_CHECKING:  # the report reads ledgers without torch
-    from q3mega.data.tasks import Problem
+    from q3mega.problems import Problem
     from q3mega.train.rollouts import Rollout
 
 FILE = "ledger.sqlite"

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 from q3mega.engine import parallel
-from q3mega.rollout.synced import Interruptible
+from q3mega.rollout.weight_sync.sampler import Interruptible
 from q3mega.train.rollouts import Batches, Rollout
 
 RollOut = Callable[[int], list[Rollout]]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
+from q3mega.curate.config import TokenizerFolder
+from q3mega.curate.dataset import Encoder
 from q3mega.data.chat import parse, render
-from q3mega.data.curate.config import TokenizerFolder
-from q3mega.data.curate.dataset import Encoder
 from q3mega.data.sft import chat_sample, reply_text
 from q3mega.data.tagged import TEMPLATE_TOKENS, TaggedText, tagged
 from q3mega.data.tokenizer import Tokenizer, text_encoder, train_tokenizer

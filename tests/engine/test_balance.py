@@ -8,7 +8,7 @@ import torch
 from q3mega import device  # noqa: F401
 
 # isort: split
-from tiny import LAYOUT, SHAPES, documents
+from helpers.tiny_models import LAYOUT, SHAPES, documents
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 

@@ -12,7 +12,7 @@ import torch
 from q3mega import device  # noqa: F401
 
 # isort: split
-from tiny import LAYOUT, SHAPES, documents
+from helpers.tiny_models import LAYOUT, SHAPES, documents
 from transformers import AutoModelForCausalLM
 
 from q3mega.algorithms.losses import normalise, supervised
@@ -143,7 +143,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
 
 @pytest.mark.dist
 def test_a_disk_that_is_full_for_one_rank_ends_all_alike(torchrun, tmp_path):
-    [ended] = torchrun("full_disk.py", 2, json.dumps([[str(tmp_path)]]))
+    [ended] = torchrun("full_disk_ranks.py", 2, json.dumps([[str(tmp_path)]]))
     assert ended == ["refused", "refused"]
     assert not checkpoint.complete(tmp_path)
 

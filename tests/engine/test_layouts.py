@@ -1,16 +1,15 @@
 """Every layout is the same model: losses, gradient norms and weights against one process."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from q3mega import device  # noqa: F401
 
 # isort: split
-from layouts import steps
+from helpers.layout_ranks import steps
+from helpers.tiny_models import LAYOUT, SHAPES
 from safetensors.torch import load_file
-from tiny import LAYOUT, SHAPES
 
 from q3mega.engine import Engine
 
@@ -58,7 +57,9 @@ def results(torchrun):
         full = [json.loads(n) for n in mine]
         one = ranks == 1  # this process is as good as one of torchrun's
         launched = (
-            [steps(*c) for c in full] if one else torchrun("layouts.py", ranks, json.dumps(full))
+            [steps(*c) for c in full]
+            if one
+            else torchrun("layout_ranks.py", ranks, json.dumps(full))
         )
         found |= zip(mine, launched, strict=True)
     return found
@@ -112,6 +113,5 @@ def test_every_layout_draws_and_loads_the_same_weights_and_rank_0_gets_them_whol
         matrices = [x for x in tensors.values() if x.dim() == 2]
         assert len({float(x.double().sum()) for x in matrices}) == len(matrices)  # none is a copy
     cases = [(kind, layout, str(tmp_path / kind)) for kind, layout in layouts]
-    script = str(Path(__file__).with_name("whole.py"))
-    found = torchrun(script, 2, json.dumps(cases))
+    found = torchrun("full_weights_ranks.py", 2, json.dumps(cases))
     assert found == [[[counts[kind], [], []]] * 2 for kind, _ in layouts]

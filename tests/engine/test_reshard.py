@@ -7,7 +7,7 @@ import pytest
 from q3mega import device  # noqa: F401
 
 # isort: split
-from tiny import LAYOUT, SHAPES
+from helpers.tiny_models import LAYOUT, SHAPES
 
 from q3mega.engine import Engine
 
@@ -50,7 +50,9 @@ def steps(torchrun, tmp_path_factory):
             for kind, before, *after in map(json.loads, mine):
                 folder = folders[json.dumps([kind, before])]
                 cases.append([kind, (after or [before])[0], initial[kind], folder])
-            found |= zip(mine, torchrun("reshard.py", ranks, what, json.dumps(cases)), strict=True)
+            found |= zip(
+                mine, torchrun("reshard_ranks.py", ranks, what, json.dumps(cases)), strict=True
+            )
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from q3mega import device  # noqa: F401
 
 # isort: split
-from tiny import LAYOUT, SHAPES, documents
+from helpers.tiny_models import LAYOUT, SHAPES, documents
 
 from q3mega.algorithms.losses import (
     distillation,

@@ -11,17 +11,17 @@ import torch
 from q3mega import device  # noqa: F401
 
 # isort: split
+from helpers.tiny_models import LAYOUT, SHAPES, documents
 from safetensors.torch import load_file, save_file
-from tiny import LAYOUT, SHAPES, documents
 
 from q3mega.algorithms.losses import distillation_topk, normalise, policy_gradient, supervised
+from q3mega.config.layout import Layout, check_layout
+from q3mega.config.recipe import ModelSpec
 from q3mega.data.batch import pack
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.errors import UserError
-from q3mega.layout import Layout, check_layout
 from q3mega.model.sizes import rows_for
-from q3mega.recipe import ModelSpec
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import token_logprobs, top_logprobs

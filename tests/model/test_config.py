@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 from transformers.generation import GenerationConfig
 
+from q3mega.config.layout import Layout
 from q3mega.data.batch import Sample, collate
 from q3mega.engine import Engine
 from q3mega.errors import UserError
-from q3mega.layout import Layout
 from q3mega.model import QWEN3
 from q3mega.model.config import dtype_of, shape_of, write, write_generation
 from q3mega.model.sizes import Yarn

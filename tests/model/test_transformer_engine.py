@@ -13,9 +13,9 @@ from q3mega import device
 # isort: split
 import torch
 import torch.nn.functional as F
+from helpers.tiny_models import LAYOUT, SHAPES, documents
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
-from tiny import LAYOUT, SHAPES, documents
 
 from q3mega.algorithms.losses import normalise, supervised
 from q3mega.data.batch import pack

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from q3mega import ops
+import q3mega
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def ranks(tmp_path: Path):
     """ranks(file, world, *arguments): runs `file rank world store *arguments` once a rank."""
 
     def run(file: str, world: int, *arguments: str) -> None:
-        root = str(Path(ops.__file__).resolve().parents[2])
+        root = str(Path(q3mega.__file__).resolve().parents[1])
         env = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
         workers = [
             subprocess.Popen(

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from q3mega import ops
-from q3mega.ops import fused_lm_head as lm_head
 from q3mega.ops.backends import cpu
+from q3mega.ops.fused import lm_head as lm_head
 
 VARIANTS = ("grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo")
 KINDS = ("forward_kl", "reverse_kl", "jsd")

@@ -22,8 +22,9 @@ import torch
 import q3mega
 from q3mega import ops
 from q3mega.kernels import KINDS
-from q3mega.ops import dispatch, fused_attention, fused_distill, fused_policy
+from q3mega.ops import dispatch
 from q3mega.ops.backends import KERNELS
+from q3mega.ops.fused import distill_loss, dual_chunk_attention, policy
 
 ROOT = Path(__file__).parents[2]
 C_TYPES = {
@@ -33,10 +34,10 @@ C_TYPES = {
     "Divergence": ctypes.c_int,
 }
 MODULES = {
-    "dual_chunk_attention": fused_attention,
-    "linear_logprob": fused_policy,
-    "grpo_loss": fused_policy,
-    "distill_loss": fused_distill,
+    "dual_chunk_attention": dual_chunk_attention,
+    "linear_logprob": policy,
+    "grpo_loss": policy,
+    "distill_loss": distill_loss,
 }
 
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from q3mega.data.tasks import generate
-from q3mega.data.tasks.general import call
-from q3mega.data.text import translations
+from q3mega.corpus.package_text import translations
 from q3mega.errors import UserError
+from q3mega.problems import generate
+from q3mega.problems.generated.general import call
 from q3mega.rewards import MODELS, TASK_REWARD, Verdict, reward, score
 from q3mega.rewards.mode import mode_of, reply
 

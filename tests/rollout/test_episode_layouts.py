@@ -1,7 +1,6 @@
 """Ranks that share a model, or its experts, stay together through episodes with tools."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -9,8 +8,7 @@ import pytest
 @pytest.mark.dist
 def test_ranks_agree_on_what_tools_say_and_on_when_to_sample(torchrun):
     cases = [({"processes": 2, "tensor": 2}, [[1, 2]]), ({"processes": 2, "expert": 2}, [[1], [3]])]
-    script = str(Path(__file__).with_name("acting.py"))
-    shared, apart = torchrun(script, 2, json.dumps(cases))
+    shared, apart = torchrun("episode_ranks.py", 2, json.dumps(cases))
     (asked, texts), (asked_too, texts_too) = shared
     assert (asked, texts) == (asked_too, texts_too) and asked == 3
     assert [t.count("<tool_response>\n0\n") for t in texts] == [1, 2]  # the first rank's tool spoke

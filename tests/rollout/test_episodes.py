@@ -9,14 +9,15 @@ import pytest
 from q3mega import device  # noqa: F401
 
 # isort: split
-from q3mega.data.tasks import agents, files, generate
-from q3mega.data.tasks.general import call
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
+from q3mega.environments import agent_problems
+from q3mega.environments.tools import OVER, Environment, environment
 from q3mega.errors import UserError
-from q3mega.evaluate import graded
+from q3mega.evaluation.evaluate import graded
+from q3mega.problems import files, generate
+from q3mega.problems.generated.general import call
 from q3mega.rollout import Completion, SamplingParams
 from q3mega.rollout.episodes import run_episodes
-from q3mega.rollout.tools import OVER, Environment, environment
 
 PARAMS = SamplingParams(max_tokens=500)
 SUM, PRODUCT = (call("calculator", "expression", e) for e in ("1+1", "2*3"))
@@ -109,7 +110,7 @@ def test_a_turn_that_was_cut_off_calls_nothing(tokenizer):
 
 @pytest.fixture(scope="module")
 def rows():
-    return agents.make("agent_sql", 6)
+    return agent_problems.make("agent_sql", 6)
 
 
 def gold(rows):

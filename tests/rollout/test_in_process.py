@@ -11,7 +11,7 @@ from q3mega import device  # noqa: F401
 # isort: split
 from dataclasses import replace
 
-from tiny import LAYOUT, SHAPES
+from helpers.tiny_models import LAYOUT, SHAPES
 from transformers import AutoModelForCausalLM
 
 from q3mega.engine import Engine

@@ -1,22 +1,20 @@
 """Sampling under every layout that takes it: the same tokens, in process and from servers."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from q3mega import device  # noqa: F401
 
 # isort: split
-from syncing import TOKENIZER
-from tiny import LAYOUT, SHAPES
-from token_server import token_server
+from helpers.tiny_models import LAYOUT, SHAPES
+from helpers.token_server import token_server
+from helpers.weight_sync_ranks import TOKENIZER
 
 from q3mega.engine import Engine
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 
-SCRIPT = str(Path(__file__).with_name("sampling.py"))
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10], [11, 12], [13, 14, 15, 16], [61], [17, 61]]
 
 
@@ -38,7 +36,9 @@ def samples(torchrun, tmp_path_factory):
         Engine(SHAPES[kind], LAYOUT(), seed=3).save_hf(folders[kind], {})
     alone = [(kind, {"processes": 1}, folders[kind], [PROMPTS]) for kind in folders]
     cut = [(kind, {"processes": 2, **layout}, folders[kind], p) for kind, layout, p in CASES]
-    one, two = (torchrun(SCRIPT, n, json.dumps(cases)) for n, cases in ((1, alone), (2, cut)))
+    one, two = (
+        torchrun("sampling_ranks.py", n, json.dumps(cases)) for n, cases in ((1, alone), (2, cut))
+    )
     return two, dict(zip(folders, one, strict=True))
 
 
@@ -79,7 +79,7 @@ def test_servers_get_the_weights_from_every_layout_and_answer_every_rank(torchru
             )
             for i, way in enumerate(layouts)
         ]
-        found = torchrun(str(Path(__file__).with_name("syncing.py")), 2, json.dumps(cases))
+        found = torchrun("weight_sync_ranks.py", 2, json.dumps(cases))
         asked = len(server.asked)
     assert asked == len(layouts) * len(PROMPTS)  # once for the ranks that share a model
     for way, got in zip(layouts, found, strict=True):

@@ -5,8 +5,8 @@ import pytest
 from q3mega import device  # noqa: F401
 
 # isort: split
-from q3mega.data.tasks import problem
-from q3mega.data.tasks.files import problems
+from q3mega.problems import problem
+from q3mega.problems.files import problems
 from q3mega.stages.general_rl import _in_mode, _own_mode
 
 

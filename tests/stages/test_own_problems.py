@@ -9,14 +9,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from served import served
+from helpers.chat_endpoint import served
 
 from q3mega.cli import main
+from q3mega.config.recipe import Recipe
 from q3mega.data.batch import Sample
 from q3mega.data.tokenizer import Tokenizer
-from q3mega.recipe import Recipe
 
-RECIPE = Path(__file__).with_name("own.yaml")
+RECIPE = Path(__file__).parents[1] / "helpers" / "own_problems.yaml"
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
 THINKING = (

@@ -15,13 +15,13 @@ import pytest
 from q3mega import device  # noqa: F401
 
 # isort: split
-from tiny import LAYOUT
+from helpers.tiny_models import LAYOUT
 
+from q3mega.config.recipe import Recipe
 from q3mega.engine import Engine
-from q3mega.progress import recent_metrics
-from q3mega.recipe import Recipe
+from q3mega.launch.progress import recent_metrics
 
-RECIPE = Path(__file__).with_name("tiny.yaml")
+RECIPE = Path(__file__).parents[1] / "helpers" / "tiny.yaml"
 SEQUENCE = "pretrain_general.layout.sequence_parallel=true"
 
 

@@ -10,12 +10,12 @@ from q3mega import device  # noqa: F401
 
 # isort: split
 import torch
-from tiny import LAYOUT, SHAPES
+from helpers.tiny_models import LAYOUT, SHAPES
 
 from q3mega.algorithms.losses import distillation_topk
 from q3mega.data.batch import Sample, collate
-from q3mega.data.teacher_topk import TeacherTopK, TopKWriter, WithTeacher
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
+from q3mega.distillation.topk import TeacherTopK, TopKWriter, WithTeacher
 from q3mega.engine import Engine
 from q3mega.errors import UserError
 from q3mega.rollout.logprobs import top_logprobs

@@ -21,18 +21,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from q3mega.cli import main
+from q3mega.config.recipe import Recipe
+from q3mega.config.stages import STAGES
 from q3mega.data.batch import Sample, collate
-from q3mega.data.tasks.general import GENERAL
-from q3mega.data.tasks.pool import Pool
-from q3mega.data.tasks.reasoning import REASONING
-from q3mega.recipe import Recipe
+from q3mega.inference import Checkpoint
+from q3mega.problems.generated.general import GENERAL
+from q3mega.problems.generated.reasoning import REASONING
+from q3mega.problems.pool import Pool
 from q3mega.rewards import MODELS, TASK_REWARD
 from q3mega.rollout import SamplingParams
-from q3mega.settings import STAGES
 from q3mega.train.ledger import FILE, Ledger
-from q3mega.try_out import Checkpoint
 
-RECIPE = Path(__file__).with_name("tiny.yaml")
+RECIPE = Path(__file__).parents[1] / "helpers" / "tiny.yaml"
 KILLS = 5
 STEPS = "drawn", "without a held-out question", "of these, different ones"
 pytestmark = [pytest.mark.slow, pytest.mark.dist]

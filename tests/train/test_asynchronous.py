@@ -12,8 +12,8 @@ import pytest
 from q3mega.io import whole_records
 from q3mega.train.ledger import FILE, Ledger
 
-HERE = Path(__file__).parent
-SERVER = HERE.parent / "engine" / "token_server.py"
+HELPERS = Path(__file__).parents[1] / "helpers"
+SERVER = HELPERS / "token_server.py"
 STEPS, UPDATES, A_STEP, STALENESS = 6, 2, 12, 2
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -39,7 +39,7 @@ def urls():
 def learn(folder: Path, urls: list[str], kill: int = 0) -> subprocess.CompletedProcess:
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += [str(HERE / "beside.py"), str(folder), str(STALENESS), str(kill), *urls]
+    command += [str(HELPERS / "async_rl_ranks.py"), str(folder), str(STALENESS), str(kill), *urls]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from q3mega.data.tasks import generate
 from q3mega.errors import UserError
 from q3mega.io import whole_records
+from q3mega.problems import generate
 from q3mega.rollout import Completion
 from q3mega.train.ledger import FILE, Balance, Ledger
 from q3mega.train.rollouts import Rollout
 
-DRILL = Path(__file__).with_name("drill.py")
+DRILL = Path(__file__).parents[1] / "helpers" / "rl_ranks.py"
 STEPS, A_STEP = 5, 16
 # two updates a step: within the second, and between rollout and update of the fourth
 KILLS = [["after", 3], ["before", 7]]

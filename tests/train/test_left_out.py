@@ -10,17 +10,17 @@ import pytest
 from q3mega import device  # noqa: F401
 
 # isort: split
-from tiny import LAYOUT, SHAPES
+from helpers.tiny_models import LAYOUT, SHAPES
 
-from q3mega.algorithms.correction import Correction
-from q3mega.algorithms.entropy import EntropyController
+from q3mega.algorithms.entropy_control import EntropyController
+from q3mega.algorithms.rollout_correction import Correction
 from q3mega.engine import Engine, OptimizerSpec
-from q3mega.evaluate import entropy_ratio
+from q3mega.evaluation.evaluate import entropy_ratio
 from q3mega.io import whole_records
 from q3mega.rollout import Completion
 from q3mega.train.ledger import FILE, Balance, Ledger
 from q3mega.train.log import Log
-from q3mega.train.reinforcement import PolicySettings, train
+from q3mega.train.rl import PolicySettings, train
 from q3mega.train.rollouts import Rollout
 from q3mega.train.schedule import InTurn
 

@@ -14,11 +14,11 @@ from q3mega import device  # noqa: F401
 
 # isort: split
 import torch
+from helpers.tiny_models import LAYOUT, SHAPES
 from safetensors.torch import load, save
-from tiny import LAYOUT, SHAPES
 
-from q3mega.algorithms.correction import Correction
-from q3mega.algorithms.entropy import EntropyController
+from q3mega.algorithms.entropy_control import EntropyController
+from q3mega.algorithms.rollout_correction import Correction
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.errors import UserError
 from q3mega.io import whole_records
@@ -27,7 +27,7 @@ from q3mega.rollout import Completion, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import routed_logprobs, token_logprobs
 from q3mega.train.log import Log
-from q3mega.train.reinforcement import PolicySettings, train
+from q3mega.train.rl import PolicySettings, train
 from q3mega.train.rollouts import Rollout, pack, unpack
 from q3mega.train.schedule import InTurn
 
@@ -195,9 +195,10 @@ def test_the_loop_is_the_same_on_two_processes(torchrun, tmp_path: Path) -> None
         folder = tmp_path / "-".join((str(ranks), replay, *layout))
         return [{"processes": ranks, **layout}, str(tmp_path / "hf"), replay, str(folder)]
 
-    script = str(Path(__file__).with_name("replaying.py"))
-    alone = torchrun(script, 1, json.dumps([case(1, replay, {}) for replay in ("r2", "r3")]))
-    found = torchrun(script, 2, json.dumps([case(2, *run) for run in runs]))
+    alone = torchrun(
+        "routing_replay_ranks.py", 1, json.dumps([case(1, replay, {}) for replay in ("r2", "r3")])
+    )
+    found = torchrun("routing_replay_ranks.py", 2, json.dumps([case(2, *run) for run in runs]))
     for rows, (replay, _) in zip(found, runs, strict=True):
         for got, want in zip(rows, alone[replay == "r3"], strict=True):
             assert got == pytest.approx(want, rel=1e-3, abs=1e-5)
@@ -209,7 +210,7 @@ def test_a_killed_run_goes_on_with_the_routes_of_the_batch_that_is_ahead(tmp_pat
     settings = {"staleness": 1, "routing_replay": "r3"}
     plan = [("uncut", None), ("cut", ["before", 7]), ("cut", None)]
     cases = [[str(tmp_path / name), 5, settings, kill] for name, kill in plan]
-    drill = Path(__file__).with_name("drill.py")
+    drill = Path(__file__).parents[1] / "helpers" / "rl_ranks.py"
     done = subprocess.run(
         [sys.executable, str(drill), json.dumps(cases)], capture_output=True, text=True, timeout=300
     )

@@ -13,20 +13,20 @@ import pytest
 from q3mega import device  # noqa: F401
 
 # isort: split
-from tiny import LAYOUT, SHAPES
-from token_server import ONE_AT_A_TIME, token_server
+from helpers.tiny_models import LAYOUT, SHAPES
+from helpers.token_server import ONE_AT_A_TIME, token_server
 
-from q3mega.algorithms.entropy import EntropyController
+from q3mega.algorithms.entropy_control import EntropyController
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.errors import UserError
 from q3mega.rollout import SamplingParams
-from q3mega.rollout.protocol import LOADING
-from q3mega.rollout.servers import ServerSampler
-from q3mega.rollout.synced import SyncedSampler
-from q3mega.train import reinforcement
+from q3mega.rollout.servers.client import LOADING
+from q3mega.rollout.servers.sampler import ServerSampler
+from q3mega.rollout.weight_sync.sampler import SyncedSampler
+from q3mega.train import rl
 from q3mega.train.ledger import FILE, Ledger
 from q3mega.train.log import Log
-from q3mega.train.reinforcement import PolicySettings
+from q3mega.train.rl import PolicySettings
 from q3mega.train.rollouts import Rollout
 from q3mega.train.schedule import InTurn
 
@@ -64,7 +64,7 @@ def learn(folder, wrong_by=0.0, kind="vllm", faults=(None,)):
             ]
 
         settings = PolicySettings(updates=2, capacity=256, max_tokens=8, max_gap=1e-3)
-        reinforcement.train(
+        rl.train(
             engine, InTurn(roll_out), settings, EntropyController(0.0, 0.0, 0.0), steps=STEPS,
             folder=folder / "checkpoints", log=Log(folder, STEPS), save_every=STEPS,
             prompts=lambda step: [],
@@ -153,7 +153,11 @@ def test_a_run_that_is_killed_while_weights_load_ends_as_one_that_was_not(tmp_pa
         how = {"kind": "sglang", "urls": [server.url]}
         whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
         cases = [[whole, 3, how, None], [cut, 3, how, ["loading", 3]], [cut, 3, how, None]]
-        command = [sys.executable, str(Path(__file__).with_name("drill.py")), json.dumps(cases)]
+        command = [
+            sys.executable,
+            str(Path(__file__).parents[1] / "helpers" / "rl_ranks.py"),
+            json.dumps(cases),
+        ]
         ended = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         assert ended == [0, -9, 0]
         assert server.version != LOADING and not server.paused

@@ -1,0 +1,1 @@
+"""Environments of several turns: tools that run, and the problems that need them."""

@@ -1,0 +1,1 @@
+"""From a recipe to processes: checks, the run folder, the driver, SLURM jobs."""

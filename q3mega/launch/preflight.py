@@ -1,0 +1,115 @@
+"""What is checked before a stage computes: rows of files, rewards, the sandbox."""
+
+import itertools
+import re
+from pathlib import Path
+
+from q3mega.config.layout import check_layout
+from q3mega.config.recipe import Recipe
+from q3mega.config.stages import GeneralRL, ModeFusion
+from q3mega.environments.tools import environment
+from q3mega.errors import UserError
+from q3mega.model.config import shape_of
+from q3mega.problems import Problem, files
+from q3mega.problems.pool import Pool
+from q3mega.rewards import MODELS, Verdict, judge_answer, listed, models_of, plugins, reward_of
+from q3mega.sandbox.sandbox import confinement
+
+LONGEST = 131_072  # tokens of a prompt: Qwen3's context, with YaRN
+_PIECE = re.compile(r"\d|[^\W\d_]+")  # each is a token or more: a digit, a run of letters
+
+
+def check_files(recipe: Recipe) -> None:
+    """UserError for a row that a stage could not use, before any of them computes."""
+    _check_folders(recipe)
+    plugins.load(recipe.rewards)
+    for problem in Pool(recipe.problems):
+        _check_length(problem)
+        if models := models_of(problem):
+            raise UserError(
+                f"problems: reward={models[0]} of {problem.question[:60]!r} asks a model, and "
+                "reasoning RL takes rules alone: give it to general_rl.problems"
+            )
+        if environment(problem):
+            raise UserError(
+                f"problems: {problem.question[:60]!r} has tools to run, and reasoning RL samples "
+                "one turn: give it to general_rl.problems"
+            )
+        _check_sandbox(problem)
+        _try_reward(problem)
+    check_checkpoints(recipe)
+    for stage in recipe.stages.values():
+        if isinstance(stage, ModeFusion):
+            for name in stage.non_thinking:
+                files.answered(name)
+        if isinstance(stage, GeneralRL):
+            _check_tasks(stage)
+
+
+def check_checkpoints(recipe: Recipe) -> None:
+    """UserError for a named folder whose config.json asks for what is not computed here, or whose
+    model the stage's layout cannot split."""
+    for stage in recipe.stages.values():
+        for folder in (stage.init, getattr(stage, "teacher", None)):
+            if isinstance(folder, str) and (Path(folder) / "config.json").exists():
+                check_layout(stage.layout, shape_of(folder))
+
+
+def _check_tasks(stage: GeneralRL) -> None:
+    """The same of general RL's own tasks and of what its models learn from."""
+    models = {"judge": stage.judge_model, "preference": stage.preference.file}
+    needs = {"judge": "judge_model", "preference": "preference.file"}
+    if not stage.problems:
+        confinement()  # which one of the generated tasks needs
+    for problem in itertools.chain.from_iterable(Pool([name]) for name in stage.problems):
+        _check_length(problem)
+        _check_sandbox(problem)
+        _try_reward(problem)
+        environment(problem)  # which its tools must be able to work on
+        for name in models_of(problem):
+            if not models[name]:
+                raise UserError(
+                    f"general_rl.{needs[name]}: reward={name} of {problem.question[:60]!r} needs it"
+                )
+    if stage.preference.file:
+        files.pairs(stage.preference.file)
+    if stage.judge_examples:
+        files.judged(stage.judge_examples)
+
+
+def _check_length(problem: Problem) -> None:
+    """Whether a prompt is longer than any context, however it is tokenized."""
+    characters = sum(len(turn["content"]) for turn in problem.messages)
+    if characters < LONGEST:
+        return
+    tokens = sum(len(_PIECE.findall(turn["content"])) for turn in problem.messages)
+    if tokens > LONGEST:
+        at = f" ({problem.meta['where']})" if "where" in problem.meta else ""
+        raise UserError(
+            f"problems: {problem.question[:60]!r}{at} is {tokens} tokens long or more, and the "
+            f"longest context is {LONGEST}: shorten it, or leave the row out"
+        )
+
+
+def _try_reward(problem: Problem) -> None:
+    """What the rewards need of the row, and whether those of users get through an empty reply."""
+    scored = dict.fromkeys(MODELS, Verdict(0.0, "not asked"))
+    judge_answer(problem, "", tokens=0, max_tokens=1, scored=scored)
+
+
+def _check_folders(recipe: Recipe) -> None:
+    """Weights and tokenizers that are there before the run; a stage's hf/ may be this run's own."""
+    wanted = {"tokenizer.path": (recipe.tokenizer.path, "tokenizer.json")}
+    for name, stage in recipe.stages.items():
+        for field in ("init", "teacher"):
+            folder = getattr(stage, field, None)
+            if isinstance(folder, str) and Path(folder).parent.name[3:] not in recipe.stages:
+                wanted[f"stages.{name}.{field}"] = (folder, "config.json")
+    for field, (folder, file) in wanted.items():
+        if folder is not None and not (Path(folder) / file).is_file():
+            raise UserError(f"{field}={folder}: there is no {file}; name a Hugging Face folder")
+
+
+def _check_sandbox(problem: Problem) -> None:
+    if "code" in listed(reward_of(problem)):
+        confinement()

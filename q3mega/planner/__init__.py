@@ -1,0 +1,1 @@
+"""Memory, time and communication of a layout, before any GPU is asked for."""

@@ -1,0 +1,1 @@
+"""Evaluation sets for models of real size, generated from a seed."""

@@ -1,0 +1,1 @@
+"""Generators of the laptop's problems, their solutions and a scripted teacher."""

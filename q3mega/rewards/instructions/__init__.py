@@ -1,0 +1,1 @@
+"""Rewards of instructions that a rule can check."""

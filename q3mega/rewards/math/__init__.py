@@ -1,0 +1,1 @@
+"""The reward of mathematical answers: notation, equality, algebra."""

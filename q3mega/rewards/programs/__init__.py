@@ -1,0 +1,1 @@
+"""The reward of programs: found in a reply, run on tests."""

@@ -1,0 +1,1 @@
+"""Sampling on vLLM and SGLang servers."""

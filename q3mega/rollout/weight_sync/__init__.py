@@ -1,0 +1,1 @@
+"""New weights for rollout servers: through a folder, or by broadcast."""

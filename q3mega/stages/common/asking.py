@@ -1,0 +1,120 @@
+"""Teachers and judges that a stage asks in text: behind an endpoint, or in a folder."""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from q3mega.chat_models import judge_prompts
+from q3mega.chat_models.base import ChatModel, LocalChat
+from q3mega.chat_models.endpoint import Endpoint
+from q3mega.config.servers import ChatModelSpec
+from q3mega.data.tokenizer import Tokenizer
+from q3mega.engine import parallel
+from q3mega.errors import NoReply, UserError
+from q3mega.rollout.in_process import InProcessSampler
+from q3mega.stages.common.stage import Stage
+
+Chats = list[list[dict[str, Any]]]
+Replies = list[list[str | NoReply]]
+FEWEST = 1000  # texts of which a share is taken at least: a few failures at first end nothing
+LOOK_IN = 60.0  # seconds: a collective that waits for hours is given up
+
+
+class Asked:
+    """One model of the recipe, in the stage's field `name`. Every rank asks the same and gets all
+    replies, or why there is none.
+
+    An endpoint is asked by one rank, which keeps what it says in data/replies.sqlite: a run that
+    was killed pays for no reply twice. A folder's model samples on all ranks.
+    Raises UserError before anything is computed for an endpoint that does not have the model.
+    """
+
+    def __init__(self, stage: Stage, spec: ChatModelSpec, name: str) -> None:
+        self.spec, self.field = spec, f"stages.{stage.name}.{name}"
+        self.leads, self.remote = stage.leads, spec.url is not None
+        self.asked = self.failed = 0
+        self.model: ChatModel | None = None
+        if spec.url is not None and spec.model is not None:
+            if self.leads:
+                self.model = endpoint = Endpoint(
+                    spec.url, spec.model, key_env=spec.key_env, concurrency=spec.concurrency,
+                    token_budget=spec.token_budget, cache=stage.data / "replies.sqlite",
+                    switch=spec.switch, token_limit=spec.token_limit, extra_body=spec.extra_body,
+                    timeout=spec.timeout, retries=spec.retries,
+                )  # fmt: skip
+                endpoint.check()
+        else:
+            folder = Path(str(spec.path))
+            tokenizer = Tokenizer(folder)
+            batch = stage.config.sample_batch
+            sampler = InProcessSampler(stage.engine(folder), tokenizer, max_batch=batch)
+            self.model = LocalChat(sampler, tokenizer, stage.seed("ask", parallel.data_rank()))
+
+    def __call__(
+        self, chats: Chats, *, n: int = 1, temperature: float | None = None, thinking: bool = True
+    ) -> Replies:
+        """n replies to each chat, as raw assistant text; temperature: by default the recipe's.
+
+        Raises UserError above the share of failures that the recipe allows.
+        """
+        heat = self.spec.temperature if temperature is None else temperature
+        replies = self._replies(chats, n, heat, thinking)
+        self.count(reply for some in replies for reply in some)
+        return replies
+
+    def opinion(self, chats: Chats, temperature: float) -> list[str | NoReply]:
+        """One reply to each chat, without thinking: what `data.opinions` asks for, and counts.
+
+        Where the recipe leaves the temperature to the server, another reply is asked for instead.
+        """
+        if self.spec.temperature is not None:
+            return [reply for (reply,) in self._replies(chats, 1, temperature, False)]
+        n = 1 + judge_prompts.TEMPERATURES.index(temperature)
+        return [some[-1] for some in self._replies(chats, n, None, False)]
+
+    def count(self, results: Iterable[object]) -> None:
+        """Take in what was asked for and came, or did not come and costs a sample.
+
+        Raises UserError above the share that the recipe allows.
+        """
+        last = None
+        for result in results:
+            self.asked += 1
+            if isinstance(result, NoReply):
+                self.failed, last = self.failed + 1, result
+        share, every = self.spec.max_failures, self.asked == self.failed > 1
+        if last and share < 1 and (every or self.failed > share * max(self.asked, FEWEST)):
+            raise UserError(
+                f"{self.field}.max_failures={share}: {self.failed} of {self.asked} texts have no "
+                f"usable reply, the last by: {last.rule} ({last.detail}); see to that, or raise "
+                "max_failures to go on without them"
+            )
+
+    def _replies(self, chats: Chats, n: int, heat: float | None, thinking: bool) -> Replies:
+        def ask(some: Chats) -> Replies:
+            assert self.model is not None
+            return self.model.ask(
+                some, n=n, max_tokens=self.spec.max_tokens, temperature=heat, thinking=thinking
+            )
+
+        if self.remote:
+            return _from_lead(self.leads, lambda: ask(chats))
+        rank, size = parallel.data_rank(), parallel.data_size()
+        numbered = list(enumerate(chats))[rank::size]
+        said = ask([chat for _, chat in numbered])
+        pairs = [(i, some) for (i, _), some in zip(numbered, said, strict=True)]
+        found = dict(parallel.gather_over_data(pairs))
+        return [found[i] for i in range(len(chats))]
+
+
+def _from_lead(leads: bool, ask: Callable[[], Replies]) -> Replies:
+    """What rank 0 gets, on every rank; the others look in on it now and then."""
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(ask) if leads else None
+        done = False
+        while not done:
+            if job:
+                wait([job], timeout=LOOK_IN)
+            done = all(parallel.gather_over_all([job.done()] if job else []))
+        return parallel.gather_over_all(job.result() if job else [])

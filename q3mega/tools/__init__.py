@@ -1,0 +1,1 @@
+"""Commands that no stage uses: convert, compare mixtures, doctor."""

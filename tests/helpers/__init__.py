@@ -1,0 +1,1 @@
+"""What several tests share, and the programs that they start (`*_ranks.py`)."""
