@@ -63,7 +63,7 @@ class Build(build_ext):
 
 setup(
     packages=[*find_packages(include=["q3mega", "q3mega.*"]), "q3mega.kernels"],
-    package_dir={"q3mega.kernels": "kernels"},
+    package_dir={"q3mega.kernels": "kernels/triton"},
     ext_modules=[
         Pybind11Extension("q3mega._data", sorted(glob("csrc/data/*.cpp")), cxx_std=17),
         cpu_kernels("_cpu", AVX2 if X86 else ""),

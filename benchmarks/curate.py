@@ -2,9 +2,10 @@
 
     python benchmarks/curate.py [--megabytes 100] [--workers 2] [--folder DIR]
 
-The text: sentences, code and translations of q3mega.corpus.package_text, put together anew with
+The text: sentences, code and translations of q3mega.data.package_text, put together anew with
 words exchanged, as plain and compressed JSON lines and Parquet; among it copies, near copies (3 %
-of the words exchanged), documents that hold an evaluation question, pages that the rules should drop.
+of the words exchanged), documents that hold an evaluation question, pages that the rules should
+drop.
 Seconds are of the worker that spends them, so a step's speed is that of one core, as loaded as the
 machine is; memory is the highest sum of the processes' proportional set sizes.
 """
@@ -27,7 +28,7 @@ import pyarrow as pa
 import yaml
 from pyarrow import parquet
 
-from q3mega.corpus import package_text
+from q3mega.data import package_text
 from q3mega.data.tokenizer import train_tokenizer
 from q3mega.problems import generate
 

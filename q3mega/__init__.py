@@ -1,7 +1,6 @@
 """The Qwen3 recipe on megatron-core, from raw text to a distilled small model that thinks."""
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,10 +12,6 @@ __all__ = ["Recipe", "ops", "run"]
 __version__ = "0.1.0"
 
 _HOME = {"Recipe": "q3mega.config.recipe", "run": "q3mega.launch.driver"}
-
-_root = Path(__file__).resolve().parent.parent
-if (_root / "csrc").is_dir() and not (_root / "q3mega" / "kernels").exists():
-    __path__.append(str(_root))  # a plain checkout: q3mega.kernels is ./kernels
 
 
 def __getattr__(name: str) -> Any:

@@ -13,13 +13,13 @@ BELOW_ALL = {"_cpu", "_cuda", "_data", "device", "console"}
 
 def modules() -> dict[str, str]:
     """Dotted name -> source, of everything the package ships but its front door."""
-    found = {}
-    for folder, package in (("q3mega", ""), ("kernels", "q3mega.")):
+    sources = {}
+    for folder, package in (("q3mega", "q3mega"), ("kernels/triton", "q3mega.kernels")):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            name = package + ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            found[name.removesuffix(".__init__")] = path.read_text()
-    del found["q3mega"]
-    return found
+            name = ".".join((package, *path.relative_to(ROOT / folder).with_suffix("").parts))
+            sources[name.removesuffix(".__init__")] = path.read_text()
+    del sources["q3mega"]
+    return sources
 
 
 def imports(source: str) -> Iterator[str]:

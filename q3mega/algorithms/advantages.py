@@ -15,8 +15,3 @@ def group_advantages(rewards: Sequence[float], *, scale_by_std: bool = True) -> 
         return None
     centred = r - r.mean()
     return (centred / r.std() if scale_by_std else centred).tolist()
-
-
-def overlong_penalty(length: int, limit: int, buffer: int) -> float:
-    """0 up to limit - buffer tokens, then linearly to -1 at limit (DAPO's soft punishment)."""
-    return -min(1.0, max(0.0, (length - (limit - buffer)) / buffer)) if buffer else 0.0

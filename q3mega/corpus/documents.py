@@ -22,8 +22,8 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from q3mega._data import blend_index
-from q3mega.corpus import package_text
 from q3mega.curate.dataset import Curated
+from q3mega.data import package_text
 from q3mega.data.batch import Sample
 from q3mega.data.chat import render
 from q3mega.data.tagged import TaggedText

@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from q3mega.corpus import package_text
 from q3mega.curate import duplicates, labels, mixture
 from q3mega.curate.config import Config, TokenizerFolder
 from q3mega.curate.contamination import Forbidden
 from q3mega.curate.dataset import TOKENISED, Encoder, tokenised
 from q3mega.curate.document import LABELS, Books, Document, size
 from q3mega.curate.sources import Malformed, Row, Shard, rows
+from q3mega.data import package_text
 from q3mega.data.language import identify
 from q3mega.io import atomic_write, write_json
 

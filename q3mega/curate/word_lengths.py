@@ -8,7 +8,7 @@ them again.
 import itertools
 import unicodedata
 
-from q3mega.corpus import package_text
+from q3mega.data import package_text
 
 ENGLISH = 5.1
 # ISO 639-1 -> letters, of languages that part their words by spaces

@@ -9,9 +9,9 @@ A bare number will do for a verdict, and None where it cannot judge. `row` holds
 general RL have said: row["scored"].
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf, isfinite, prod
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -38,7 +38,7 @@ class Verdict:
 
 def _finite(value: Any) -> float:
     scalar = value.item() if getattr(value, "ndim", None) == 0 else value
-    if isinstance(scalar, Real) and math.isfinite(number := float(scalar)):
+    if isinstance(scalar, Real) and isfinite(number := float(scalar)):
         return number
     raise ValueError(f"score={value!r:.80} must be a finite number, or None")
 
@@ -82,9 +82,7 @@ def score(names: Names, completion: str, row: Mapping[str, Any]) -> Verdict:
     for name in listed(names):
         if name not in _REWARDS:
             raise UserError(f"reward={name!r} is unknown: use one of {', '.join(sorted(_REWARDS))}")
-    if weights and not all(
-        isinstance(w, int | float) and 0 < w < math.inf for w in weights.values()
-    ):
+    if weights and not all(isinstance(w, int | float) and 0 < w < inf for w in weights.values()):
         raise UserError(f"reward={dict(weights)}: weights must be numbers above 0")
     verdicts = {name: _verdict(name, completion, row) for name in listed(names)}
     parts = {name: v.score for name, v in verdicts.items() if v.score is not None}
@@ -96,7 +94,7 @@ def score(names: Names, completion: str, row: Mapping[str, Any]) -> Verdict:
         mean = sum(weights[name] * part for name, part in parts.items()) / sum(weights.values())
         value = min(max(mean, parts[lowest]), max(parts.values()))  # rounding
     else:
-        value = parts[lowest] if parts[lowest] < 0 else math.prod(parts.values())
+        value = parts[lowest] if parts[lowest] < 0 else prod(parts.values())
     return Verdict(value, verdicts[lowest].reason, parts)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from q3mega.algorithms.advantages import overlong_penalty
 from q3mega.rewards import Verdict, reward
 
 
@@ -16,3 +15,8 @@ def length(completion: str, row: Mapping[str, Any]) -> Verdict:
     tokens, limit = row["tokens"], row["max_tokens"]
     factor = 1 + overlong_penalty(tokens, limit, limit // 5)
     return Verdict(factor, f"{tokens} of {limit} tokens")
+
+
+def overlong_penalty(length: int, limit: int, buffer: int) -> float:
+    """0 up to limit - buffer tokens, then linearly to -1 at limit (DAPO's soft punishment)."""
+    return -min(1.0, max(0.0, (length - (limit - buffer)) / buffer)) if buffer else 0.0

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from torch import Tensor
 
-from q3mega.algorithms.advantages import group_advantages, overlong_penalty
+from q3mega.algorithms.advantages import group_advantages
 from q3mega.algorithms.entropy_control import EntropyController
 from q3mega.algorithms.losses import normalise, policy_gradient
 from q3mega.algorithms.rollout_correction import Correction
@@ -20,6 +20,7 @@ from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
 from q3mega.model.routing import COLUMN, column, differing
 from q3mega.problems import Problem
+from q3mega.rewards.length import overlong_penalty
 from q3mega.rollout.logprobs import routed_logprobs, token_logprobs
 from q3mega.train import stopping
 from q3mega.train.ledger import FILE as LEDGER

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from q3mega.corpus import package_text
 from q3mega.curate import duplicates
 from q3mega.curate.config import Decontamination, Duplicates, Evaluation
 from q3mega.curate.contamination import Forbidden, evaluation_texts
 from q3mega.curate.document import Document
+from q3mega.data import package_text
 from q3mega.data.ngrams import WORD
 
 WORDS = [

@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 
-from q3mega.corpus import package_text
 from q3mega.curate import labels, mixture, word_lengths
 from q3mega.curate.config import Rules, Weight
 from q3mega.curate.document import Document
+from q3mega.data import package_text
 
 PROSE = (
     "The harbour was quiet when the boats came back, and the people of the town walked down to "

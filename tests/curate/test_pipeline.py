@@ -24,11 +24,12 @@ from pyarrow import parquet
 from tokenizers import pre_tokenizers
 
 from q3mega import cli
-from q3mega.corpus import documents, package_text
+from q3mega.corpus import documents
 from q3mega.curate import dataset
 from q3mega.curate.config import Config, Lengths, TokenizerFolder
 from q3mega.curate.dataset import Curated, Encoder, Pieces, _by_length, _cut
 from q3mega.curate.pipeline import curate
+from q3mega.data import package_text
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.errors import UserError
 from q3mega.problems import generate

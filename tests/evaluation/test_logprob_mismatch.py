@@ -14,7 +14,7 @@ from q3mega import device  # noqa: F401
 from helpers.tiny_models import LAYOUT, SHAPE
 
 from q3mega.cli import main
-from q3mega.corpus import package_text
+from q3mega.data import package_text
 from q3mega.data.tokenizer import train_tokenizer
 from q3mega.engine import Engine
 

@@ -9,7 +9,7 @@ from statistics import mean
 import pytest
 
 from q3mega.cli import _parser
-from q3mega.corpus import package_text
+from q3mega.data import package_text
 from q3mega.data.chat import EMPTY_THINKING, last_flag, render
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.errors import UserError

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from q3mega.corpus.package_text import translations
+from q3mega.data.package_text import translations
 from q3mega.errors import UserError
 from q3mega.problems import generate
 from q3mega.problems.generated.general import call

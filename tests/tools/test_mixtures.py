@@ -12,9 +12,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from q3mega import cli
-from q3mega.corpus import package_text
 from q3mega.curate.config import Config
 from q3mega.curate.pipeline import curate
+from q3mega.data import package_text
 from q3mega.data.tokenizer import train_tokenizer
 from q3mega.tools import mixtures
 

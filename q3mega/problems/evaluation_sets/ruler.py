@@ -15,7 +15,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from q3mega.corpus import package_text
+from q3mega.data import package_text
 from q3mega.data.chat import render
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.errors import UserError

@@ -8,8 +8,8 @@ a word; Thai has no full stop, and a paragraph of it is one sentence.
 import re
 import unicodedata
 
-from q3mega.corpus.package_text import clean
 from q3mega.data.language import IDEOGRAPHS, SPACELESS, marks, script, scripts
+from q3mega.data.package_text import clean
 
 _JOINERS = "\u200c\u200d"
 _OPENING, _CLOSING = "\"'“‘„‚«‹(「『【[*_", "\"'”’“‘»›)」』】]*_"

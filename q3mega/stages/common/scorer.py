@@ -15,6 +15,7 @@ import torch
 
 from q3mega.algorithms.losses import normalise, scalar, supervised
 from q3mega.algorithms.losses import preference as preference_loss
+from q3mega.chat_models.reference_judge import ReferenceJudge
 from q3mega.data.batch import Batch, Sample, collate
 from q3mega.data.chat import parse, render
 from q3mega.data.sft import chat_sample, reply_text
@@ -27,7 +28,6 @@ from q3mega.rewards import MODELS, Verdict, judge_answer, models_of, score
 from q3mega.rewards.mode import mode_of
 from q3mega.rewards.models.judge import judge, judge_examples
 from q3mega.rewards.models.preference import preference
-from q3mega.rewards.models.reference_judge import ReferenceJudge
 from q3mega.rollout import Completion
 from q3mega.rollout.logprobs import each_sequence
 from q3mega.stages.common.asking import Asked

@@ -27,7 +27,7 @@ from helpers.tiny_models import LAYOUT, SHAPES
 from helpers.token_server import ONE_AT_A_TIME, token_server
 
 from q3mega.cli import main
-from q3mega.corpus import package_text
+from q3mega.data import package_text
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
 from q3mega.errors import UserError

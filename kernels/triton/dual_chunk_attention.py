@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from q3mega.kernels.tiles import key_tiles, query_tiles
 
 NONE = tl.constexpr(-1e30)

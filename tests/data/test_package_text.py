@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from q3mega.corpus import package_text
+from q3mega.data import package_text
 from q3mega.errors import UserError
 
 SCRIPTS = {"Russian": "CYRILLIC", "Chinese": "CJK", "Japanese": "HIRAGANA", "Arabic": "ARABIC"}

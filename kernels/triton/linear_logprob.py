@@ -4,10 +4,10 @@ Memory-bound passes over the logits that a GEMM has just written: one program a 
 block of columns. `csrc/cpu/linear_logprob.cpp` computes the same.
 """
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from q3mega.kernels import block_of
 
 NONE = -1e30  # below every logit, and finite, so that 0 times it is 0

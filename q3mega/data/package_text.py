@@ -1,6 +1,6 @@
 """Real text for pre-training that ships inside packages the set-up installs: nothing is downloaded.
 
-`python -m q3mega.corpus.package_text` prints the table of docs/data.md. What a package
+`python -m q3mega.data.package_text` prints the table of docs/data.md. What a package
 holds is read as text (source files, translation catalogues), never imported.
 """
 

@@ -5,10 +5,10 @@ Memory-bound passes over two blocks of logits, and products with a few rows of a
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from q3mega.kernels import KINDS, block_of
 
 FORWARD, REVERSE = tl.constexpr(0), tl.constexpr(1)

@@ -8,8 +8,8 @@ import pytest
 from helpers.chat_endpoint import served
 
 from q3mega.chat_models.endpoint import Endpoint
+from q3mega.chat_models.reference_judge import ReferenceJudge, _monotone
 from q3mega.errors import JudgeFailed, UserError
-from q3mega.rewards.models.reference_judge import ReferenceJudge, _monotone
 
 ROW = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
