@@ -156,7 +156,7 @@ def writer(path: Path) -> tuple[Callable[[str], object], Callable[[], object]]:
 
 def run(folder: Path, workers: int) -> tuple[float, float]:
     """(seconds, peak GiB) of the command."""
-    command = [sys.executable, "-m", "q3mega.cli", "curate", str(folder / "config.yaml")]
+    command = [sys.executable, "-m", "q3mega", "curate", str(folder / "config.yaml")]
     began, peak = time.monotonic(), 0
     process = subprocess.Popen(
         [*command, "--out", str(folder / "out"), "--workers", str(workers)],

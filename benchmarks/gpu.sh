@@ -11,7 +11,7 @@ if [ -z "$card" ]; then
   echo "benchmarks/gpu.sh: torch of $python sees no GPU" >&2
   exit 2
 fi
-"$python" -m q3mega.cli doctor
+"$python" -m q3mega doctor
 "$python" -m pytest -m gpu tests/ops
 if command -v compute-sanitizer > /dev/null; then
   compute-sanitizer --error-exitcode 1 "$python" -m pytest -m gpu tests/ops/test_cuda.py

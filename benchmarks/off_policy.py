@@ -46,7 +46,7 @@ def run(start: Path, folder: Path, recipe: Path, settings: dict[str, object]) ->
     given += [f"reasoning_rl.init={start}", f"tokenizer.path={start}", "tokenizer.vocab_size=null"]
     shape = asdict(shape_of(start)).items()  # the recipe's may be another, and dense
     given += [f"model.{n}={json.dumps(v)}" for n, v in shape if n in ModelSpec.model_fields]
-    command = [sys.executable, "-m", "q3mega.cli", "run", str(recipe), "--run-dir", str(folder)]
+    command = [sys.executable, "-m", "q3mega", "run", str(recipe), "--run-dir", str(folder)]
     subprocess.run([*command, "--only", "reasoning_rl", *given], check=True, stdout=sys.stderr)
     [stage] = folder.glob("*-reasoning_rl")
     return stage

@@ -35,7 +35,7 @@ def run(overrides: list[str], backend: str | None) -> tuple[float, float]:
     environment = dict(os.environ) | ({"Q3MEGA_BACKEND": backend} if backend else {})
     with tempfile.TemporaryDirectory() as folder:
         short = [f"pretrain_general.steps={STEPS}", *overrides]
-        command = [sys.executable, "-m", "q3mega.cli", "run", str(RECIPE), "--run-dir", folder]
+        command = [sys.executable, "-m", "q3mega", "run", str(RECIPE), "--run-dir", folder]
         process = subprocess.Popen(
             [*command, "--only", "pretrain_general", *short],
             env=environment, stdout=subprocess.DEVNULL,

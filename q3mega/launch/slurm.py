@@ -143,7 +143,7 @@ def script(recipe: Recipe, run_dir: Path, stage: str) -> str:
             "  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS",
             "  export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE",
             f'  exec "$@"\' - {python} -P -m q3mega.stages {run} {stage} &{ending}',
-            f"{here} -P -m q3mega.cli report {run}",
+            f"{here} -P -m q3mega report {run}",
             "",
         ]
     )

@@ -1,6 +1,6 @@
 """Hugging Face folders to megatron-core's distributed checkpoints, and back.
 
-Under torchrun every rank converts its part: `torchrun --nproc-per-node 8 -m q3mega.cli convert
+Under torchrun every rank converts its part: `torchrun --nproc-per-node 8 -m q3mega convert
 hf-to-mcore SRC DST tensor=8`. A megatron-core folder keeps config.json and the tokenizer, so that
 it can be turned back. Neither direction changes a bit of any weight; tensors of several precisions
 are kept in float32, which holds them all. A target appears when all of it is written and verified.

@@ -126,7 +126,7 @@ def test_a_failure_is_asked_again_and_a_refusal_is_told(engine, batches, monkeyp
 def test_a_server_of_fewer_log_probabilities_is_refused(engine, batches, monkeypatch):
     with token_server(engine) as server:
         teacher = ServedTeacher(server.url, TOKENIZER, SHAPE)
-        monkeypatch.setattr("token_server.Vllm.best_of", lambda *_: None)
+        monkeypatch.setattr("helpers.token_server.Vllm.best_of", lambda *_: None)
         with pytest.raises(UserError, match=r"gave no 5 log-probabilities of each of 7 tokens"):
             teacher.top_logprobs(batches, K)
 

@@ -295,7 +295,7 @@ def test_the_run_folder_is_named_after_the_recipe(
         folder = recipe.stage_dir(Path("runs") / recipe.name, stage)
         folder.mkdir(parents=True)
         (folder / "DONE").touch()
-    command = [sys.executable, "-m", "q3mega.cli", "run", "tiny.yaml"]
+    command = [sys.executable, "-m", "q3mega", "run", "tiny.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "cold_start:  done before" in done.stdout
     assert done.stdout.strip().endswith(f"runs/{recipe.name}/report.html")
@@ -327,7 +327,7 @@ def test_a_run_that_is_asked_to_stop_lets_its_stage_save(
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("BEHAVE", "cold_start:polite")
     code = (
-        "import sys; from q3mega import cli, driver; from functools import partial; "
+        "import sys; from q3mega import cli; from q3mega.launch import driver; from functools import partial; "
         "driver.run = partial(driver.run, module='stand_in_stage'); "
         "sys.exit(cli.main(sys.argv[1:]))"
     )

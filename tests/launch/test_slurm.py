@@ -249,7 +249,7 @@ def test_a_chain_that_is_cut_finishes_as_an_uncut_run(
     recipe.write_text(yaml.safe_dump(raw, sort_keys=False))
 
     runs = {"uncut": tmp_path / "uncut", "queued": tmp_path / name}
-    command = [sys.executable, "-m", "q3mega.cli", "run", str(recipe), *ON_CPUS]
+    command = [sys.executable, "-m", "q3mega", "run", str(recipe), *ON_CPUS]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--run-dir", str(runs["uncut"])], check=True, env=environment)
 

@@ -297,7 +297,7 @@ def test_from_several_threads_at_once():
 
 
 def test_a_killed_caller_leaves_no_program_behind():
-    program = "from q3mega.rewards import sandbox as s\ns.confinement(); print(flush=True)\n"
+    program = "from q3mega.sandbox import sandbox as s\ns.confinement(); print(flush=True)\n"
     program += "s.run('import time; time.sleep(99)', limits=s.Limits(wall=3))"
     caller = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     caller.stdout.read(1)  # from here on there is but one program

@@ -116,7 +116,7 @@ def ran(tmp_path_factory):
     write_files(folder)
     with served(script, models=("teacher", "judge")) as server:
         (folder / "own.yaml").write_text(RECIPE.read_text().replace("URL", server.url))
-        command = [sys.executable, "-m", "q3mega.cli", "run", "own.yaml", "--run-dir", "run"]
+        command = [sys.executable, "-m", "q3mega", "run", "own.yaml", "--run-dir", "run"]
         process = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, timeout=600, env=os.environ
         )

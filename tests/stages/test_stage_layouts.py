@@ -26,7 +26,7 @@ SEQUENCE = "pretrain_general.layout.sequence_parallel=true"
 
 
 def command(folder: Path, stage: str, *overrides: str) -> list[str]:
-    run = [sys.executable, "-m", "q3mega.cli", "run", str(RECIPE), "--run-dir", str(folder)]
+    run = [sys.executable, "-m", "q3mega", "run", str(RECIPE), "--run-dir", str(folder)]
     return [*run, "--only", stage, *overrides]
 
 

@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
 
 def start(run_dir: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "q3mega.cli", "run", str(RECIPE), "--run-dir", str(run_dir)]
+    command = [sys.executable, "-m", "q3mega", "run", str(RECIPE), "--run-dir", str(run_dir)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -60,7 +60,7 @@ def convert(direction: str, source: Path, target: Path, ways: str, processes: in
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={processes}", "-m", "q3mega.cli", "convert", direction,
+            f"--nproc-per-node={processes}", "-m", "q3mega", "convert", direction,
             str(source), str(target), *ways.split(), "--verify",
         ],
         capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},

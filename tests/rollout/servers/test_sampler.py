@@ -461,7 +461,7 @@ def test_text_ends_before_an_id_that_no_token_has(serve, tmp_path):
     """A server samples from all rows of its lm_head; a loss would refuse those beyond the ids."""
     trainer = Engine(SHAPES["dense"], LAYOUT(), seed=7, ids=50)
     servers, _ = serve(None, engines=[made(5)])
-    whole = [c for g in sampler.generate(PROMPTS, SamplingParams(20, n=4, seed=1)) for c in g]
+    whole = [c for g in servers.generate(PROMPTS, SamplingParams(20, n=4, seed=1)) for c in g]
     cut = [cut_at_unknown(c, trainer.valid_vocab) for c in whole]
     assert 0 < sum(len(c.tokens) for c in cut) < sum(len(c.tokens) for c in whole)
     for before, after in zip(whole, cut, strict=True):

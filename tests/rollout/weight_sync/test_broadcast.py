@@ -194,7 +194,9 @@ def test_one_that_dies_in_a_transfer_does_not_hold_up_the_others(trainer, proces
 def test_servers_that_cannot_join_are_refused(trainer):
     with token_server(trainer, kind="vllm") as server:
         server.extended = False
-        with pytest.raises(UserError, match=r"--worker-extension-cls q3mega\.rollout\.vllm_worker"):
+        with pytest.raises(
+            UserError, match=r"--worker-extension-cls q3mega\.rollout\.weight_sync\.vllm_worker"
+        ):
             broadcast.Broadcast(ServerSampler([server.url], TOKENIZER))
     with token_server(trainer, kind="sglang") as server:
         server.layout = server.layout | {"pp_size": 2}
