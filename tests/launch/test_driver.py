@@ -327,7 +327,8 @@ def test_a_run_that_is_asked_to_stop_lets_its_stage_save(
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("BEHAVE", "cold_start:polite")
     code = (
-        "import sys; from q3mega import cli; from q3mega.launch import driver; from functools import partial; "
+        "import sys; from functools import partial; from q3mega import cli; "
+        "from q3mega.launch import driver; "
         "driver.run = partial(driver.run, module='stand_in_stage'); "
         "sys.exit(cli.main(sys.argv[1:]))"
     )
