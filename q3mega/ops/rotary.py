@@ -63,7 +63,7 @@ def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:
     return _turn(x, angle.cos().to(work), angle.sin().to(work))
 
 
-class Turns(NamedTuple):
+class RotaryTables(NamedTuple):
     """How dual-chunk attention turns queries and keys, for kernels that look angles up."""
 
     offset: int  # of the first query's token

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from q3mega.kernels import KINDS
-from q3mega.ops.rotary import Turns
+from q3mega.ops.rotary import RotaryTables
 
 WIDE = ("_cpu_avx512",) if "AVX512" in torch.backends.cpu.get_cpu_capability() else ()
 BUILDS = [name for name in (*WIDE, "_cpu") if find_spec(f"q3mega.{name}")]  # the best first
@@ -125,7 +125,9 @@ def _addresses(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(x.data_ptr() for x in tensors)
 
 
-def _shape(turns: Turns, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple[float, ...]:
+def _shape(
+    turns: RotaryTables, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor
+) -> tuple[float, ...]:
     return (
         len(cu_k) - 1, q.shape[1], *k.shape[1:], cu_q.data_ptr(), cu_k.data_ptr(), turns.offset,
         turns.chunk, turns.clamp, turns.cos.data_ptr(), turns.sin.data_ptr(), turns.scale,
@@ -133,7 +135,7 @@ def _shape(turns: Turns, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> tu
 
 
 def attention_forward(
-    turns: Turns, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
+    turns: RotaryTables, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp (T, Hq)) of un-rotated q (T, Hq, D), k and v (T, Hkv, D)."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
@@ -143,7 +145,7 @@ def attention_forward(
 
 
 def attention_backward(
-    turns: Turns, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    turns: RotaryTables, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_q: Tensor, cu_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv)."""

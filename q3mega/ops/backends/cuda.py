@@ -15,7 +15,7 @@ from q3mega import _cuda
 from q3mega.kernels import KINDS
 from q3mega.kernels.tiles import key_tiles, query_tiles
 from q3mega.ops import rotary
-from q3mega.ops.rotary import Turns
+from q3mega.ops.rotary import RotaryTables
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1}
 ROWS = 128  # of a tile of queries or of keys
@@ -135,7 +135,7 @@ def _triton(kernel: str, *tensors: Tensor) -> Any:
         return getattr(distill_loss, kernel)(*tensors)
 
 
-def _problem(turns: Turns, q: Tensor, k: Tensor, work: Tensor) -> _cuda.Attention:
+def _problem(turns: RotaryTables, q: Tensor, k: Tensor, work: Tensor) -> _cuda.Attention:
     arguments = (
         TYPES[q.dtype], q.shape[2], q.shape[1], k.shape[1], len(q), len(k), min(turns.chunk, FAR),
         min(turns.clamp, FAR), turns.scale, turns.cos, turns.sin, work, len(work),
@@ -144,7 +144,7 @@ def _problem(turns: Turns, q: Tensor, k: Tensor, work: Tensor) -> _cuda.Attentio
 
 
 def attention_forward(
-    turns: Turns, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
+    turns: RotaryTables, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp (T, Hq)) of un-rotated q (T, Hq, D), k and v (T, Hkv, D)."""
     turned = rotary.turn(k, rotary.places(cu_k, turns.chunk), turns.cos, turns.sin)
@@ -157,7 +157,7 @@ def attention_forward(
 
 
 def attention_backward(
-    turns: Turns, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    turns: RotaryTables, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_q: Tensor, cu_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv)."""

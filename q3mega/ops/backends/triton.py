@@ -15,7 +15,7 @@ from q3mega.kernels.distill_loss import (
 )
 from q3mega.kernels.linear_logprob import row_gradient, row_stats
 from q3mega.ops import rotary
-from q3mega.ops.rotary import Turns
+from q3mega.ops.rotary import RotaryTables
 
 __all__ = [
     "divergence_gradient", "divergence_sums", "picked_d_hidden", "picked_d_weight",
@@ -32,12 +32,12 @@ def serves(x: Tensor) -> str | None:
 serves_attention = serves
 
 
-def _shape(turns: Turns, cu_q: Tensor, cu_k: Tensor) -> dual_chunk_attention.Shape:
+def _shape(turns: RotaryTables, cu_q: Tensor, cu_k: Tensor) -> dual_chunk_attention.Shape:
     return dual_chunk_attention.Shape(cu_q.tolist(), cu_k.tolist(), *turns)
 
 
 def attention_forward(
-    turns: Turns, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
+    turns: RotaryTables, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp (T, Hq)) of un-rotated q (T, Hq, D), k and v (T, Hkv, D)."""
     turned = rotary.turn(k, rotary.places(cu_k, turns.chunk), turns.cos, turns.sin)
@@ -45,7 +45,7 @@ def attention_forward(
 
 
 def attention_backward(
-    turns: Turns, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    turns: RotaryTables, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_q: Tensor, cu_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv)."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from q3mega.ops.backends import KERNELS
 from q3mega.ops.dispatch import register
 from q3mega.ops.dual_chunk_attention import check_borders
-from q3mega.ops.rotary import Turns
+from q3mega.ops.rotary import RotaryTables
 
 
 def _borders(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,13 +20,13 @@ def _borders(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _turns(
     inv_freq: Tensor, cu_k: Tensor, chunk: int, clamp: int, scale: float, offset: int
-) -> Turns:
+) -> RotaryTables:
     longest = int(cu_k.diff().max()) if len(cu_k) > 1 else 0
     places = min(longest, chunk)  # and beyond a chunk the places of queries that look back
     places = max(places, min(2 * chunk - 1, clamp) + 1) if longest > chunk else max(places, 1)
     index = torch.arange(places, dtype=torch.float64, device=inv_freq.device)
     angle = index[:, None] * inv_freq.double()
-    return Turns(offset, chunk, clamp, scale, angle.cos().float(), angle.sin().float())
+    return RotaryTables(offset, chunk, clamp, scale, angle.cos().float(), angle.sin().float())
 
 
 @torch.library.custom_op("q3mega::dual_chunk_attention", mutates_args=())
