@@ -271,5 +271,8 @@ def _sequence_mean(x: Tensor, sequences: Sequences, mask: Tensor) -> Tensor:
     n = int(ids.max()) + 1 if len(ids) else 0
     total = x.new_zeros(n).index_add(0, ids, x)
     count = x.new_zeros(n).index_add(0, ids, mask.to(x.dtype))
-    total, count = (vocab.spread(vocab.total(v, group), group) for v in (total, count))
+    total, count = (
+        vocab.copy_to_tp_region(vocab.reduce_from_tp_region(v, group), group)
+        for v in (total, count)
+    )
     return (total / count.clamp(min=1))[ids]

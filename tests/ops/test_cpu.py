@@ -51,7 +51,7 @@ def sized(n: int, v: int, h: int, seed: int) -> tuple[list[torch.Tensor], torch.
 @pytest.fixture(params=[1, 7, 10**6], ids=lambda rows: f"blocks of {rows}")
 def blocks(request, monkeypatch):
     """The buffer holds so many rows of a vocabulary of 37."""
-    monkeypatch.setattr(lm_head, "BUFFER_BYTES", request.param * 37 * 4)
+    monkeypatch.setattr(lm_head, "CPU_LOGITS_BYTES", request.param * 37 * 4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -165,7 +165,7 @@ def test_distill_from_the_teachers_best(blocks, kind, tail, k) -> None:
 
 
 def test_a_narrower_teacher_takes_the_students_blocks(monkeypatch) -> None:
-    monkeypatch.setattr(lm_head, "BUFFER_BYTES", 1)
+    monkeypatch.setattr(lm_head, "CPU_LOGITS_BYTES", 1)
     leaves, teacher = randn(22, (11, 12), (37, 12)), randn(23, (11, 4), (37, 4))  # 3 rows, not 1
 
     def run(backend, hidden, weight):

@@ -9,7 +9,7 @@ from torch import Tensor
 from q3mega.ops.backends import KERNELS
 from q3mega.ops.dispatch import register
 from q3mega.ops.dual_chunk_attention import check_borders
-from q3mega.ops.rotary import Turns
+from q3mega.ops.rotary import RotaryTables
 
 
 def _borders(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,15 +18,15 @@ def _borders(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return (cu_k if len(q) == len(k) else cu_k.new_tensor([0, len(q)])), cu_k
 
 
-def _turns(
+def _rotary_tables(
     inv_freq: Tensor, cu_k: Tensor, chunk: int, clamp: int, scale: float, offset: int
-) -> Turns:
+) -> RotaryTables:
     longest = int(cu_k.diff().max()) if len(cu_k) > 1 else 0
     places = min(longest, chunk)  # and beyond a chunk the places of queries that look back
     places = max(places, min(2 * chunk - 1, clamp) + 1) if longest > chunk else max(places, 1)
     index = torch.arange(places, dtype=torch.float64, device=inv_freq.device)
     angle = index[:, None] * inv_freq.double()
-    return Turns(offset, chunk, clamp, scale, angle.cos().float(), angle.sin().float())
+    return RotaryTables(offset, chunk, clamp, scale, angle.cos().float(), angle.sin().float())
 
 
 @torch.library.custom_op("q3mega::dual_chunk_attention", mutates_args=())
@@ -35,9 +35,9 @@ def _attention(
     scale: float, offset: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     cu_q, cu_k = _borders(q, k, cu_seqlens)
-    turns = _turns(inv_freq, cu_k, chunk, clamp, scale, offset)
+    tables = _rotary_tables(inv_freq, cu_k, chunk, clamp, scale, offset)
     operands = (x.contiguous() for x in (q, k, v))
-    return KERNELS[backend].attention_forward(turns, *operands, cu_q, cu_k)
+    return KERNELS[backend].attention_forward(tables, *operands, cu_q, cu_k)
 
 
 @_attention.register_fake
@@ -51,9 +51,9 @@ def _backward(
     cu_seqlens: Tensor, chunk: int, clamp: int, scale: float, offset: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     cu_q, cu_k = _borders(q, k, cu_seqlens)
-    turns = _turns(inv_freq, cu_k, chunk, clamp, scale, offset)
+    tables = _rotary_tables(inv_freq, cu_k, chunk, clamp, scale, offset)
     operands = (x.contiguous() for x in (d_out, q, k, v))
-    return KERNELS[backend].attention_backward(turns, *operands, out, lse, cu_q, cu_k)
+    return KERNELS[backend].attention_backward(tables, *operands, out, lse, cu_q, cu_k)
 
 
 @_backward.register_fake
