@@ -31,7 +31,7 @@ DENSE = Qwen3Shape(
 )
 MOE = Qwen3Shape(
     layers=6, hidden=256, heads=8, kv_heads=4, ffn=768, head_dim=32, vocab=4096, tied=True,
-    experts=8, topk=2, moe_ffn=256, balance=0.0,
+    experts=8, topk=2, moe_ffn=256, router_aux_loss_coef=0.0,
 )  # fmt: skip
 
 

@@ -28,13 +28,13 @@ NO_CLIP = {"clip_low": 1.0, "clip_high": 1e6}
 CASES: dict[str, dict[str, object]] = {
     "on-policy": {"updates": 1},
     SMALL: {"updates": 1},
-    "off-policy, clip + TIS": LATE | {"correction": "tis"},
+    "off-policy, clip + TIS": LATE | {"rollout_correction": "tis"},
     "off-policy, clip": LATE,
     "off-policy, neither": LATE | NO_CLIP,
 }
 MIXTURE: dict[str, dict[str, object]] = {
-    "off-policy, clip + TIS, R2": LATE | {"correction": "tis", "routing_replay": "r2"},
-    "off-policy, clip + TIS, R3": LATE | {"correction": "tis", "routing_replay": "r3"},
+    "off-policy, clip + TIS, R2": LATE | {"rollout_correction": "tis", "routing_replay": "r2"},
+    "off-policy, clip + TIS, R3": LATE | {"rollout_correction": "tis", "routing_replay": "r3"},
     "off-policy, clip, R2": LATE | {"routing_replay": "r2"},
     "off-policy, clip, R3": LATE | {"routing_replay": "r3"},
 }
@@ -57,7 +57,10 @@ def measured(stage: Path) -> tuple[dict[str, float], list[float]]:
     lines = (stage / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "gap" in row]
     last = rows[-max(1, len(rows) // 10) :]
-    means = [statistics.fmean(r[name] for r in last) for name in ("gap", "clipped", "entropy")]
+    means = [
+        statistics.fmean(r[name] for r in last)
+        for name in ("logprob_mismatch", "clip_fraction", "entropy")
+    ]
     return json.loads((stage / "eval.json").read_text())["think_accuracy"], means
 
 

@@ -1,6 +1,6 @@
 """A reward of one's own: `rewards: [custom_reward.py]` in a recipe, or `q3mega eval --rewards`.
 
-Rows name it: {"question": ..., "documents": [...], "reward": {"grounded": 0.8, "cites": 0.2}}.
+Rows name it: {"question": ..., "documents": [...], "reward": {"groundedness": 0.8, "cites": 0.2}}.
 """
 
 import re

@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("overrides", nargs="*", metavar="axis=ways", help="tensor=2; torchrun")
     convert.add_argument("--verify", action="store_true", help="compare logits with transformers")
 
-    teach = commands.add_parser("teach", help="a teacher for students of other jobs; torchrun")
+    teach = commands.add_parser(
+        "serve-teacher", help="a teacher for students of other jobs; torchrun"
+    )
     teach.set_defaults(command=_teach)
     teach.add_argument("checkpoint", type=Path, help="a Hugging Face folder")
     teach.add_argument("overrides", nargs="*", metavar="axis=ways", help="tensor=8 expert=8")
@@ -153,7 +155,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "generate":
             sub.add_argument("--prompt", required=True)
 
-    gap = commands.add_parser("gap", help="log-probabilities: a checkpoint here against servers")
+    gap = commands.add_parser(
+        "logprob-mismatch", help="log-probabilities: a checkpoint here against servers"
+    )
     gap.set_defaults(command=_gap)
     gap.add_argument("checkpoint", type=Path, help="a Hugging Face folder, which the servers hold")
     gap.add_argument("overrides", nargs="*", metavar="axis=ways", help="tensor=2; torchrun")
@@ -372,7 +376,11 @@ def _eval(arguments: argparse.Namespace) -> int:
             print(
                 f"{name + suffix:<32} {found['value']:.3f}  "
                 f"[{found['low']:.3f}, {found['high']:.3f}]  {found['n']:>8}"
-                + (f"  {found['unjudged']:.1%} unjudged" if "unjudged" in found else "")
+                + (
+                    f"  {found['unscored_fraction']:.1%} unjudged"
+                    if "unscored_fraction" in found
+                    else ""
+                )
             )
         if cut := model.counted.cut_share():
             print(f"cut at {params.max_tokens} tokens: {cut:.0%} (--max-tokens)", file=sys.stderr)

@@ -164,7 +164,9 @@ def gap_of_layouts(
             known = Record.model_validate_json(against.read_bytes())
         except (OSError, ValueError) as error:
             said = str(error).splitlines()[0]
-            raise UserError(f"--against {against} is no record of gap --record: {said}") from None
+            raise UserError(
+                f"--against {against} is no record of logprob-mismatch --record: {said}"
+            ) from None
     tokenizer = Tokenizer(folder)
     engine = _engine(folder, layout, tokenizer)
     texts = [

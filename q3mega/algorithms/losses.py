@@ -11,7 +11,7 @@ from torch import Tensor
 
 from q3mega import ops
 from q3mega.data.batch import Batch, Sample
-from q3mega.engine import Head, LossFn
+from q3mega.engine import LMHead, LossFn
 from q3mega.ops.distill_loss import Divergence
 
 
@@ -38,7 +38,7 @@ def _weighted(values: Tensor, batch: Batch) -> Tensor:
     return (values.detach() * batch.loss_weights).sum()
 
 
-def supervised(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def supervised(head: LMHead, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative log-likelihood of the weighted tokens; `entropy` is their mean (token aggregate)."""
     logprob, entropy = ops.linear_logprob(
         head.hidden,
@@ -53,7 +53,7 @@ def supervised(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 def policy_gradient(**settings: Any) -> LossFn:
     """A loss of GRPO's family; settings go to `ops.grpo_loss` as they are."""
 
-    def loss(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(head: LMHead, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         columns = batch.columns
         out = ops.grpo_loss(
             head.hidden,
@@ -78,8 +78,10 @@ def policy_gradient(**settings: Any) -> LossFn:
         return out.loss, {
             "entropy": total(out.entropy),
             "kl": total(out.kl),
-            "clipped": out.clip_fraction * active.sum(),
-            "gap": total(gap),  # on the first update of a rollout batch: trainer against sampler
+            "clip_fraction": out.clip_fraction * active.sum(),
+            "logprob_mismatch": total(
+                gap
+            ),  # on the first update of a rollout batch: trainer against sampler
             "active": active.sum(),
         }
 
@@ -116,7 +118,7 @@ def _divergence(
 ) -> LossFn:
     """teacher(batch): that of `ops.distill_loss`, in whichever form."""
 
-    def loss(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(head: LMHead, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         out = ops.distill_loss(
             head.hidden,
             head.weight,
@@ -139,7 +141,7 @@ def preference(token: int, weight: float) -> LossFn:
     weight: of each pair in the global sum.
     """
 
-    def loss(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(head: LMHead, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = scalar(head, batch, token).view(-1, 2).unbind(1)
         value = -torch.nn.functional.logsigmoid(chosen - rejected).sum() * weight
         return value, {"right": (chosen > rejected).sum() * weight}
@@ -147,7 +149,7 @@ def preference(token: int, weight: float) -> LossFn:
     return loss
 
 
-def scalar(head: Head, batch: Batch, token: int) -> Tensor:
+def scalar(head: LMHead, batch: Batch, token: int) -> Tensor:
     """(B,) the preference model's scalar of each document."""
     ends = head.hidden[batch.cu_seqlens[1:].long() - 1]
     return ends @ head.rows(torch.tensor([token], device=ends.device))[0]

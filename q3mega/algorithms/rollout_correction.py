@@ -17,7 +17,7 @@ from q3mega.errors import UserError
 
 
 @dataclass(frozen=True)
-class Correction:
+class RolloutCorrection:
     """cap, band: of exp d. delta: nats a token, an estimate of KL(sampler || trainer)."""
 
     kind: Literal["tis", "mis", "sequence_mask"]
@@ -25,7 +25,7 @@ class Correction:
     band: tuple[float, float] = (0.5, 2.0)
     delta: float = 0.5
 
-    def trust(
+    def importance_weights(
         self, trainer: NDArray[np.float64], sampler: NDArray[np.float64], advantage: float
     ) -> NDArray[np.float64]:
         """(n,) from the (n,) log-probabilities of the tokens that the model chose.
@@ -35,8 +35,8 @@ class Correction:
         d = trainer - sampler
         if not np.isfinite(d).all():
             raise UserError(
-                f"correction={self.kind}: a log-probability of {len(d)} tokens is not finite; "
-                "check the rollout engine, which must give that of every sampled token"
+                f"rollout_correction={self.kind}: a log-probability of {len(d)} tokens is not "
+                "finite; check the sampler, which must give that of every sampled token"
             )
         if self.kind == "tis":
             return np.exp(np.minimum(d, np.log(self.cap)))

@@ -63,9 +63,9 @@ class Endpoint:
 
     key_env: the environment variable that holds the key. concurrency: requests at once.
     token_budget: of all prompts and replies that the cache has ever paid for; requests under way
-    when it is reached are let through. cache: an SQLite file. switch: tell the chat template
-    whether to think. token_limit: the field that bounds a reply. extra_body: fields of every
-    request. Fields that a server refuses are left out, which the log says.
+    when it is reached are let through. cache: an SQLite file. send_enable_thinking: tell the
+    chat template whether to think. token_limit: the field that bounds a reply. extra_body:
+    fields of every request. Fields that a server refuses are left out, which the log says.
     Raises UserError for a key that is not there and a cache that is none.
     """
 
@@ -78,14 +78,18 @@ class Endpoint:
         concurrency: int = 64,
         token_budget: int | None = None,
         cache: Path | None = None,
-        switch: bool = True,
+        send_enable_thinking: bool = True,
         token_limit: TokenLimit = "max_tokens",
         extra_body: Mapping[str, Any] | None = None,
         timeout: float = TIMEOUT,
         retries: int = RETRIES,
     ) -> None:
         key = key_of("key_env", key_env) or "none"
-        self.url, self.model, self.switch = public_url(url), model, switch
+        self.url, self.model, self.send_enable_thinking = (
+            public_url(url),
+            model,
+            send_enable_thinking,
+        )
         self.concurrency, self.token_budget, self.retries = concurrency, token_budget, retries
         self.token_limit, self.extra_body = token_limit, dict(extra_body or {})
         limits = openai.Timeout(timeout, connect=min(timeout, CONNECT))
@@ -205,7 +209,7 @@ class Endpoint:
     ) -> dict[str, Any]:
         """What is asked for, whatever a server calls it: with the chat, the cache's key."""
         body = dict(self.extra_body)
-        if self.switch:
+        if self.send_enable_thinking:
             switches = body.get("chat_template_kwargs", {})
             body["chat_template_kwargs"] = {"enable_thinking": thinking} | switches
         heat = {} if temperature is None else {"temperature": temperature}

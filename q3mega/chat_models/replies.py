@@ -30,7 +30,7 @@ REMEDIES = {
     "shape": "is it a server of chat completions? url must end in its path, mostly /v1",
     "stream": "set extra_body: {stream: false}",
     "log": "see the server's log",
-    "slow": "it took too long; a higher timeout, fewer requests at once (concurrency), or more "
+    "slow": "it took too long; a higher timeout_s, fewer requests at once (concurrency), or more "
     "servers",
     "down": "is the server up, and url right?",
     "busy": "fewer requests at once (concurrency), or more retries",
@@ -38,12 +38,12 @@ REMEDIES = {
     "account": "see to the account of the key; what was answered is kept",
     "length": "a shorter prompt, or fewer max_tokens",
     "refused": "raise max_failures, or take another model",
-    "request": "a shorter prompt, fewer max_tokens, or switch: false",
+    "request": "a shorter prompt, fewer max_tokens, or send_enable_thinking: false",
     "empty": "more max_tokens, or another model",
     "max_tokens": "set token_limit: max_completion_tokens",
     "max_completion_tokens": "set token_limit: max_tokens",
     "temperature": "set temperature: null",
-    "chat_template_kwargs": "set switch: false",
+    "chat_template_kwargs": "set send_enable_thinking: false",
 }
 
 _CUT = {"length", "max_tokens"}

@@ -28,7 +28,7 @@ class Layout(Section):
     distributed_optimizer: bool = True
     recompute: Recompute = "none"  # in the backward: RMSNorms, all of an expert layer, every layer
 
-    def counts_ends(self, layers: int) -> bool:
+    def count_embedding_and_head_as_layers(self, layers: int) -> bool:
         """Whether embedding and lm_head each count as a layer, since pipelines divide only so."""
         chunks = self.pipeline * self.virtual_pipeline
         return layers % chunks > 0 and (layers + 2) % chunks == 0 and layers + 2 > chunks
@@ -47,7 +47,7 @@ def check_layout(layout: Layout, model: Qwen3Shape) -> None:
     divides("tensor", layout.tensor, "kv_heads", model.kv_heads)
     divides("tensor", layout.tensor, "ffn", model.ffn)
     chunks = layout.pipeline * layout.virtual_pipeline
-    if model.layers % chunks and not layout.counts_ends(model.layers):
+    if model.layers % chunks and not layout.count_embedding_and_head_as_layers(model.layers):
         raise UserError(
             f"layout.pipeline * virtual_pipeline={chunks} divides neither layers={model.layers} "
             "nor, with embedding and lm_head counted as one each, two more"

@@ -62,7 +62,7 @@ PATHS = (
     "stages.*.judge_model.path",
     "stages.*.judge_examples",
     "stages.*.preference.file",
-    "stages.*.engine.weights",
+    "stages.*.rollout_servers.weights_folder",
     "stages.distill_off_policy.teacher",
     "stages.distill_on_policy.teacher",
 )
@@ -101,7 +101,7 @@ class ModelSpec(Section):
     experts: NonNegativeInt = 0
     topk: PositiveInt = 2
     moe_ffn: NonNegativeInt = 0
-    balance: NonNegativeFloat = 1e-3  # coefficient of the experts' load-balancing loss
+    router_aux_loss_coef: NonNegativeFloat = 1e-3  # coefficient of the experts' load-balancing loss
     tied: bool = True
     rope_base: PositiveFloat = 1e4
 
@@ -142,7 +142,7 @@ class Recipe(Section):
     problems: tuple[str, ...] = ()  # files of reasoning problems; none: the generated families
     rewards: tuple[str, ...] = ()  # Python files of rewards of one's own, run in every process
     # Held-out problems of an evaluation; of a general task half as many.
-    evaluated: Annotated[int, Field(ge=2)] = 400
+    eval_problems: Annotated[int, Field(ge=2)] = 400
     tokenizer: TokenizerSpec
     model: ModelSpec  # also the teacher's
     student: ModelSpec | None = None
@@ -198,7 +198,7 @@ class Recipe(Section):
                 )
             if stage.trains == "student" and self.student is None:
                 raise UserError(f"stages.{name} trains a student: add a student section")
-            elsewhere = getattr(stage, "teacher_at", None) is not None
+            elsewhere = getattr(stage, "teacher_url", None) is not None
             here = (stage.trains,) if elsewhere else ("model", stage.trains)
             for role in dict.fromkeys(here):  # the model is a student's teacher
                 try:

@@ -47,7 +47,7 @@ def _secrets(fields: object, path: str = "") -> Iterator[str]:
 
 
 def _teachers_url(url: str) -> str:
-    return secrets.public_url(url, "teacher_at", "teacher_key_env")
+    return secrets.public_url(url, "teacher_url", "teacher_key_env")
 
 
 class ChatModelSpec(Section):
@@ -62,9 +62,9 @@ class ChatModelSpec(Section):
     concurrency: Free[PositiveInt] = 64  # requests at once
     token_budget: Free[PositiveInt | None] = None  # tokens of all requests; None: no limit
     max_failures: Free[Fraction] = 0.05  # share of texts without a usable reply that ends the stage
-    timeout: Free[PositiveFloat] = 3600.0  # seconds a request
+    timeout_s: Free[PositiveFloat] = 3600.0  # seconds a request
     retries: Free[NonNegativeInt] = 6  # of a request
-    switch: bool = True  # send chat_template_kwargs.enable_thinking
+    send_enable_thinking: bool = True  # send chat_template_kwargs.enable_thinking
     # the field that bounds a reply; reasoning models of some hosts take the second alone
     token_limit: Free[Literal["max_tokens", "max_completion_tokens"]] = "max_tokens"
     extra_body: dict[str, Any] = Field({})  # further fields of every request
@@ -91,7 +91,7 @@ class ChatModelSpec(Section):
 
     @model_validator(mode="after")
     def _of_servers(self) -> Self:
-        for name in ("timeout", "retries", "switch", "token_limit", "extra_body"):
+        for name in ("timeout_s", "retries", "send_enable_thinking", "token_limit", "extra_body"):
             if self.path is not None and name in self.model_fields_set:
                 raise UserError(f"{name}={getattr(self, name)!r} is for a server (url); drop it")
         if self.path is not None and self.temperature is None:
@@ -105,24 +105,29 @@ class ChatModelSpec(Section):
         return self
 
 
-class RolloutEngine(Section):
+class RolloutServers(Section):
     """Servers that sample instead of the training processes: docs/engines.md."""
 
     kind: Rounds[Literal["vllm", "sglang"]]
     urls: Free[Annotated[tuple[Url, ...], Field(min_length=1)]]
     concurrency: Free[PositiveInt] = 256  # sequences under way on each server
-    timeout: Free[PositiveFloat] = 3600.0  # seconds a request
+    timeout_s: Free[PositiveFloat] = 3600.0  # seconds a request
     retries: Free[NonNegativeInt] = 3  # of a sequence
     key_env: Free[Variable | None] = None  # the environment variable that holds the servers' key
     # mean |delta log p| to the trainer that ends the run
-    max_gap: Free[PositiveFloat | None] = 0.1
-    sync: Free[Literal["folder", "broadcast"]] = "folder"  # how the servers get the weights
-    weights: Free[str | None] = None  # a folder for them of this stage's; None: in the stage's own
+    max_logprob_mismatch: Free[PositiveFloat | None] = 0.1
+    weight_sync: Free[Literal["folder", "broadcast"]] = "folder"  # how the servers get the weights
+    weights_folder: Free[str | None] = (
+        None  # a folder for them of this stage's; None: in the stage's own
+    )
 
     @model_validator(mode="after")
     def _can_sync(self) -> Self:
-        if self.sync == "broadcast" and self.weights is not None:
-            raise UserError(f"weights={self.weights} is for sync: folder; leave one of them out")
+        if self.weight_sync == "broadcast" and self.weights_folder is not None:
+            raise UserError(
+                f"weights_folder={self.weights_folder} is for weight_sync: folder; "
+                "leave one of them out"
+            )
         return self
 
 
@@ -130,32 +135,33 @@ class TeacherSettings(Section):
     """Where the teacher is, and what of it the student learns from: docs/distillation.md."""
 
     teacher: str | None = None  # a Hugging Face folder; None: the latest stage of the model
-    # the teacher elsewhere: tcp://host:port of a q3mega teach, http://host:port of a vLLM server
-    teacher_at: Address[
+    # the teacher elsewhere: tcp://host:port of a q3mega serve-teacher, http://host:port of vLLM
+    teacher_url: Address[
         Annotated[
             str, Field(pattern=r"^(tcp://[^/]+:\d+|https?://.+)$"), AfterValidator(_teachers_url)
         ]
         | None
     ] = None
-    teacher_key_env: Free[Variable | None] = None  # the variable that holds teacher_at's key
-    teacher_timeout: Free[PositiveFloat] = 1800.0  # seconds until teacher_at says something
+    teacher_key_env: Free[Variable | None] = None  # the variable that holds teacher_url's key
+    teacher_timeout_s: Free[PositiveFloat] = 1800.0  # seconds until teacher_url says something
     teacher_topk: NonNegativeInt = 0  # its best tokens of each position; 0: see the stage
 
     @property
     def teacher_serves(self) -> bool:
         """Is the teacher a server of tokens and log-probabilities?"""
-        return self.teacher_at is not None and self.teacher_at.startswith("http")
+        return self.teacher_url is not None and self.teacher_url.startswith("http")
 
     @model_validator(mode="after")
     def _one_teacher(self) -> Self:
-        if self.teacher_at is None:
+        if self.teacher_url is None:
             return self
-        at = f"teacher_at={self.teacher_at}"
+        at = f"teacher_url={self.teacher_url}"
         if self.teacher is not None:
             raise UserError(f"{at} and teacher={self.teacher}: give one of them")
         if self.teacher_serves != (self.teacher_topk > 0):
             raise UserError(
                 f"{at}, teacher_topk={self.teacher_topk}: a server (http) tells its best tokens, "
-                "so give teacher_topk; a q3mega teach (tcp) its whole distribution, so leave it 0"
+                "so give teacher_topk; a q3mega serve-teacher (tcp) its whole distribution, so "
+                "leave it 0"
             )
         return self

@@ -13,7 +13,7 @@ from pydantic import (
 
 from q3mega.config.layout import Layout
 from q3mega.config.section import Free, Rounds, Section
-from q3mega.config.servers import ChatModelSpec, Fraction, RolloutEngine, TeacherSettings
+from q3mega.config.servers import ChatModelSpec, Fraction, RolloutServers, TeacherSettings
 from q3mega.errors import UserError
 
 Kind = Literal[
@@ -148,15 +148,17 @@ class RLSettings(Section):
     # penalty: to -1 over the last fifth of max_tokens; mask: truncated completions carry no loss
     overlong: Literal["none", "penalty", "mask"] = "none"
     # between sampler and trainer, from their log-probabilities at the start of a batch's updates
-    correction: Literal["none", "tis", "mis", "sequence_mask"] = "none"
+    rollout_correction: Literal["none", "tis", "mis", "sequence_mask"] = "none"
     tis_cap: PositiveFloat = 2.0  # highest importance weight of a token
     mis_band: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)  # weights outside of it become 0
     sequence_delta: PositiveFloat = 0.5  # nats a token; bad completions further off are masked
     # the experts of a batch's updates: those of the trainer before them (r2), of the sampler (r3)
     routing_replay: Literal["none", "r2", "r3"] = "none"
-    entropy_hold: NonNegativeFloat = 0.7  # the controller's target, of the first batch's entropy
-    entropy_step: NonNegativeFloat = 0.001
-    entropy_limit: NonNegativeFloat = 0.02
+    entropy_target_ratio: NonNegativeFloat = (
+        0.7  # the controller's target, of the first batch's entropy
+    )
+    entropy_coef_step: NonNegativeFloat = 0.001
+    entropy_coef_max: NonNegativeFloat = 0.02
 
     @model_validator(mode="before")
     @classmethod
@@ -173,7 +175,7 @@ class RLSettings(Section):
 
     @model_validator(mode="after")
     def _beside(self) -> Self:
-        beside = isinstance(self, ReasoningRL) and self.engine is not None
+        beside = isinstance(self, ReasoningRL) and self.rollout_servers is not None
         if self.schedule == "asynchronous" and not beside:
             raise UserError(
                 "schedule=asynchronous is for reasoning_rl with servers that sample beside the "
@@ -195,7 +197,7 @@ class ReasoningRL(StageConfig, RLSettings):
     """Reinforcement learning on verifiable problems."""
 
     selection: Selection
-    engine: Rounds[RolloutEngine | None] = None  # None: the training processes sample
+    rollout_servers: Rounds[RolloutServers | None] = None  # None: the training processes sample
 
 
 class ModeFusion(SFT):
@@ -241,7 +243,7 @@ class GeneralRL(StageConfig, RLSettings):
     judge_model: ChatModelSpec | None = None  # asked instead of one trained here
     judge_examples: str | None = None  # rows of messages, answer, response, right: its calibration
     preference: PreferenceModel = PreferenceModel()
-    engine: Rounds[RolloutEngine | None] = None
+    rollout_servers: Rounds[RolloutServers | None] = None
 
 
 class DistillOffPolicy(SFT, TeacherSettings):
@@ -257,10 +259,10 @@ class DistillOffPolicy(SFT, TeacherSettings):
 
     @model_validator(mode="after")
     def _teacher_writes(self) -> Self:
-        if self.teacher_at is not None and not self.teacher_serves:
+        if self.teacher_url is not None and not self.teacher_serves:
             raise UserError(
-                f"teacher_at={self.teacher_at}: a q3mega teach (tcp) writes no text, and the "
-                "student learns from it here: give teacher, or a server (http)"
+                f"teacher_url={self.teacher_url}: a q3mega serve-teacher (tcp) writes no text, and "
+                "the student learns from it here: give teacher, or a server (http)"
             )
         return self
 
@@ -285,11 +287,11 @@ class DistillOnPolicy(StageConfig, TeacherSettings):
         if self.teacher_serves and self.temperature != 1:
             raise UserError(
                 f"temperature={self.temperature}: a server tells log-probabilities at temperature "
-                "1; leave it there, or run the teacher by q3mega teach"
+                "1; leave it there, or run the teacher by q3mega serve-teacher"
             )
-        if self.teacher_at and not self.teacher_serves and self.compare_sft_samples:
+        if self.teacher_url and not self.teacher_serves and self.compare_sft_samples:
             raise UserError(
-                f"compare_sft_samples={self.compare_sft_samples}: teacher_at={self.teacher_at} "
+                f"compare_sft_samples={self.compare_sft_samples}: teacher_url={self.teacher_url} "
                 "writes no text; set it to 0"
             )
         return self

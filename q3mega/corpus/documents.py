@@ -37,13 +37,13 @@ from q3mega.problems.generated.solutions import response_text, solve, text_docum
 SHARES = {"chain_sum": 0.4, "modular_product": 0.28, "number_sorting": 0.32}
 # How many of the worked steps are wrong: a base model that knows the way and stumbles on it. Fewer
 # of the sums, which have most facts and so are the slowest to get rid of their slips.
-SLIPS = {"chain_sum": 0.21, "modular_product": 0.28, "number_sorting": 0.27}
+STEP_ERROR_RATE = {"chain_sum": 0.21, "modular_product": 0.28, "number_sorting": 0.27}
 CURATED = "curated:"  # a kind that is a folder
 MOST_TEXT = 300_000  # characters of real text of a kind: at laptop scale a mixture reads no more
 VALUES = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of pass keys
 # The general tasks of chat; those with tools twice, since a call is the longest reply to learn.
 # Constraints and programs are met in fusion first.
-CHORES = (
+SHORT_TASKS = (
     *(name for name in general.GENERAL if name not in ("bounded", "program")),
     "calculator",
     "lookup",
@@ -51,7 +51,7 @@ CHORES = (
 
 
 @dataclass
-class Funnel:
+class FilterReport:
     """What came to each step of a corpus's curation, and what each rule dropped; documents."""
 
     steps: Counter[str] = field(default_factory=Counter)
@@ -59,7 +59,7 @@ class Funnel:
 
 
 @functools.cache
-def _real_text(kind: str) -> tuple[list[str], Funnel]:
+def _real_text(kind: str) -> tuple[list[str], FilterReport]:
     names = [s.name for s in package_text.sources().values() if s.kind == kind]
     texts = [
         d for name in names for d in _first(MOST_TEXT // len(names), package_text.documents(name))
@@ -70,7 +70,7 @@ def _real_text(kind: str) -> tuple[list[str], Funnel]:
     kept, contaminated = package_text.decontaminate(distinct, questions)
     steps = {"read": len(texts), "no copy, nor near one": len(distinct), "no question": len(kept)}
     drops = {"copy or near copy": copies, "words of a held-out question": contaminated}
-    return kept, Funnel(
+    return kept, FilterReport(
         Counter({f"{kind}: {step}": n for step, n in steps.items()}),
         Counter({f"{kind}: {rule}": n for rule, n in drops.items() if n}),
     )
@@ -124,7 +124,7 @@ def _problems(rng: random.Random) -> Iterator[Problem]:
 
 def _worked(rng: random.Random) -> Iterator[str]:
     for p in _problems(rng):
-        yield text_documents(p, rng, slip=SLIPS[p.family], style=rng.randrange(3))[0]
+        yield text_documents(p, rng, slip=STEP_ERROR_RATE[p.family], style=rng.randrange(3))[0]
 
 
 def _direct(rng: random.Random) -> Iterator[str]:
@@ -136,11 +136,11 @@ def _chat(rng: random.Random) -> Iterator[TaggedText]:
     """Worked solutions in chat markup, and short replies: what post-training builds on."""
     for p in _problems(rng):
         if rng.random() < 0.6:
-            solution = solve(p, rng=rng, slip=SLIPS[p.family], style=rng.randrange(3))
+            solution = solve(p, rng=rng, slip=STEP_ERROR_RATE[p.family], style=rng.randrange(3))
             thinking, reply = thinking_text(solution), response_text(solution, rng)
             turns = [{"role": "assistant", "content": reply, "reasoning_content": thinking}]
         else:
-            p = general.draw(rng, CHORES)
+            p = general.draw(rng, SHORT_TASKS)
             turns = general.episode(p, rng, skill=0.75)
         # The list of tools takes 200 tokens: a third of the episodes show it.
         yield render([*p.messages, *turns], tools=p.tools if rng.random() < 1 / 3 else ())
@@ -228,7 +228,7 @@ def _token_documents(
     sequence: int,
     tokenizer: Tokenizer,
     held_out: Sequence[str],
-    books: Funnel,
+    books: FilterReport,
 ) -> Iterator[list[list[int]]]:
     """Documents of one kind in batches, each with its end, without end; none holds a question of
     `held_out`, to the letter."""
@@ -268,7 +268,7 @@ def build(
     seed: int,
     folder: Path,
     held_out: Sequence[str] = (),
-) -> Funnel:
+) -> FilterReport:
     """Write one indexed dataset a kind, with enough documents for its share of `tokens`.
 
     Documents longer than `sequence` are cut into pieces of that length; each ends in <|endoftext|>.
@@ -276,7 +276,7 @@ def build(
     would not do here: they leave out the signs, and 2+7-8 is not 2-7+8. Returns what came and went
     of all kinds but the curated ones, whose folders have books of their own.
     """
-    total, books = sum(mixture.values()), Funnel()
+    total, books = sum(mixture.values()), FilterReport()
     for kind, weight in mixture.items():
         builder = IndexedDatasetBuilder(f"{_prefix(folder, kind)}.bin", dtype=np.int32)
         wanted, have = int(tokens * weight / total) + sequence, 0

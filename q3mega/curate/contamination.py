@@ -12,7 +12,7 @@ import numpy as np
 
 from q3mega.curate.config import Decontamination
 from q3mega.curate.document import Document
-from q3mega.curate.sources import Malformed, rows, shards
+from q3mega.curate.sources import MalformedRow, rows, shards
 from q3mega.data.ngrams import Hashes, Words
 
 _OWN = 100  # held-out problems of each family, as evaluations ask them
@@ -26,7 +26,7 @@ def evaluation_texts(config: Decontamination, shard_mb: int) -> list[str]:
     for number, given in enumerate(config.evaluation):
         name = f"decontamination.evaluation.{number}"
         for shard in shards(name, given.glob, given.text, shard_mb):
-            malformed = Malformed(shard, given.text, 0.0)
+            malformed = MalformedRow(shard, given.text, 0.0)
             for row in rows(shard, given.text):
                 malformed.count(row)
                 texts.append(row.text or "")
@@ -39,7 +39,7 @@ def evaluation_texts(config: Decontamination, shard_mb: int) -> list[str]:
     return texts
 
 
-class Forbidden:
+class EvalNgramIndex:
     """Hashes of the n-grams that no document may hold, sorted, by n; kept as one .npz file.
 
     heads: of the first `head` words of each; almost all places of a document have none of them.
@@ -51,7 +51,7 @@ class Forbidden:
         self.table[heads >> _SHIFT] = True
 
     @classmethod
-    def of(cls, texts: Sequence[str], most: int, shortest: int) -> tuple["Forbidden", int]:
+    def of(cls, texts: Sequence[str], most: int, shortest: int) -> tuple["EvalNgramIndex", int]:
         """(the index, how many texts have fewer than `shortest` words and are not looked for)."""
         words = Words(texts)
         lengths = np.diff(words.offsets)
@@ -83,7 +83,7 @@ class Forbidden:
             np.savez(file, allow_pickle=False, head=self.head, heads=self.heads, **arrays)
 
     @classmethod
-    def read(cls, path: Path) -> "Forbidden":
+    def read(cls, path: Path) -> "EvalNgramIndex":
         with np.load(path) as stored:
             grams = {int(n): stored[n] for n in stored.files if n.isdigit()}
             return cls(int(stored["head"]), stored["heads"], grams)

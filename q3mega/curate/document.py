@@ -34,7 +34,7 @@ class Document:
 Step = Callable[[Sequence[Document]], Sequence[str]]
 
 
-class Books:
+class DropCounts:
     """Documents and bytes into and out of each step, drops by reason, and seconds, of one shard."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ def empty() -> dict[str, Any]:
 
 
 def total(books: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The sum over shards of Books.steps."""
+    """The sum over shards of DropCounts.steps."""
     summed: dict[str, dict[str, Any]] = {}
     for steps in books:
         for name, row in steps.items():

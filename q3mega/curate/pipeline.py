@@ -35,7 +35,7 @@ from pyarrow import parquet
 
 from q3mega.curate import duplicates
 from q3mega.curate.config import Config, changed
-from q3mega.curate.contamination import Forbidden, evaluation_texts
+from q3mega.curate.contamination import EvalNgramIndex, evaluation_texts
 from q3mega.curate.dataset import Encoder, assemble
 from q3mega.curate.document import total
 from q3mega.curate.files import alone, sha256
@@ -85,7 +85,7 @@ def _plan(config: Config, out: Path) -> dict[str, Any]:
     ]
     texts = evaluation_texts(config.decontamination, config.shard_mb)
     limits = config.decontamination
-    forbidden, short = Forbidden.of(texts, limits.words, limits.shortest)
+    forbidden, short = EvalNgramIndex.of(texts, limits.words, limits.shortest)
     plan = {
         "shards": [asdict(s) for s in cut],
         "tokenizer": {

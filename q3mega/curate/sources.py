@@ -270,7 +270,7 @@ def _strings(column: pa.Array) -> Iterator[Any]:
             yield error
 
 
-class Malformed:
+class MalformedRow:
     """Counts a shard's rows and stops the run when too many of them cannot be read."""
 
     def __init__(self, shard: Shard, field: str, share: float) -> None:

@@ -16,10 +16,10 @@ from pyarrow import parquet
 
 from q3mega.curate import duplicates, labels, mixture
 from q3mega.curate.config import Config, TokenizerFolder
-from q3mega.curate.contamination import Forbidden
+from q3mega.curate.contamination import EvalNgramIndex
 from q3mega.curate.dataset import TOKENISED, Encoder, tokenised
-from q3mega.curate.document import LABELS, Books, Document, size
-from q3mega.curate.sources import Malformed, Row, Shard, rows
+from q3mega.curate.document import LABELS, Document, DropCounts, size
+from q3mega.curate.sources import MalformedRow, Row, Shard, rows
 from q3mega.data import package_text
 from q3mega.data.language import identify
 from q3mega.io import atomic_write, write_json
@@ -46,9 +46,9 @@ def tell_language(documents: Sequence[Document]) -> list[str]:
 
 def label_shard(config: Config, out: Path, number: int, shard: Shard) -> dict[str, float]:
     """The first pass: documents/N.parquet and sketches/N.bin. Returns seconds by step."""
-    books = Books()
+    books = DropCounts()
     (source,) = [s for s in config.sources if s.name == shard.source]
-    malformed = Malformed(shard, source.text, config.malformed)
+    malformed = MalformedRow(shard, source.text, config.malformed)
     stem = f"{number:05d}"
     table_path, sketch_path = (
         out / "documents" / f"{stem}.parquet",
@@ -77,7 +77,7 @@ def label_shard(config: Config, out: Path, number: int, shard: Shard) -> dict[st
     return books.seconds
 
 
-def _read(stream: Iterator[Row], books: Books, malformed: Malformed) -> Iterator[list[str]]:
+def _read(stream: Iterator[Row], books: DropCounts, malformed: MalformedRow) -> Iterator[list[str]]:
     """Texts in batches; rows without one are entered by their reason."""
     batch: list[str] = []
     characters, began = 0, perf_counter()
@@ -96,7 +96,7 @@ def _read(stream: Iterator[Row], books: Books, malformed: Malformed) -> Iterator
         yield _entered(batch, bad, books, began)
 
 
-def _entered(batch: list[str], bad: list[str], books: Books, began: float) -> list[str]:
+def _entered(batch: list[str], bad: list[str], books: DropCounts, began: float) -> list[str]:
     total = sum(map(size, batch))
     books.add("read", (len(batch) + len(bad), total), (len(batch), total), bad)
     books.spend("read", perf_counter() - began)
@@ -123,8 +123,8 @@ def token_shard(config: Config, out: Path, number: int, first: int) -> dict[str,
 
     first: the number of the shard's first document among all.
     """
-    books, encoder = Books(), _encoder(config.tokenizer)
-    forbidden = Forbidden.read(out / "evaluation.npz")
+    books, encoder = DropCounts(), _encoder(config.tokenizer)
+    forbidden = EvalNgramIndex.read(out / "evaluation.npz")
     verdict = np.load(out / "duplicates.npy", mmap_mode="r")
     stem = f"{number:05d}"
     draw = partial(mixture.draw, config.mixture, config.seed, config.heldout)

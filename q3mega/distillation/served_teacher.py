@@ -51,15 +51,15 @@ class ServedTeacher:
             logging.getLogger(__name__).warning("%s has no tokenizer to compare with ours", url)
         elif theirs != tokenizer.encode(PROBE):
             raise UserError(
-                f"teacher_at={url}: its tokenizer gives other ids than {tokenizer.path}'s; teacher "
-                "and student must share one"
+                f"teacher_url={url}: its tokenizer gives other ids than {tokenizer.path}'s; "
+                "teacher and student must share one"
             )
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[list[Completion]]:
         """See `Sampler`."""
-        return parallel.from_first(lambda: self.server.generate(prompts, params))
+        return parallel.broadcast_from_leader(lambda: self.server.generate(prompts, params))
 
     def top_logprobs(self, batches: Sequence[Batch], k: int) -> list[tuple[Tensor, Tensor]]:
         """(ids (T, K) int64, log-probabilities (T, K) fp32) of the K likeliest next tokens at every
@@ -68,7 +68,7 @@ class ServedTeacher:
         After a document's last token nothing is predicted: its row repeats the one before. Raises
         EngineFailed when the server gave no usable answer, UserError for what it refuses.
         """
-        return parallel.from_first(lambda: self._asked(batches, k))
+        return parallel.broadcast_from_leader(lambda: self._asked(batches, k))
 
     def _asked(self, batches: Sequence[Batch], k: int) -> list[tuple[Tensor, Tensor]]:
         documents = [
@@ -102,7 +102,7 @@ class ServedTeacher:
         ]
         if len(best) != len(document) - 1 or any(len(row) != k for row in best):
             raise UserError(
-                f"teacher_at={self.url} gave no {k} log-probabilities of each of {len(document)} "
+                f"teacher_url={self.url} gave no {k} log-probabilities of each of {len(document)} "
                 "tokens: is it a vLLM 0.32?"
             )
         best = best + best[-1:]

@@ -4,6 +4,6 @@ from q3mega import device  # noqa: F401
 
 # isort: split
 from q3mega.engine.engine import Engine, LossFn, OptimizerSpec
-from q3mega.engine.head import Head
+from q3mega.engine.head import LMHead
 
-__all__ = ["Engine", "Head", "LossFn", "OptimizerSpec"]
+__all__ = ["Engine", "LMHead", "LossFn", "OptimizerSpec"]

@@ -29,20 +29,20 @@ from torch import Tensor
 
 from q3mega.data.batch import Batch, Sample, collate
 from q3mega.engine import checkpoint, parallel
-from q3mega.engine.head import Head
+from q3mega.engine.head import LMHead
 from q3mega.engine.optimizer import OptimizerSpec, Updates, build_optimizer
-from q3mega.engine.parallel import Count, Part
+from q3mega.engine.parallel import ContextShard, Count
 from q3mega.errors import UserError
 from q3mega.model import Qwen3Shape, huggingface, initial
 from q3mega.model.attention import Positions
 from q3mega.model.balance import Balance
 from q3mega.model.megatron import build_model, transformer_config
-from q3mega.model.routing import COLUMN, Routing
+from q3mega.model.routing import ROUTED_EXPERTS, Routing
 
 _CHOICES = "expert_choices"  # in a checkpoint's state
 FP8_TOKENS = 16  # a product's rows are a multiple of it
 # (head, batch) -> (loss: a sum, metrics: name -> a sum, to add up over micro-batches and ranks)
-LossFn = Callable[[Head, Batch], tuple[Tensor, dict[str, Tensor]]]
+LossFn = Callable[[LMHead, Batch], tuple[Tensor, dict[str, Tensor]]]
 _T = TypeVar("_T")
 
 
@@ -83,7 +83,9 @@ class Engine:
         self.chunks = [build_model(shape, self.config, positions, stage) for stage in stages]
         if fresh:
             initial.draw(self.chunks, shape, seed)
-        self.balance = Balance(self.config) if shape.experts and shape.balance else None
+        self.balance = (
+            Balance(self.config) if shape.experts and shape.router_aux_loss_coef else None
+        )
         self.routing: Routing | None = None
         if shape.experts:
             self.routing = Routing(shape.experts, shape.topk, self.balance)
@@ -97,7 +99,7 @@ class Engine:
         self.cp_group = group if group.size() > 1 else None
         self.optimizer: Any = None
         self.updated = False
-        self.changes = 0  # of the weights so far
+        self.weight_version = 0  # of the weights so far
         self.saver = checkpoint.Saver()
         if optimizer is None:
             for module in self.modules:
@@ -123,7 +125,7 @@ class Engine:
         """Weights from a Hugging Face folder of this shape."""
         huggingface.load(self.chunks, self.shape, folder, self.ids)
         checkpoint.check_finite(self.chunks, f"checkpoint {folder} has", "restore or rebuild it")
-        self.changes += 1
+        self.weight_version += 1
         if self.balance:
             self.balance.restore(None)  # they were other routers'
         if self.optimizer is not None:
@@ -174,7 +176,7 @@ class Engine:
         self.optimizer.zero_grad()
         parts, count = self._in_step([self._part(b) for b in batches])
 
-        def loss_func(part: Part, out: Head) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        def loss_func(part: ContextShard, out: LMHead) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             loss, metrics = loss_fn(out, part.batch)
             # megatron divides gradients by the token count
             held = torch.tensor(len(part.batch), dtype=torch.int, device=loss.device)
@@ -187,10 +189,10 @@ class Engine:
         if "skipped" in metrics:
             return metrics
         self.updated = True
-        self.changes += 1
+        self.weight_version += 1
         return metrics | (self.balance.close() if self.balance else {})
 
-    def _balanced(self, parts: list[Part], count: Count) -> AbstractContextManager[None]:
+    def _balanced(self, parts: list[ContextShard], count: Count) -> AbstractContextManager[None]:
         """A step with balanced routers: count its choices first, or take those of the last one."""
         if not (self.balance and self.spec):
             return nullcontext()
@@ -201,14 +203,14 @@ class Engine:
             self.balance.close()
         return self.balance.step(count.documents, count.held)
 
-    def evaluate(self, batches: Sequence[Batch], fn: Callable[[Head, Batch], _T]) -> list[_T]:
+    def evaluate(self, batches: Sequence[Batch], fn: Callable[[LMHead, Batch], _T]) -> list[_T]:
         """fn over this rank's micro-batches, no gradient: run by the last pipeline stage on whole
         micro-batches, the results known to all stages.
         """
         return self._evaluate(batches, fn)[0]
 
     def evaluate_routed(
-        self, batches: Sequence[Batch], fn: Callable[[Head, Batch], _T]
+        self, batches: Sequence[Batch], fn: Callable[[LMHead, Batch], _T]
     ) -> tuple[list[_T], list[Tensor]]:
         """`evaluate` of a mixture of experts, and of each batch the (T, layers * topk) routes that
         its routers choose by themselves, also where they replay the batch's. UserError for a dense
@@ -221,7 +223,7 @@ class Engine:
 
     @torch.no_grad()
     def _evaluate(
-        self, batches: Sequence[Batch], fn: Callable[[Head, Batch], _T]
+        self, batches: Sequence[Batch], fn: Callable[[LMHead, Batch], _T]
     ) -> tuple[list[_T], list[Tensor]]:
         for module in self.modules:
             module.eval()
@@ -229,7 +231,7 @@ class Engine:
         if self.layout.expert > 1 or self.layout.virtual_pipeline > 1:  # ranks meet in every layer
             parts, _ = self._in_step(parts)
 
-        def loss_func(part: Part, out: Head) -> tuple[Tensor, Tensor, Any]:
+        def loss_func(part: ContextShard, out: LMHead) -> tuple[Tensor, Tensor, Any]:
             zero = out.hidden.new_zeros(())
             whole = replace(out, hidden=part.whole(out.hidden), cp_group=None)
             return zero, torch.tensor(1, dtype=torch.int), fn(whole, part.original)
@@ -238,23 +240,25 @@ class Engine:
         routes = self._whole_routes(parts[: len(batches)])
         return parallel.gather_over_pipeline(found), routes  # the other stages have none
 
-    def _part(self, batch: Batch) -> Part:
+    def _part(self, batch: Batch) -> ContextShard:
         config = self.config
-        return parallel.part(
+        return parallel.shard_for_context_parallel(
             batch, sequence_parallel=config.sequence_parallel,
             multiple=FP8_TOKENS if config.fp8 else 1,
         )  # fmt: skip
 
-    def _forward(self, parts: Sequence[Part], loss_func: Any, forward_only: bool) -> list[Any]:
+    def _forward(
+        self, parts: Sequence[ContextShard], loss_func: Any, forward_only: bool
+    ) -> list[Any]:
         if not parts:
             return []
 
-        def head(hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Head:
+        def head(hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any) -> LMHead:
             weight = output_layer.weight if output_weight is None else output_weight
             hidden = self.gathered(hidden_states)[:, 0]
-            return Head(hidden, weight, self.tp_group, self.cp_group, self.valid_vocab)
+            return LMHead(hidden, weight, self.tp_group, self.cp_group, self.valid_vocab)
 
-        def forward_step(parts: Iterator[Part], module: Any) -> tuple[Any, Any]:
+        def forward_step(parts: Iterator[ContextShard], module: Any) -> tuple[Any, Any]:
             part = next(parts).to(device.device())  # one at a time: its columns may be wide
             longest = int(part.cu_seqlens.diff().max())
             packed = PackedSeqParams(
@@ -299,11 +303,11 @@ class Engine:
             return hidden
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
 
-    def _replaying(self, part: Part) -> AbstractContextManager[None]:
+    def _replaying(self, part: ContextShard) -> AbstractContextManager[None]:
         """A forward pass in which the routers follow the batch's routes, if it has some."""
         if self.routing is None:
             return nullcontext()
-        routes, real = part.batch.columns.get(COLUMN), part.real
+        routes, real = part.batch.columns.get(ROUTED_EXPERTS), part.real
         if self.config.sequence_parallel:
             ways, rank = self.layout.tensor, ps.get_tensor_model_parallel_rank()
             routes = None if routes is None else routes.chunk(ways)[rank]
@@ -319,7 +323,7 @@ class Engine:
             for layers in self.routing.passes()
         ]
 
-    def _whole_routes(self, parts: Sequence[Part]) -> list[Tensor]:
+    def _whole_routes(self, parts: Sequence[ContextShard]) -> list[Tensor]:
         """(T, layers * topk) of each micro-batch's tokens, of all stages' layers; none where
         nothing is recorded."""
         if self.routing is None or self.routing.recorded is None:
@@ -334,7 +338,7 @@ class Engine:
             found.append(torch.cat([layers[i] for i in sorted(layers)], 1))
         return found
 
-    def _in_step(self, parts: list[Part]) -> tuple[list[Part], Count]:
+    def _in_step(self, parts: list[ContextShard]) -> tuple[list[ContextShard], Count]:
         # an interleaved pipeline goes round in whole turns
         turn = self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1
         return parallel.in_step(parts, lambda: self._part(collate([Sample([0], [0.0])])), turn)
@@ -376,7 +380,7 @@ class Engine:
         self.finish_saving()
         found = checkpoint.load_latest(self, folder)
         self.updated = found is not None
-        self.changes += self.updated
+        self.weight_version += self.updated
         if found and self.balance:
             self.balance.restore(found[1].pop(_CHOICES, None))
         return found

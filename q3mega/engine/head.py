@@ -10,7 +10,7 @@ from q3mega.ops import vocab
 
 
 @dataclass
-class Head:
+class LMHead:
     """What a loss sees: final hidden states (T, H), lm_head weight (V / TP, H), its TP group, and
     the group over which the documents of the batch are cut.
 

@@ -86,7 +86,7 @@ def _join(processes: int) -> None:
 
 def config_fields(layout: Any, layers: int) -> dict[str, Any]:
     """The layout in TransformerConfig's words, for a model of so many layers."""
-    ends = layout.counts_ends(layers)
+    ends = layout.count_embedding_and_head_as_layers(layers)
     fields: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
@@ -113,7 +113,7 @@ def config_fields(layout: Any, layers: int) -> dict[str, Any]:
 
 
 @dataclass
-class Part:
+class ContextShard:
     """This rank's part of a micro-batch, whose documents context parallelism cuts over ranks.
 
     batch: the tokens held here, borders among them. cu_seqlens: the borders of the whole pack, in
@@ -128,13 +128,15 @@ class Part:
     place: Tensor
     real: Tensor
 
-    def to(self, device: torch.device) -> "Part":
+    def to(self, device: torch.device) -> "ContextShard":
         batches = self.original.to(device), self.batch.to(device)
-        return Part(*batches, *(x.to(device) for x in (self.cu_seqlens, self.place, self.real)))
+        return ContextShard(
+            *batches, *(x.to(device) for x in (self.cu_seqlens, self.place, self.real))
+        )
 
-    def as_filler(self) -> "Part":
+    def as_filler(self) -> "ContextShard":
         batches = self.original.as_filler(), self.batch.as_filler()
-        return Part(*batches, self.cu_seqlens, self.place, torch.zeros_like(self.real))
+        return ContextShard(*batches, self.cu_seqlens, self.place, torch.zeros_like(self.real))
 
     def whole(self, hidden: Tensor) -> Tensor:
         """(T, ...) of all the original's tokens from what each rank has of its own. No gradient."""
@@ -144,7 +146,9 @@ class Part:
         return hidden[self.place.to(hidden.device)]
 
 
-def part(batch: Batch, *, sequence_parallel: bool, multiple: int = 1) -> Part:
+def shard_for_context_parallel(
+    batch: Batch, *, sequence_parallel: bool, multiple: int = 1
+) -> ContextShard:
     """Cut a micro-batch, the same on all ranks of a context- or tensor-parallel group.
 
     multiple: of each rank's number of tokens.
@@ -167,7 +171,7 @@ def part(batch: Batch, *, sequence_parallel: bool, multiple: int = 1) -> Part:
     held = held.to(place.device)
     real = torch.zeros(len(spread), dtype=torch.bool, device=place.device)
     real[place] = not batch.filler
-    return Part(batch, spread.take(held, end // size), end, place, real[held])
+    return ContextShard(batch, spread.take(held, end // size), end, place, real[held])
 
 
 @dataclass
@@ -180,8 +184,8 @@ class Count:
 
 
 def in_step(
-    parts: list[Part], spare: Callable[[], Part], multiple: int
-) -> tuple[list[Part], Count]:
+    parts: list[ContextShard], spare: Callable[[], ContextShard], multiple: int
+) -> tuple[list[ContextShard], Count]:
     """As many micro-batches on every rank, a multiple of `multiple`, by fillers at the end.
 
     spare: makes one for a rank that has none.
@@ -246,7 +250,7 @@ def sum_over_data(values: dict[str, float], config: Any) -> dict[str, float]:
     return dict(zip(box[0], total.tolist(), strict=True))
 
 
-def from_first(make: Callable[[], _T]) -> _T:
+def broadcast_from_leader(make: Callable[[], _T]) -> _T:
     """What `make` gives on the first of the ranks that share a model, known to all of them: for
     what may differ from run to run, such as a server's or a tool's answer."""
     if not ps.model_parallel_is_initialized():
@@ -294,7 +298,7 @@ def sum_over_tokens(counts: Tensor) -> Tensor:
     return total.cpu()
 
 
-def most_of_experts(count: int) -> int:
+def max_over_expert_group(count: int) -> int:
     """The largest count of the ranks that meet in the expert layers; without an engine its own."""
     if not ps.model_parallel_is_initialized():
         return count

@@ -54,7 +54,7 @@ _SQL = (
     "This takes a query or two with the sql tool.",
 )
 _HIDDEN = (
-    "Its tables are listed in sqlite_master.",
+    "Its tables are reward_names in sqlite_master.",
     "Look into sqlite_master first to see the tables.",
 )
 _PYTHON = (
@@ -84,7 +84,7 @@ def _told(rng: random.Random, number: int, size: tuple[int, int], notes: tuple[i
         "text": text,
         "answer": answer if answerable else NOT_FOUND,
         "documents": world.documents(rng, rng.randint(*notes), hidden),
-        "reward": "grounded",
+        "reward": "groundedness",
         "difficulty": len(path),
         "group": f"{len(path)} fact{'s' * (len(path) > 1)}" if answerable else NOT_FOUND,
         "subject": name,

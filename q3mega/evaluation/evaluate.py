@@ -23,13 +23,13 @@ from q3mega.data.chat import parse, render
 from q3mega.data.tagged import TaggedText
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.data.tool_schemas import with_schemas
-from q3mega.engine import Engine, Head, parallel
+from q3mega.engine import Engine, LMHead, parallel
 from q3mega.environments.tools import environment
 from q3mega.errors import UserError
 from q3mega.io import whole_records
 from q3mega.problems import Problem, files, generate
 from q3mega.problems.generated import general
-from q3mega.rewards import judge_answer, listed, reward_of, score
+from q3mega.rewards import reward_names, reward_of, score, score_problem
 from q3mega.rewards.math.answer import boxes
 from q3mega.rewards.mode import mode_of
 from q3mega.rollout import Completion, Sampler, SamplingParams
@@ -66,7 +66,7 @@ def averages(scores: Sequence[Sequence[float | None]]) -> dict[str, float]:
     judged = [_judged(tries) for tries in scores]
     means = proportion(statistics.fmean(tries) for tries in judged if tries)
     asked, left = sum(map(len, scores)), sum(map(len, judged))
-    return means if left == asked else means | {"unjudged": 1 - left / asked}
+    return means if left == asked else means | {"unscored_fraction": 1 - left / asked}
 
 
 def pass_at_k(correct: Sequence[Sequence[bool | None]], k: int) -> dict[str, float]:
@@ -106,7 +106,7 @@ class Answer:
     def correct(self) -> bool | None:
         """Full marks from the problem's reward; None where it cannot judge."""
         tokens = len(self.completion.tokens)
-        verdict = judge_answer(self.problem, self.text, tokens=tokens, max_tokens=self.max_tokens)
+        verdict = score_problem(self.problem, self.text, tokens=tokens, max_tokens=self.max_tokens)
         return None if verdict.score is None else verdict.score >= 1
 
     @property
@@ -167,7 +167,7 @@ def graded(
             _scored("", row, 0, params.max_tokens)
         except UserError as error:
             raise UserError(f"row {number}: {error}") from error
-    filled = [mode == "no_think" and "mode" not in listed(row["reward"]) for row in rows]
+    filled = [mode == "no_think" and "mode" not in reward_names(row["reward"]) for row in rows]
     texts = [
         render(
             p.messages,
@@ -278,7 +278,7 @@ def success(problem: Problem, turns: list[str]) -> float:
         return float(last.closed and last.content.strip() == problem.answer)
     if problem.tools and len(turns) == 1:
         return 0.0  # answered without the tool: a guess
-    return float(judge_answer(problem, turns[-1]).score == 1.0)
+    return float(score_problem(problem, turns[-1]).score == 1.0)
 
 
 def budget_curve(
@@ -324,23 +324,23 @@ def loss_by_kind(
     for kind in kinds:
         draw = partial(_texts, kind, seed, 48, heldout=True)
         texts = tokenizer.encode_batch(_drawn_once(draw))
-        total, n = nats(engine, texts, sequence)
+        total, n = nll(engine, texts, sequence)
         results[f"loss_{kind}"] = {"value": total / n, "n": int(n)}
     return results
 
 
-def nats(engine: Engine, documents: Iterable[list[int]], sequence: int) -> tuple[float, float]:
+def nll(engine: Engine, documents: Iterable[list[int]], sequence: int) -> tuple[float, float]:
     """(sum of nats, number of tokens) over the first `sequence` tokens of each document."""
     tokens = [ids[:sequence] for ids in documents if len(ids) > 1]
     mine = [Sample(t, [0.0] + [1.0] * (len(t) - 1)) for t in tokens][
         parallel.data_rank() :: parallel.data_size()
     ]
-    parts = engine.evaluate(pack(mine, 4 * sequence), _nats)
+    parts = engine.evaluate(pack(mine, 4 * sequence), _nll)
     total, n = np.array(parallel.gather_over_data(parts)).sum(0)
     return total, n
 
 
-def _nats(head: Head, batch: Batch) -> tuple[float, float]:
+def _nll(head: LMHead, batch: Batch) -> tuple[float, float]:
     return float(supervised(head, batch)[0]), float(batch.loss_weights.sum())
 
 
@@ -405,7 +405,7 @@ def _haystacks(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Sam
     return samples
 
 
-def _read_back(head: Head, batch: Batch) -> list[bool]:
+def _read_back(head: LMHead, batch: Batch) -> list[bool]:
     """One outcome a value: a run of weighted positions."""
     asked = batch.loss_weights > 0
     few = replace(head, hidden=head.hidden[asked])  # logits of a whole document would fill a GPU

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from q3mega.data.batch import Batch
-from q3mega.engine import Engine, Head
+from q3mega.engine import Engine, LMHead
 from q3mega.errors import UserError
 from q3mega.model.routing import differing
 from q3mega.rollout.base import Completion, Sampler, SamplingParams
@@ -136,7 +136,7 @@ def _pairs(
     return [(p, c) for p, group in zip(prompts, found, strict=True) for c in group]
 
 
-def _best(head: Head, batch: Batch) -> list[list[int]]:
+def _best(head: LMHead, batch: Batch) -> list[list[int]]:
     """The likeliest next token at every place of each document."""
     step = 1024  # rows of logits at once
     rows = [replace(head, hidden=part).logits().argmax(-1) for part in head.hidden.split(step)]

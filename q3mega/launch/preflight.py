@@ -12,7 +12,15 @@ from q3mega.errors import UserError
 from q3mega.model.config import shape_of
 from q3mega.problems import Problem, files
 from q3mega.problems.pool import Pool
-from q3mega.rewards import MODELS, Verdict, judge_answer, listed, models_of, plugins, reward_of
+from q3mega.rewards import (
+    MODELS,
+    Verdict,
+    model_rewards_of,
+    plugins,
+    reward_names,
+    reward_of,
+    score_problem,
+)
 from q3mega.sandbox.sandbox import confinement
 
 LONGEST = 131_072  # tokens of a prompt: Qwen3's context, with YaRN
@@ -25,7 +33,7 @@ def check_files(recipe: Recipe) -> None:
     plugins.load(recipe.rewards)
     for problem in Pool(recipe.problems):
         _check_length(problem)
-        if models := models_of(problem):
+        if models := model_rewards_of(problem):
             raise UserError(
                 f"problems: reward={models[0]} of {problem.question[:60]!r} asks a model, and "
                 "reasoning RL takes rules alone: give it to general_rl.problems"
@@ -66,7 +74,7 @@ def _check_tasks(stage: GeneralRL) -> None:
         _check_sandbox(problem)
         _try_reward(problem)
         environment(problem)  # which its tools must be able to work on
-        for name in models_of(problem):
+        for name in model_rewards_of(problem):
             if not models[name]:
                 raise UserError(
                     f"general_rl.{needs[name]}: reward={name} of {problem.question[:60]!r} needs it"
@@ -94,7 +102,7 @@ def _check_length(problem: Problem) -> None:
 def _try_reward(problem: Problem) -> None:
     """What the rewards need of the row, and whether those of users get through an empty reply."""
     scored = dict.fromkeys(MODELS, Verdict(0.0, "not asked"))
-    judge_answer(problem, "", tokens=0, max_tokens=1, scored=scored)
+    score_problem(problem, "", tokens=0, max_tokens=1, scored=scored)
 
 
 def _check_folders(recipe: Recipe) -> None:
@@ -111,5 +119,5 @@ def _check_folders(recipe: Recipe) -> None:
 
 
 def _check_sandbox(problem: Problem) -> None:
-    if "code" in listed(reward_of(problem)):
+    if "code" in reward_names(reward_of(problem)):
         confinement()

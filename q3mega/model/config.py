@@ -93,7 +93,7 @@ def shape_of(folder: str | Path) -> Qwen3Shape:
             "topk": config.num_experts_per_tok,
             "moe_ffn": config.moe_intermediate_size,
             "norm_topk": config.norm_topk_prob,
-            "balance": config.router_aux_loss_coef,
+            "router_aux_loss_coef": config.router_aux_loss_coef,
         }
     try:
         return Qwen3Shape(**fields)
@@ -297,6 +297,6 @@ def config_of(shape: Qwen3Shape, tokens: dict[str, int], dtype: torch.dtype) -> 
         num_experts=shape.experts,
         num_experts_per_tok=shape.topk,
         norm_topk_prob=shape.norm_topk,
-        router_aux_loss_coef=shape.balance,
+        router_aux_loss_coef=shape.router_aux_loss_coef,
         **common,
     )

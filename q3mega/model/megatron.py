@@ -124,7 +124,7 @@ def transformer_config(
             "moe_router_topk": shape.topk,
             "moe_ffn_hidden_size": shape.moe_ffn,
             "moe_router_load_balancing_type": "none",  # `routing` attaches its own, exact one
-            "moe_aux_loss_coeff": shape.balance,
+            "moe_aux_loss_coeff": shape.router_aux_loss_coef,
             "moe_router_dtype": "fp32",
             # after the choice: softmax over the chosen ones, which is norm_topk_prob
             "moe_router_pre_softmax": not shape.norm_topk,

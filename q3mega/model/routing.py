@@ -17,7 +17,7 @@ from torch import Tensor
 
 from q3mega.model.balance import Balance
 
-COLUMN = "routes"
+ROUTED_EXPERTS = "routes"
 
 
 class Routing:
@@ -126,7 +126,7 @@ class _Router:
         return columns
 
 
-def column(routes: Tensor) -> Tensor:
+def as_column(routes: Tensor) -> Tensor:
     """(T, layers * topk) column of a sample of T tokens, from the routes of its first T - 1: a row
     stands at the token that it leads to, as all columns do."""
     return torch.cat([routes.new_zeros(1, routes.shape[1]), routes])

@@ -38,7 +38,7 @@ class Qwen3Shape:
     experts: int = 0
     topk: int = 8
     moe_ffn: int = 0
-    balance: float = 1e-3  # coefficient of the experts' load-balancing loss
+    router_aux_loss_coef: float = 1e-3  # coefficient of the experts' load-balancing loss
     rope_base: float = 1e6
     max_positions: int = 40_960
     norm_eps: float = 1e-6

@@ -20,16 +20,22 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """Peaks by the vendor. flops: bf16 a second; memory, traffic: bytes and bytes a second; link:
-    bytes a second and direction to the GPUs of a node, network: to those of others.
+    """The vendor's peaks of one GPU.
+
+    memory (bytes): its HBM.
+    flops (1/s): products in bf16.
+    hbm_bandwidth (bytes/s): reads and writes of its HBM.
+    nvlink_bandwidth (bytes/s): to the GPUs of its node, in one direction.
+    network_bandwidth (bytes/s): to GPUs of other nodes, in one direction.
+    node: GPUs of a node.
     """
 
     memory: float
     flops: float
-    traffic: float
-    link: float
-    network: float
-    node: int = 8  # GPUs
+    hbm_bandwidth: float
+    nvlink_bandwidth: float
+    network_bandwidth: float
+    node: int = 8
 
 
 CARDS = {
@@ -103,7 +109,7 @@ class Job:
 def _layers(job: Job, stage: int) -> int:
     """Of a pipeline stage; where embedding and lm_head count, the ends hold one less."""
     s, a = job.shape, job.layout
-    if not a.counts_ends(s.layers):
+    if not a.count_embedding_and_head_as_layers(s.layers):
         return math.ceil(s.layers / a.pipeline)
     return (s.layers + 2) // a.pipeline - (stage == 0) - (stage == a.pipeline - 1)
 
@@ -284,7 +290,9 @@ def _layer(job: Job, rates: Rates) -> dict[str, float]:
         products = 6 * routed * 3 * s.hidden * s.moe_ffn
         parts["experts"] = products / (card.flops * rates.expert * faster)
         share = rates.fused_dispatch if job.dispatch == "fused" else rates.all_to_all
-        alone = told["experts_far"] / card.network + told["experts"] / card.link
+        alone = (
+            told["experts_far"] / card.network_bandwidth + told["experts"] / card.nvlink_bandwidth
+        )
         visible = 1 - rates.hidden if job.overlap else 1.0
         parts["dispatch"] = skew * alone * visible / share
         traffic += rates.permute * routed * 2 * (8 * s.hidden + 10 * s.moe_ffn)
@@ -293,14 +301,16 @@ def _layer(job: Job, rates: Rates) -> dict[str, float]:
         parts["mlp"] = 6 * own * 3 * s.hidden * s.ffn / rate
         traffic += own * 2 * 8 * s.ffn
         launch *= rates.launch_dense
-    parts["traffic"] = traffic * casts / (card.traffic * rates.traffic)
+    parts["traffic"] = traffic * casts / (card.hbm_bandwidth * rates.traffic)
     parts["launch"] = launch
     if a.tensor > 1:
-        parts["tensor"] = told["tensor"] / (card.link * rates.link)
+        parts["tensor"] = told["tensor"] / (card.nvlink_bandwidth * rates.link)
     if a.context > 1:
         near = a.tensor * a.context <= card.node
         seen = 0.75 * told["context"]  # the rest hides behind the products
-        parts["context"] = seen / ((card.link if near else card.network) * rates.link)
+        parts["context"] = seen / (
+            (card.nvlink_bandwidth if near else card.network_bandwidth) * rates.link
+        )
     if job.recompute == "experts":
         parts["recompute"] = (
             parts.get("experts", 0.0) / 3 + parts.get("dispatch", 0.0) / 2 + parts["traffic"] / 4
@@ -317,7 +327,7 @@ def _gradients(job: Job) -> float:
     if job.data * job.layout.context == 1:
         return 0.0
     dense, _ = parameters(job)
-    return 0.3 * 6 * dense / (0.7 * job.card.network)
+    return 0.3 * 6 * dense / (0.7 * job.card.network_bandwidth)
 
 
 # -- sampling --------------------------------------------------------------------------------------
@@ -366,7 +376,7 @@ class Rollouts:
         read = (touched + 2 * s.vocab * s.hidden + cached) / self.tensor
         read += experts * (1 - unread) / self.expert
         products = s.forward_flops(sequences, self.prompt + self.tokens / 2) / self.tensor
-        return max(read / (a.traffic * 0.8), products / (a.flops * RATES.projection))
+        return max(read / (a.hbm_bandwidth * 0.8), products / (a.flops * RATES.projection))
 
     def seconds(self) -> float:
         """Of decoding all answers; prefill at the speed of a training step's forward."""

@@ -98,9 +98,9 @@ def _planned(recipe: Recipe, name: str, card: Card) -> Planned:
     if isinstance(config, RLSettings):
         takes["train"] *= config.updates
         sampled = replace(sampled, sequences=config.prompts * config.rollouts)
-    elsewhere = getattr(config, "teacher_at", None) is not None
+    elsewhere = getattr(config, "teacher_url", None) is not None
     # a student samples for itself, and off-policy its teacher, who may be a server
-    in_process = getattr(config, "engine", None) is None and not (
+    in_process = getattr(config, "rollout_servers", None) is None and not (
         isinstance(config, DistillOffPolicy) and elsewhere
     )
     if sampled.tokens and in_process:
@@ -292,7 +292,7 @@ def _serving(job: Job, gpus: int, mean: float) -> Rates | None:
     room = 0.9 * job.card.memory * tensor - weights
     slots = int(room / ((PROMPT + mean) * kv_bytes(job.shape)))
     # every server takes all weights over its network
-    handed = weights / tensor / (job.card.network / 2)
+    handed = weights / tensor / (job.card.network_bandwidth / 2)
     return Rates(rollouts.decode, gpus // tensor, min(slots, 512), 0.0, handed)
 
 

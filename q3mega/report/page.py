@@ -28,7 +28,12 @@ _MODES = {
     "not thinking": ("no_think_accuracy",),
 }
 _LONG_CONTEXT = {"plain RoPE": "rope", "YaRN + dual-chunk attention": "yarn_dca"}
-_TRACES = {"loss": "loss", "reward": "reward", "entropy": "entropy", "length": "response length"}
+_TRACES = {
+    "loss": "loss",
+    "reward": "reward",
+    "entropy": "entropy",
+    "response_length": "response length",
+}
 _SAMPLES = 3
 _SAMPLE_CHARS = 2_000
 _STYLE = """
@@ -253,7 +258,10 @@ def _number(value: object) -> bool:
 def _curation(folder: Path) -> str:
     """How many items came to each step, and how many each rule dropped."""
     parts = []
-    for name, head in (("funnel", ["curation", "items"]), ("drops", ["dropped by", "items"])):
+    for name, head in (
+        ("filter_report", ["curation", "items"]),
+        ("drops", ["dropped by", "items"]),
+    ):
         counts = _json(folder / "data" / f"{name}.json")
         if counts:
             parts.append(_table(head, [[step, str(n)] for step, n in counts.items()]))
@@ -270,8 +278,8 @@ def _rewards(folder: Path) -> str:
         kind, _, name = key.partition("/")
         name = name or "all"
         values, part = [value for _, value in points], max(1, len(points) // 10)
-        spread = _traces(folder, [f"spread/{name}"]) if kind == "score" else {}
-        spreads = [value for _, value in spread.get(f"spread/{name}", [])][-part:]
+        spread = _traces(folder, [f"reward_std/{name}"]) if kind == "score" else {}
+        spreads = [value for _, value in spread.get(f"reward_std/{name}", [])][-part:]
         means = [sum(some) / len(some) for some in (values[:part], values[-part:], spreads) if some]
         rows.append([kinds[kind], name, *map(_text, means), *[""] * (3 - len(means))])
     head = ["", "name", "first tenth of the steps", "last tenth", "standard deviation"]

@@ -47,8 +47,9 @@ Reward = Callable[[str, Mapping[str, Any]], Verdict | float | None]
 _Reward = TypeVar("_Reward", bound=Reward)
 Needs = Callable[[Mapping[str, Any]], object]
 # One registered reward; several, whose product counts; or several with weights.
-Names = str | Sequence[str] | Mapping[str, float]
+RewardSpec = str | Sequence[str] | Mapping[str, float]
 _REWARDS: dict[str, tuple[Reward, Needs | None]] = {}
+RENAMED = {"found": "string_match", "grounded": "groundedness", "premise": "false_premise"}
 
 
 def reward(name: str, needs: Needs | None = None) -> Callable[[_Reward], _Reward]:
@@ -66,12 +67,12 @@ def reward(name: str, needs: Needs | None = None) -> Callable[[_Reward], _Reward
     return register
 
 
-def listed(names: Names) -> list[str]:
+def reward_names(names: RewardSpec) -> list[str]:
     """The rewards that make one."""
     return [names] if isinstance(names, str) else list(names)
 
 
-def score(names: Names, completion: str, row: Mapping[str, Any]) -> Verdict:
+def score(names: RewardSpec, completion: str, row: Mapping[str, Any]) -> Verdict:
     """The verdict of one registered reward; of several the product, or with weights their mean.
 
     The reason is the lowest one's. Where one cannot judge there is no score. A product with a
@@ -79,12 +80,14 @@ def score(names: Names, completion: str, row: Mapping[str, Any]) -> Verdict:
     Raises UserError for an unknown name, a weight of no use, and a reward that breaks.
     """
     weights = names if isinstance(names, Mapping) else None
-    for name in listed(names):
+    for name in reward_names(names):
         if name not in _REWARDS:
+            if name in RENAMED:
+                raise UserError(f"reward={name!r} is called {RENAMED[name]} now")
             raise UserError(f"reward={name!r} is unknown: use one of {', '.join(sorted(_REWARDS))}")
     if weights and not all(isinstance(w, int | float) and 0 < w < inf for w in weights.values()):
         raise UserError(f"reward={dict(weights)}: weights must be numbers above 0")
-    verdicts = {name: _verdict(name, completion, row) for name in listed(names)}
+    verdicts = {name: _verdict(name, completion, row) for name in reward_names(names)}
     parts = {name: v.score for name, v in verdicts.items() if v.score is not None}
     for verdict in verdicts.values():
         if verdict.score is None:
@@ -155,7 +158,7 @@ from q3mega.rewards.programs import code  # noqa: E402, F401
 
 MODELS = ("judge", "preference")  # what needs a model, which general RL has
 # family -> its reward; the reasoning families' is `answer`
-TASK_REWARD: dict[str, Names] = {
+TASK_REWARD: dict[str, RewardSpec] = {
     "repeat_digit": "exact",
     "json_digit": "json",
     "bounded": "constraints_strict",
@@ -171,17 +174,17 @@ TASK_REWARD: dict[str, Names] = {
 }
 
 
-def reward_of(problem: Problem) -> Names:
+def reward_of(problem: Problem) -> RewardSpec:
     """What judges a problem: the reward that its file names, else its task's."""
     return problem.meta.get("reward") or TASK_REWARD.get(problem.family, "answer")
 
 
-def models_of(problem: Problem) -> list[str]:
+def model_rewards_of(problem: Problem) -> list[str]:
     """Which of MODELS a problem's reward asks."""
-    return [m for m in MODELS if m in listed(reward_of(problem))]
+    return [m for m in MODELS if m in reward_names(reward_of(problem))]
 
 
-def judge_answer(problem: Problem, text: str, **facts: Any) -> Verdict:
+def score_problem(problem: Problem, text: str, **facts: Any) -> Verdict:
     """The verdict of a problem's reward on a completion.
 
     facts: what a reward reads besides the problem: tokens and max_tokens of the completion, and

@@ -32,7 +32,7 @@ def _question(row: Mapping[str, Any]) -> None:
         raise UserError("accepted=[] leaves no answer that is right: give them")
 
 
-@reward("premise", needs=_question)
+@reward("false_premise", needs=_question)
 def premise(completion: str, row: Mapping[str, Any]) -> Verdict:
     """Whether a reply answers a question that is in order, and refuses one that is not.
 

@@ -19,7 +19,7 @@ _LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is)?(?::| ) ?|(?:最终)?答�
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
 
 
-@reward("grounded", needs=reference)
+@reward("groundedness", needs=reference)
 def grounded(completion: str, row: Mapping[str, Any]) -> Verdict:
     r"""1 for the reference in the box, or as the whole of a short reply without one. Where
     row["answer"] is NOT_FOUND, 1 for \boxed{not found} alone.

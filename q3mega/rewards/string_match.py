@@ -17,7 +17,7 @@ def _items(row: Mapping[str, Any]) -> None:
     texts({"rivals": [], **row}, "rivals")
 
 
-@reward("found", needs=_items)
+@reward("string_match", needs=_items)
 def found(completion: str, row: Mapping[str, Any]) -> Verdict:
     """The share of row["items"] in the first 500 characters after the thinking, whatever case.
 

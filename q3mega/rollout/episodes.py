@@ -34,7 +34,7 @@ def run_episodes(
     turns: list[list[str]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
     turn = 0
-    while parallel.most_of_experts(len(active)):  # with none left other ranks may go on
+    while parallel.max_over_expert_group(len(active)):  # with none left other ranks may go on
         asked = [list(prompts[i]) + done[i].tokens for i in active]
         sampled = sampler.generate(asked, replace(params, n=1, seed=params.seed + turn))
         stopped = []
@@ -47,7 +47,7 @@ def run_episodes(
             turns[i].append(tokenizer.decode(new.tokens[:-1] if whole else new.tokens))
             if whole:
                 stopped.append(i)
-        said = parallel.from_first(
+        said = parallel.broadcast_from_leader(
             partial(_step, [(environments[i], turns[i][-1]) for i in stopped])
         )
         active = []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from q3mega.data.batch import Sample, collate
 from q3mega.data.tokenizer import Tokenizer
-from q3mega.engine import Engine, Head, parallel
+from q3mega.engine import Engine, LMHead, parallel
 from q3mega.errors import UserError
 from q3mega.model.attention import KVCache
 from q3mega.rollout.base import Completion, SamplingParams
@@ -58,7 +58,7 @@ class InProcessSampler:
         module = self.engine.chunks[0]
         training = module.training
         module.eval()
-        rounds = parallel.most_of_experts(-(-len(queue) // self.max_batch))
+        rounds = parallel.max_over_expert_group(-(-len(queue) // self.max_batch))
         for start in range(0, rounds * self.max_batch, self.max_batch):
             part = slice(start, start + self.max_batch)
             done += self._run(queue[part], uniform[part], params, stop_thinking)
@@ -144,7 +144,7 @@ class InProcessSampler:
                 finished[row] = sampled[row] >= params.max_tokens and not forced[row]
                 if not finished[row]:
                     alive.append(i)
-            if not parallel.most_of_experts(len(alive)):
+            if not parallel.max_over_expert_group(len(alive)):
                 break
             if len(alive) < KEEP * len(rows):  # moving the cache costs more than a few idle rows
                 keep, kept = self._whole(rows, torch.tensor(alive or [0]))
@@ -169,7 +169,7 @@ class InProcessSampler:
 
     def _next(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Feed one token a sequence (B,), return the next logits (B, V)."""
-        head: Head = self.engine.chunks[0](
+        head: LMHead = self.engine.chunks[0](
             tokens[None], None, None, output_processor=self._last_hidden
         )
         cache.lengths += 1
@@ -177,10 +177,10 @@ class InProcessSampler:
 
     def _last_hidden(
         self, hidden_states: Tensor, output_layer: object, output_weight: Tensor | None, **_: object
-    ) -> Head:
+    ) -> LMHead:
         weight = output_layer.weight if output_weight is None else output_weight  # type: ignore[attr-defined]
         hidden = self.engine.gathered(hidden_states)[:, 0]
-        return Head(hidden, weight, self.engine.tp_group, valid_vocab=self.ids)
+        return LMHead(hidden, weight, self.engine.tp_group, valid_vocab=self.ids)
 
     def _choose(
         self, logits: Tensor, uniform: Tensor, params: SamplingParams

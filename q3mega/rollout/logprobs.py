@@ -11,8 +11,8 @@ from torch import Tensor
 
 from q3mega import ops
 from q3mega.data.batch import Batch, Sample, collate
-from q3mega.engine import Engine, Head
-from q3mega.model.routing import COLUMN, column
+from q3mega.engine import Engine, LMHead
+from q3mega.model.routing import ROUTED_EXPERTS, as_column
 
 CAPACITY = 8192  # tokens a forward pass
 ROWS = 1024  # positions whose logits are in memory at once
@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 
 def each_sequence(
-    engine: Engine, sequences: Sequence[list[int]], fn: Callable[[Head, Batch], list[_T]]
+    engine: Engine, sequences: Sequence[list[int]], fn: Callable[[LMHead, Batch], list[_T]]
 ) -> list[_T]:
     """fn's results in the order of `sequences`; fn gives one result a document of its batch."""
     batches = _batches([Sample(s, [0.0] * len(s)) for s in sequences])
@@ -45,8 +45,10 @@ def routed_logprobs(
     that its routers choose by themselves; both as in `Completion`."""
     samples = [Sample(p + c, [0.0] * len(p + c)) for p, c in sequences]
     if replayed is not None:
-        routes = map(column, replayed)
-        samples = [replace(s, columns={COLUMN: r}) for s, r in zip(samples, routes, strict=True)]
+        routes = map(as_column, replayed)
+        samples = [
+            replace(s, columns={ROUTED_EXPERTS: r}) for s, r in zip(samples, routes, strict=True)
+        ]
     batches = _batches(samples)
     scores, chosen = engine.evaluate_routed(batches, partial(_score, temperature))
     own = [r for b, c in zip(batches, chosen, strict=True) for r in c.split(_lengths(b))]
@@ -56,7 +58,7 @@ def routed_logprobs(
     ]
 
 
-def _score(temperature: float, head: Head, batch: Batch) -> list[list[float]]:
+def _score(temperature: float, head: LMHead, batch: Batch) -> list[list[float]]:
     logprob, _ = ops.linear_logprob(
         head.hidden, head.weight, batch.targets, temperature=temperature,
         valid_vocab=head.valid_vocab, tp_group=head.tp_group,
@@ -74,7 +76,7 @@ def top_logprobs(
     """(ids (T, K) int64, log-probabilities (T, K) fp32) of the K likeliest next tokens at every
     position of each batch."""
 
-    def best(head: Head, batch: Batch) -> tuple[Tensor, Tensor]:
+    def best(head: LMHead, batch: Batch) -> tuple[Tensor, Tensor]:
         found = []
         for hidden in head.hidden.split(ROWS):
             logprobs = (replace(head, hidden=hidden).logits() / temperature).log_softmax(-1)

@@ -23,11 +23,11 @@ from q3mega.problems import Problem
 from q3mega.problems.generated.scripted_teacher import Candidate, candidates, unsuitable_queries
 from q3mega.problems.generated.solutions import boxed, check
 from q3mega.problems.query_filters import ResponseFilter, balance, query_filter
-from q3mega.rewards import judge_answer
+from q3mega.rewards import score_problem
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
 from q3mega.stages.common.asking import Asked
-from q3mega.stages.common.filter_report import Funnel
+from q3mega.stages.common.filter_report import FilterReport
 from q3mega.stages.common.fine_tune import fine_tune
 from q3mega.stages.common.stage import Stage
 
@@ -56,41 +56,41 @@ def run(stage: Stage) -> None:
 
 
 def curate(stage: Stage, helpers: "Helpers") -> None:
-    """Both filters; leaves samples.json, queries.json and the funnel in data/."""
-    config, funnel, held = stage.config, Funnel(_described), stage.held_out()
+    """Both filters; leaves samples.json, queries.json and the filter_report in data/."""
+    config, filter_report, held = stage.config, FilterReport(_described), stage.held_out()
 
     queries = helpers.queries()
-    funnel.step("queries", queries)
-    queries = funnel.keep("query", queries, map(query_filter, queries))
-    queries = funnel.keep("query", *helpers.unfit(queries))
-    queries = funnel.keep("query", queries, helpers.guessed(queries))
-    funnel.step("queries that passed the filter", queries)
+    filter_report.step("queries", queries)
+    queries = filter_report.keep("query", queries, map(query_filter, queries))
+    queries = filter_report.keep("query", *helpers.unfit(queries))
+    queries = filter_report.keep("query", queries, helpers.guessed(queries))
+    filter_report.step("queries that passed the filter", queries)
     queries = balance(queries, stage.seed("balance"), config.keep)
-    funnel.step("queries of balanced domains", queries)
+    filter_report.step("queries of balanced domains", queries)
 
     tries = zip(queries, helpers.candidates(queries, held), strict=True)
     tried = [(query, c) for query, some in tries for c in some]
-    funnel.step("responses", tried)
+    filter_report.step("responses", tried)
     missing = [f"no answer ({c.rule})" if isinstance(c, NoReply) else None for _, c in tried]
-    tried = funnel.keep("response", tried, missing)
+    tried = filter_report.keep("response", tried, missing)
     answers = [(query, c) for query, c in tried if isinstance(c, Candidate)]
     rules = ResponseFilter([p.question for p in held])
     broken = (rules(q, c.thinking, c.response, _right(q)) for q, c in answers)
-    answers = funnel.keep("response", answers, broken)
-    answers = funnel.keep("response", answers, helpers.unsound(answers))
-    funnel.step("responses that passed the filter", answers)
+    answers = filter_report.keep("response", answers, broken)
+    answers = filter_report.keep("response", answers, helpers.unsound(answers))
+    filter_report.step("responses that passed the filter", answers)
 
     first = {query.id: (query, c) for query, c in reversed(answers)}
     sound = [first[query.id] for query in queries if query.id in first]
-    funnel.step("queries with a sound response", sound)
+    filter_report.step("queries with a sound response", sound)
     chosen = random.Random(stage.seed("subset")).sample(sound, min(config.samples, len(sound)))
-    funnel.step("samples", chosen)
+    filter_report.step("samples", chosen)
     if not chosen:
         raise UserError(
             f"stages.{stage.name}.queries={config.queries}: nothing passed both filters "
-            f"({dict(funnel.drops)}); more queries, more candidates, or a stronger teacher"
+            f"({dict(filter_report.drops)}); more queries, more candidates, or a stronger teacher"
         )
-    funnel.write(stage)
+    filter_report.write(stage)
     rows = [
         {"id": q.id, "messages": q.messages, "thinking": c.thinking, "response": c.response}
         for q, c in chosen
@@ -103,7 +103,7 @@ def curate(stage: Stage, helpers: "Helpers") -> None:
 def _right(query: Problem) -> Callable[[str], bool]:
     """Whether the query's reward gives a text full marks."""
     # A teacher's length is its own: the reward `length` sees none of it.
-    return lambda text: (judge_answer(query, text, tokens=0, max_tokens=1).score or 0.0) >= 1
+    return lambda text: (score_problem(query, text, tokens=0, max_tokens=1).score or 0.0) >= 1
 
 
 def _described(item: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from q3mega.distillation.served_teacher import ServedTeacher
 from q3mega.distillation.service.client import RemoteTeacher
 from q3mega.distillation.service.server import head_weight
 from q3mega.distillation.topk import TeacherTopK, TopKWriter, WithTeacher
-from q3mega.engine import Engine, Head, LossFn, parallel
+from q3mega.engine import Engine, LMHead, LossFn, parallel
 from q3mega.errors import UserError
 from q3mega.evaluation import evaluate
 from q3mega.evaluation.evaluate import Mode, flagged
@@ -137,15 +137,15 @@ Teacher = Engine | RemoteTeacher | ServedTeacher
 def teacher_of(stage: Stage, rows: int) -> Iterator[Teacher]:
     """The teacher, here or elsewhere, of a student whose lm_head has so many rows."""
     config = stage.config
-    if config.teacher_at is None:
+    if config.teacher_url is None:
         yield stage.engine(teacher_folder(stage), rows=rows)
     elif config.teacher_serves:
         yield served_teacher(stage)
     else:
         key = key_of("teacher_key_env", config.teacher_key_env).encode()
-        how = {"key": key, "timeout": config.teacher_timeout}
+        how = {"key": key, "timeout": config.teacher_timeout_s}
         with RemoteTeacher(
-            config.teacher_at, vocab=stage.tokenizer.vocab_size, rows=rows,
+            config.teacher_url, vocab=stage.tokenizer.vocab_size, rows=rows,
             tokenizer=stage.tokenizer.digest(), **how,
         ) as teacher:  # fmt: skip
             yield teacher
@@ -154,8 +154,8 @@ def teacher_of(stage: Stage, rows: int) -> Iterator[Teacher]:
 def served_teacher(stage: Stage) -> ServedTeacher:
     config = stage.config
     return ServedTeacher(
-        config.teacher_at, stage.tokenizer, stage.shape(stage.recipe.model),
-        timeout=config.teacher_timeout, key_env=config.teacher_key_env,
+        config.teacher_url, stage.tokenizer, stage.shape(stage.recipe.model),
+        timeout=config.teacher_timeout_s, key_env=config.teacher_key_env,
     )  # fmt: skip
 
 
@@ -254,7 +254,7 @@ def hidden_of_job(teacher: RemoteTeacher, config: DistillOnPolicy) -> Teaching:
     """The same of a teacher in another job, whose states come when a micro-batch's loss is due."""
     exact = distillation(teacher.weight, config.divergence, config.temperature)
 
-    def loss(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(head: LMHead, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         states = teacher.states(batch.columns["teacher_row"])
         return exact(head, replace(batch, columns={"teacher_hidden": states}))
 

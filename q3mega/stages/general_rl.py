@@ -20,7 +20,7 @@ from q3mega.evaluation.evaluate import Mode, flagged
 from q3mega.problems import FAMILIES, Problem, generate
 from q3mega.problems.generated import general
 from q3mega.problems.pool import Pool
-from q3mega.rewards import listed, reward_of
+from q3mega.rewards import reward_names, reward_of
 from q3mega.rollout import Sampler, SamplingParams
 from q3mega.rollout.episodes import run_episodes
 from q3mega.stages.common.scorer import Episode, Scorer
@@ -29,7 +29,7 @@ from q3mega.stages.mode_fusion import both_modes
 from q3mega.stages.reasoning_rl import judged, policy
 from q3mega.train import rl
 from q3mega.train.rollouts import Rollout
-from q3mega.train.schedule import InTurn
+from q3mega.train.schedule import SynchronousSchedule
 
 FOLLOW = 0.3  # of the general prompts are conversations with random mode flags
 HELD_OUT = 100  # problems of each task of one's own
@@ -65,9 +65,11 @@ def run(stage: Stage) -> None:
 
     rl.train(
         engine,
-        InTurn(roll_out, staleness=int(config.schedule == "one_step_off")),
+        SynchronousSchedule(roll_out, staleness=int(config.schedule == "one_step_off")),
         policy(stage, config),
-        EntropyController(config.entropy_hold, config.entropy_step, config.entropy_limit),
+        EntropyController(
+            config.entropy_target_ratio, config.entropy_coef_step, config.entropy_coef_max
+        ),
         prompts=tasks.prompts,
         steps=config.steps,
         folder=stage.dir / "checkpoints",
@@ -158,7 +160,7 @@ def own_tasks(
 
 def _own_mode(problem: Problem) -> Mode | None:
     """The mode that a problem asks for by itself: its file says so, or its flags do."""
-    if "mode" in listed(reward_of(problem)):
+    if "mode" in reward_names(reward_of(problem)):
         return last_flag(problem.messages) or "think"
     return problem.meta.get("mode")
 
@@ -168,6 +170,6 @@ def _in_mode(problem: Problem, mode: Mode, flag: bool = True) -> Problem:
 
     One that is about its own flags gets no other.
     """
-    flag = flag and "mode" not in listed(reward_of(problem))
+    flag = flag and "mode" not in reward_names(reward_of(problem))
     turns = tuple(flagged(problem, mode if flag else None))
     return replace(problem, messages=turns, meta=problem.meta | {"mode": mode})

@@ -25,7 +25,7 @@ from q3mega.problems.generated.reasoning import chain_sum
 from q3mega.problems.generated.solutions import response_text, solve, thinking_text
 from q3mega.rollout import STOP_THINKING, SamplingParams
 from q3mega.stages.common.asking import Asked
-from q3mega.stages.common.filter_report import Funnel
+from q3mega.stages.common.filter_report import FilterReport
 from q3mega.stages.common.fine_tune import fine_tune
 from q3mega.stages.common.stage import Stage
 
@@ -47,20 +47,20 @@ def run(stage: Stage) -> None:
 
 
 def build(stage: Stage, model: Engine) -> None:
-    """The mixed set, as samples.json in data/, and its funnel."""
-    rng, funnel = random.Random(stage.seed("mix")), Funnel(lambda row: row)
-    samples = rejection_samples(stage, model, funnel)
-    samples += chat_samples(stage, rng, funnel)
+    """The mixed set, as samples.json in data/, and its filter_report."""
+    rng, filter_report = random.Random(stage.seed("mix")), FilterReport(lambda row: row)
+    samples = rejection_samples(stage, model, filter_report)
+    samples += chat_samples(stage, rng, filter_report)
     if stage.pool.generated:
         samples += direct_samples(stage, rng) + general_samples(stage, rng)
         samples += follow_samples(stage, rng, len(samples) // 4)
-    funnel.step("samples of both modes", samples)
-    funnel.write(stage)
+    filter_report.step("samples of both modes", samples)
+    filter_report.write(stage)
     stage.write("data/samples.json", [vars(s) for s in samples])
     stage.barrier()
 
 
-def rejection_samples(stage: Stage, model: Engine, funnel: Funnel) -> list[Sample]:
+def rejection_samples(stage: Stage, model: Engine, filter_report: FilterReport) -> list[Sample]:
     """The RL model's own right answers to the cold start's queries."""
     config, rng = stage.config, random.Random(stage.seed("thinking"))
     queries = stage.cold_start_queries()
@@ -70,20 +70,20 @@ def rejection_samples(stage: Stage, model: Engine, funnel: Funnel) -> list[Sampl
     params = SamplingParams(config.max_tokens, 0.6, seed=stage.seed("reject"))
     found = evaluate.answers(stage.sampler(model), stage.tokenizer, queries, params)
     rows = [{"id": a.problem.id, "text": a.text} for (a,) in found]
-    funnel.step("thinking answers", rows)
+    filter_report.step("thinking answers", rows)
     rules = [
         "cannot be judged" if a.correct is None
         else None if a.correct and a.mode == "think"
         else "wrong or cut"
         for (a,) in found
     ]  # fmt: skip
-    funnel.keep("thinking answer", rows, rules)
+    filter_report.keep("thinking answer", rows, rules)
     samples = []
     for answer in (a for (a,), rule in zip(found, rules, strict=True) if rule is None):
         flag = "" if rng.random() < FLAGLESS else "think"
         turns = with_flag(rng, answer.problem.messages, flag)
         samples.append(chat_sample(stage.tokenizer, turns, answer.text))
-    funnel.step("thinking samples", samples)
+    filter_report.step("thinking samples", samples)
     return samples
 
 
@@ -118,17 +118,17 @@ def _sum_turns(rng: random.Random) -> list[Turn]:
     ]
 
 
-def chat_samples(stage: Stage, rng: random.Random, funnel: Funnel) -> list[Sample]:
+def chat_samples(stage: Stage, rng: random.Random, filter_report: FilterReport) -> list[Sample]:
     """Non-thinking chats from files, whose responses a judge holds to checklists."""
     rows = []
     for name, n in stage.config.non_thinking.items():
         found = files.answered(name)
         rows += rng.sample(found, min(n, len(found)))
-    funnel.step("answered chats", rows)
+    filter_report.step("answered chats", rows)
     if stage.config.judge and rows:
         judge = Asked(stage, stage.config.judge, "judge")
-        rows = funnel.keep("chat", rows, unmet(rows, judge.opinion, judge.count))
-    funnel.step("non-thinking chats", rows)
+        rows = filter_report.keep("chat", rows, unmet(rows, judge.opinion, judge.count))
+    filter_report.step("non-thinking chats", rows)
     samples = []
     for row in rows:
         prefilled = rng.random() < PREFILLED
@@ -229,7 +229,7 @@ def both_modes(stage: Stage, engine: Engine) -> dict[str, Any]:
     if stage.pool.generated:
         results |= evaluate.capabilities(
             sampler, tokenizer, stage.seed("capabilities"), stage.answer_tokens,
-            per_family=stage.recipe.evaluated // 2,
+            per_family=stage.recipe.eval_problems // 2,
         )  # fmt: skip
     return results
 

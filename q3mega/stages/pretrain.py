@@ -57,7 +57,7 @@ def learn(stage: Stage, engine: Engine, settings: PretrainSettings, part: str = 
             books = documents.build(
                 settings.mixture, tokens, settings.sequence, stage.tokenizer, seed, folder, held_out
             )
-            stage.write(f"data/{part}/funnel.json", books.steps)
+            stage.write(f"data/{part}/filter_report.json", books.steps)
             stage.write(f"data/{part}/drops.json", books.drops)
             (folder / "READY").touch()
         stage.barrier()

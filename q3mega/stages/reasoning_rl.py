@@ -12,24 +12,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 from q3mega.algorithms.entropy_control import EntropyController
-from q3mega.algorithms.rollout_correction import Correction
-from q3mega.config.servers import RolloutEngine
+from q3mega.algorithms.rollout_correction import RolloutCorrection
+from q3mega.config.servers import RolloutServers
 from q3mega.config.stages import RLSettings
 from q3mega.data.chat import render
 from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
 from q3mega.evaluation import evaluate
 from q3mega.problems import Problem
-from q3mega.rewards import Verdict, judge_answer
+from q3mega.rewards import Verdict, score_problem
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.base import text_of
 from q3mega.rollout.weight_sync.sampler import Interruptible, SyncedSampler
-from q3mega.stages.common.filter_report import Funnel
+from q3mega.stages.common.filter_report import FilterReport
 from q3mega.stages.common.stage import Stage
 from q3mega.train import rl
 from q3mega.train.rl import PolicySettings
 from q3mega.train.rollouts import Rollout
-from q3mega.train.schedule import Beside, InTurn, Schedule
+from q3mega.train.schedule import AsynchronousSchedule, Schedule, SynchronousSchedule
 
 
 def run(stage: Stage) -> None:
@@ -70,7 +70,9 @@ def learn(
         engine,
         schedule(stage, stage.sampler(engine), prompts, config),
         policy(stage, config),
-        EntropyController(config.entropy_hold, config.entropy_step, config.entropy_limit),
+        EntropyController(
+            config.entropy_target_ratio, config.entropy_coef_step, config.entropy_coef_max
+        ),
         prompts=prompts,
         steps=config.steps,
         folder=stage.dir / "checkpoints" / part,
@@ -98,14 +100,14 @@ def schedule(
         return answered(stage, sampler, batch(step)[rank::size], config, seed)
 
     if config.schedule != "asynchronous":
-        return InTurn(own_share, staleness=int(config.schedule == "one_step_off"))
+        return SynchronousSchedule(own_share, staleness=int(config.schedule == "one_step_off"))
     assert isinstance(sampler, SyncedSampler)  # the recipe names servers
     beside = Interruptible(sampler)
 
     def whole(step: int) -> list[Rollout]:
         return answered(stage, beside, batch(step), config, stage.seed("rollout", step))
 
-    return Beside(beside, whole, config.staleness)
+    return AsynchronousSchedule(beside, whole, config.staleness)
 
 
 def policy(stage: Stage, config: RLSettings) -> PolicySettings:
@@ -117,10 +119,10 @@ def policy(stage: Stage, config: RLSettings) -> PolicySettings:
     }
     own = {"dr_grpo": "constant", "dapo": "token", "bnpo": "token", "cispo": "token"}
     correction = None
-    if config.correction != "none":
+    if config.rollout_correction != "none":
         caps = config.tis_cap, config.mis_band, config.sequence_delta
-        correction = Correction(config.correction, *caps)
-    engine: RolloutEngine | None = getattr(stage.config, "engine", None)
+        correction = RolloutCorrection(config.rollout_correction, *caps)
+    engine: RolloutServers | None = getattr(stage.config, "rollout_servers", None)
     return PolicySettings(
         updates=config.updates,
         capacity=stage.config.micro_batch_tokens,
@@ -131,7 +133,7 @@ def policy(stage: Stage, config: RLSettings) -> PolicySettings:
         overlong=config.overlong,
         correction=correction,
         temperature=config.temperature,
-        max_gap=engine.max_gap if engine else None,
+        max_logprob_mismatch=engine.max_logprob_mismatch if engine else None,
         routing_replay=config.routing_replay,
     )
 
@@ -158,7 +160,7 @@ def answered(
     ):
         for c in tries:
             text = text_of(c, stage.tokenizer)
-            verdict = judge_answer(p, text, tokens=len(c.tokens), max_tokens=config.max_tokens)
+            verdict = score_problem(p, text, tokens=len(c.tokens), max_tokens=config.max_tokens)
             rollouts.append(judged(prompt, c, group, p, verdict, text))
     return rollouts
 
@@ -182,15 +184,15 @@ def judged(
 
 
 def select(stage: Stage, sampler: Sampler) -> None:
-    """The four rules; leaves problems.json and the funnel in data/."""
-    rules, funnel = stage.config.selection, Funnel(vars)
+    """The four rules; leaves problems.json and the filter_report in data/."""
+    rules, filter_report = stage.config.selection, FilterReport(vars)
     used = {query.id for query in stage.cold_start_queries()}
     low, high = rules.band
 
     pool = stage.problems(rules.pool // len(stage.pool.domains), "pool")
-    funnel.step("problems", pool)
+    filter_report.step("problems", pool)
     seen = ["used in the cold start" if p.id in used else None for p in pool]
-    pool = funnel.keep("problem", pool, seen)
+    pool = filter_report.keep("problem", pool, seen)
 
     params = SamplingParams(stage.config.max_tokens, n=rules.tries, seed=stage.seed("select"))
     found = evaluate.answers(sampler, stage.tokenizer, pool, params)
@@ -199,16 +201,16 @@ def select(stage: Stage, sampler: Sampler) -> None:
         for p, tries in zip(pool, found, strict=True)
     }
     unjudged = (None if judged[p.id] else "no try could be judged" for p in pool)
-    pool = funnel.keep("problem", pool, unjudged)
+    pool = filter_report.keep("problem", pool, unjudged)
     rates = {p.id: statistics.fmean(judged[p.id]) for p in pool}
     for right in range(rules.tries + 1):
         members = [p for p in pool if sum(judged[p.id]) == right]
-        funnel.step(f"right in {right} of {rules.tries} tries", members)
+        filter_report.step(f"right in {right} of {rules.tries} tries", members)
     unfit = (
         "not learnable" if rates[p.id] <= low else "too easy" if rates[p.id] >= high else None
         for p in pool
     )
-    learnable = funnel.keep("problem", pool, unfit)
+    learnable = filter_report.keep("problem", pool, unfit)
 
     def hardest_first(problem: Problem) -> tuple[float, int, str]:
         return rates[problem.id], -problem.difficulty, problem.id
@@ -219,8 +221,8 @@ def select(stage: Stage, sampler: Sampler) -> None:
         chosen += members[: rules.keep // len(stage.pool.domains)]
     kept = {p.id for p in chosen}
     easier = (None if p.id in kept else "easier than the rest of its domain" for p in learnable)
-    funnel.keep("problem", learnable, easier)
-    funnel.step("problems to train on", chosen)
+    filter_report.keep("problem", learnable, easier)
+    filter_report.step("problems to train on", chosen)
     if not chosen:
         raise UserError(
             f"stages.{stage.name}.selection.pool={rules.pool}: no problem is right in more than "
@@ -228,6 +230,6 @@ def select(stage: Stage, sampler: Sampler) -> None:
             "the pool, or raise tries"
         )
     random.Random(stage.seed("order")).shuffle(chosen)
-    funnel.write(stage)
+    filter_report.write(stage)
     stage.write("data/problems.json", [vars(p) for p in chosen])
     stage.barrier()

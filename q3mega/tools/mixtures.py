@@ -69,7 +69,7 @@ def _losses(
     engine.load_hf(hf)
     sums: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(2))
     for cell, some in sorted(documents.items()):
-        part = np.array(evaluate.nats(engine, some, sequence))
+        part = np.array(evaluate.nll(engine, some, sequence))
         for label in (("all", ""), *zip(LABELS, cell, strict=True)):
             sums[label] += part
     return {label: (float(total), float(n)) for label, (total, n) in sums.items()}

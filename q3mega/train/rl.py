@@ -14,11 +14,11 @@ from torch import Tensor
 from q3mega.algorithms.advantages import group_advantages
 from q3mega.algorithms.entropy_control import EntropyController
 from q3mega.algorithms.losses import normalise, policy_gradient
-from q3mega.algorithms.rollout_correction import Correction
+from q3mega.algorithms.rollout_correction import RolloutCorrection
 from q3mega.data.batch import Sample
 from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
-from q3mega.model.routing import COLUMN, column, differing
+from q3mega.model.routing import ROUTED_EXPERTS, as_column, differing
 from q3mega.problems import Problem
 from q3mega.rewards.length import overlong_penalty
 from q3mega.rollout.logprobs import routed_logprobs, token_logprobs
@@ -44,14 +44,14 @@ class PolicySettings:
     scale_by_std: bool = True
     loss: dict[str, Any] | None = None  # settings of ops.grpo_loss
     overlong: Literal["none", "penalty", "mask"] = "none"
-    correction: Correction | None = None
+    correction: RolloutCorrection | None = None
     temperature: float = 1.0  # of the sampler, whose distribution is the policy
-    max_gap: float | None = None  # mean |delta log p| between sampler and trainer
+    max_logprob_mismatch: float | None = None  # mean |delta log p| between sampler and trainer
     # the experts that updates use: the routers', the trainer's before the updates, the sampler's
     routing_replay: Literal["none", "r2", "r3"] = "none"
 
 
-def credit(
+def compute_advantages(
     rollouts: Sequence[Rollout], settings: PolicySettings
 ) -> tuple[dict[int, Sample], dict[int, str]]:
     """Group-relative advantages on the sampled tokens: (kept, dropped), by place in the batch.
@@ -144,23 +144,23 @@ def train(
         ledger.begun(number, prompts(number))
 
     def save(step: int) -> None:
-        keep(schedule.finished())
+        keep(schedule.drain())
         _save(engine, folder, step, entropy, updates, ready)
 
     for step in stopping.steps(first + 1, steps, save_every, save, engine.finish_saving):
         engine.finish_saving()  # sampling is long beside it
-        keep(schedule.advance(step, steps, updates, ready, begin))
+        keep(schedule.collect_batches(step, steps, updates, ready, begin))
         rollouts = ready.pop(step)
         oldest = statistics.fmean(min(r.versions) for r in rollouts)
-        samples, dropped = credit(rollouts, settings)
+        samples, dropped = compute_advantages(rollouts, settings)
         _leave_out_unknown(samples, dropped)
-        corrected = _correct(engine, rollouts, samples, dropped, settings)
+        corrected = _apply_rollout_correction(engine, rollouts, samples, dropped, settings)
         if reference:
-            _refer(reference, rollouts, samples, settings)
+            _add_reference_logprobs(reference, rollouts, samples, settings)
             _leave_out_unknown(samples, dropped)
         ledger.dropped(step, dropped)
         totals = {"staleness": updates - oldest, **corrected}
-        _check_gap(totals, settings.max_gap, step)
+        _check_gap(totals, settings.max_logprob_mismatch, step)
         for places in _split(list(samples), settings.updates):
             metrics = _update(engine, [samples[p] for p in places], settings, entropy)
             learnt = [p for p in places if p not in dropped]
@@ -170,7 +170,7 @@ def train(
                 updates += 1
                 ledger.used(step, updates, learnt)
             _add(totals, metrics, settings.updates)
-            _check_gap(totals, settings.max_gap, step)
+            _check_gap(totals, settings.max_logprob_mismatch, step)
         totals["entropy_coef"] = entropy.coefficient
         if "entropy" in totals:  # else nothing was learnt from
             entropy.update(totals["entropy"])
@@ -201,7 +201,7 @@ def _shared(
     return dict(parallel.gather_over_data(list(zip(mine, found, strict=True))))
 
 
-def _refer(
+def _add_reference_logprobs(
     reference: Engine,
     rollouts: list[Rollout],
     samples: dict[int, Sample],
@@ -214,7 +214,7 @@ def _refer(
         _add_columns(samples, place, ref_logprobs=[0.0] * len(rollouts[place].prompt) + found)
 
 
-def _correct(
+def _apply_rollout_correction(
     engine: Engine,
     rollouts: list[Rollout],
     samples: dict[int, Sample],
@@ -230,12 +230,12 @@ def _correct(
     """
     replay = settings.routing_replay
     for place in samples if replay == "r3" else ():
-        _add_columns(samples, place, **{COLUMN: column(_routes_of(rollouts[place]))})
+        _add_columns(samples, place, **{ROUTED_EXPERTS: as_column(_routes_of(rollouts[place]))})
     if not samples or (settings.correction is None and replay != "r2"):
         return {}
-    traced = _shared(rollouts, samples, lambda mine: _retrace(engine, mine, settings))
+    traced = _shared(rollouts, samples, lambda mine: _recompute_logprobs(engine, mine, settings))
     for place in samples if replay == "r2" else ():
-        _add_columns(samples, place, **{COLUMN: column(traced[place][1])})
+        _add_columns(samples, place, **{ROUTED_EXPERTS: as_column(traced[place][1])})
     if settings.correction is None:
         return {}
     gaps, trusts = [], []
@@ -249,7 +249,9 @@ def _correct(
             dropped[place] = "trainer's log-probability not finite"
             continue
         advantages = np.array(sample.columns["advantages"][before:])
-        trust = settings.correction.trust(trainer[chosen], sampler[chosen], advantages[0])
+        trust = settings.correction.importance_weights(
+            trainer[chosen], sampler[chosen], advantages[0]
+        )
         advantages[chosen] *= trust
         blank = [0.0] * before
         _add_columns(
@@ -261,14 +263,17 @@ def _correct(
         trusts += trust.tolist()
     if not gaps:
         return {}
-    metrics = {"gap": statistics.fmean(gaps), "trust": statistics.fmean(trusts)}
+    metrics = {
+        "logprob_mismatch": statistics.fmean(gaps),
+        "importance_weight": statistics.fmean(trusts),
+    }
     if replay == "r3":
         differ, of = (sum(n) for n in zip(*(counts for _, counts in traced.values()), strict=True))
-        metrics["routes_differ"] = differ / max(of, 1)
+        metrics["routed_experts_mismatch"] = differ / max(of, 1)
     return metrics
 
 
-def _retrace(
+def _recompute_logprobs(
     engine: Engine, rollouts: list[Rollout], settings: PolicySettings
 ) -> list[tuple[list[float], Any]]:
     """Each completion's log-probabilities, and with R2 its routes, with R3 how many of them differ
@@ -334,12 +339,12 @@ def _add(totals: dict[str, float], metrics: dict[str, float], updates: int) -> N
         totals["skipped"] = totals.get("skipped", 0.0) + 1
         return
     if "entropy" not in totals:  # the policy that sampled: its entropy, and the sampler-trainer gap
-        first = {k: metrics[k] / metrics["active"] for k in ("entropy", "gap")}
+        first = {k: metrics[k] / metrics["active"] for k in ("entropy", "logprob_mismatch")}
         totals |= first | totals  # a correction has measured the gap already
     for name in ("loss", "grad_norm", "lr", "balance", "expert_load"):
         if name in metrics:  # the last two are a mixture's
             totals[name] = totals.get(name, 0.0) + metrics[name] / updates
-    for name in ("kl", "clipped"):
+    for name in ("kl", "clip_fraction"):
         mean = metrics[name] / max(metrics["active"], 1.0)
         totals[name] = totals.get(name, 0.0) + mean / updates
 
@@ -353,7 +358,7 @@ def _record(
 ) -> None:
     summary = _summary(rollouts, samples)
     log.step(step, **summary, **totals)
-    if summary["unjudged"] == 1 and log.writes:
+    if summary["unscored_fraction"] == 1 and log.writes:
         print(
             f"step {step}: none of the rollouts could be judged: {rollouts[0].reason}", flush=True
         )
@@ -368,12 +373,15 @@ def _record(
 
 
 def _check_gap(totals: dict[str, float], limit: float | None, step: int) -> None:
-    gap = totals.get("gap", 0.0)  # unknown before the first update, without a correction
+    gap = totals.get(
+        "logprob_mismatch", 0.0
+    )  # unknown before the first update, without a correction
     if limit is not None and not gap <= limit:  # nan is no answer either
         raise UserError(
-            f"engine.max_gap={limit}: at step {step} sampler and trainer are {gap:.3g} apart in "
+            f"rollout_servers.max_logprob_mismatch={limit}: at step {step} sampler and "
+            f"trainer are {gap:.3g} apart in "
             "mean |delta log p|; do the servers compute in the trainer's precision, and at "
-            "temperature 1? `q3mega gap` compares them"
+            "temperature 1? `q3mega logprob-mismatch` compares them"
         )
 
 
@@ -394,13 +402,14 @@ def _summary(rollouts: list[Rollout], samples: list[Sample]) -> dict[str, float]
     rewards = [reward for values in by_task.values() for reward in values]
     return {
         **({"reward": statistics.fmean(rewards)} if rewards else {}),
-        "unjudged": 1 - len(rewards) / len(rollouts),
-        "length": sum(lengths) / len(lengths),
-        "truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
-        "kept": len(samples) / len(rollouts),
+        "unscored_fraction": 1 - len(rewards) / len(rollouts),
+        "response_length": sum(lengths) / len(lengths),
+        "truncated_fraction": sum(r.completion.finish_reason == "length" for r in rollouts)
+        / len(rollouts),
+        "kept_fraction": len(samples) / len(rollouts),
         **size([_sample(r, 0.0) for r in rollouts]),
         **size(samples, "trained_"),
         **{f"reward/{task}": statistics.fmean(v) for task, v in sorted(by_task.items())},
-        **{f"score/{name}": statistics.fmean(v) for name, v in sorted(by_reward.items())},
-        **{f"spread/{name}": statistics.pstdev(v) for name, v in sorted(by_reward.items())},
+        **{f"reward_part/{name}": statistics.fmean(v) for name, v in sorted(by_reward.items())},
+        **{f"reward_std/{name}": statistics.pstdev(v) for name, v in sorted(by_reward.items())},
     }

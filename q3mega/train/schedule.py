@@ -24,7 +24,7 @@ Begin = Callable[[int], None]
 class Schedule(Protocol):
     """All ranks call it in the same order and get the same."""
 
-    def advance(
+    def collect_batches(
         self, step: int, last: int, updates: int, ready: Container[int], begin: Begin
     ) -> Batches:
         """Before the updates of `step`: begin what may be begun, up to batch `last` and without
@@ -35,12 +35,12 @@ class Schedule(Protocol):
         """
         ...
 
-    def finished(self) -> Batches:
+    def drain(self) -> Batches:
         """What has come to its end since, to go into a checkpoint."""
         ...
 
 
-class InTurn:
+class SynchronousSchedule:
     """The ranks sample, then learn. staleness 0 is the synchronous schedule, 1 is one step off.
 
     roll_out: samples and scores this data-parallel rank's prompts of a step.
@@ -49,7 +49,7 @@ class InTurn:
     def __init__(self, roll_out: RollOut, staleness: int = 0) -> None:
         self.roll_out, self.staleness = roll_out, staleness
 
-    def advance(
+    def collect_batches(
         self, step: int, last: int, updates: int, ready: Container[int], begin: Begin
     ) -> Batches:
         """See `Schedule`."""
@@ -61,12 +61,12 @@ class InTurn:
             rollout.versions = [updates]
         return found
 
-    def finished(self) -> Batches:
+    def drain(self) -> Batches:
         """See `Schedule`."""
         return {}
 
 
-class Beside:
+class AsynchronousSchedule:
     """Asynchronous: rank 0 has servers sample in the background while all ranks learn.
 
     Before each batch's updates the servers get the newest weights. Sequences under way go on under
@@ -79,7 +79,7 @@ class Beside:
         self.under_way: dict[int, Future[list[Rollout]]] = {}  # on rank 0
         self.updates: dict[str, int] = {}  # of a version
 
-    def advance(
+    def collect_batches(
         self, step: int, last: int, updates: int, ready: Container[int], begin: Begin
     ) -> Batches:
         """See `Schedule`."""
@@ -91,7 +91,7 @@ class Beside:
                     self.under_way[s] = _in_background(self.roll_out, s)
         return self._collect(step)
 
-    def finished(self) -> Batches:
+    def drain(self) -> Batches:
         """See `Schedule`."""
         return self._collect(None)
 

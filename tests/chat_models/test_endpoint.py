@@ -47,7 +47,7 @@ def test_what_is_asked_for_reaches_the_server():
             "model": "judge", "messages": chat("a"), "n": 2, "max_tokens": 9, "temperature": 0.5,
             "chat_template_kwargs": {"enable_thinking": False},
         }  # fmt: skip
-        Endpoint(server.url, "judge", switch=False).ask([chat("a")], max_tokens=9)
+        Endpoint(server.url, "judge", send_enable_thinking=False).ask([chat("a")], max_tokens=9)
         assert "chat_template_kwargs" not in server.requests[-1]
 
 
@@ -310,7 +310,11 @@ def test_a_hosted_reasoning_model_answers_and_is_then_asked_as_it_wants(caplog):
     with served(hosted) as server:
         endpoint = Endpoint(server.url, "o9")
         assert len(endpoint.ask([chat("a")], n=2, max_tokens=9, temperature=0.7)[0]) == 2
-        for word in ("token_limit: max_completion_tokens", "temperature: null", "switch: false"):
+        for word in (
+            "token_limit: max_completion_tokens",
+            "temperature: null",
+            "send_enable_thinking: false",
+        ):
             assert word in caplog.text
         before = len(server.requests)
         endpoint.ask([chat("b")], max_tokens=9, temperature=0.7)
@@ -321,7 +325,7 @@ def test_a_hosted_reasoning_model_answers_and_is_then_asked_as_it_wants(caplog):
 def test_settings_ask_it_so_from_the_start():
     with served(hosted) as server:
         endpoint = Endpoint(
-            server.url, "o9", switch=False, token_limit="max_completion_tokens",
+            server.url, "o9", send_enable_thinking=False, token_limit="max_completion_tokens",
             extra_body={"reasoning_effort": "low", "chat_template_kwargs": {}, "top_p": 1},
         )  # fmt: skip
         endpoint.extra_body.pop("chat_template_kwargs")

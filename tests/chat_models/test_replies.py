@@ -152,7 +152,8 @@ def test_every_remedy_names_settings_that_there_are():
         named = re.findall(r"\b[a-z]+(?:_[a-z]+)+\b|\b[a-z]+(?=: [{a-z])", remedy)
         values = {"stream", "max_completion_tokens"}  # of extra_body and token_limit
         assert set(named) <= set(ChatModelSpec.model_fields) | values, remedy
-    ChatModelSpec(url="http://x/v1", model="m", extra_body={"stream": False}, switch=False,
+    ChatModelSpec(url="http://x/v1", model="m", extra_body={"stream": False},
+                  send_enable_thinking=False,
                   token_limit="max_completion_tokens", temperature=None)  # fmt: skip
 
 

@@ -116,18 +116,25 @@ def test_model_by_size_and_derived_from_it() -> None:
         ("cold_start.betas=[0.9]", ["stages.cold_start.betas", "missing"]),
         ("cold_start.optimizer=adam", ["optimizer='adam'", "'adamw' or 'muon'"]),
         (
-            "reasoning_rl.engine={kind: vllm, urls: [node7]}",
-            ["stages.reasoning_rl.engine.urls.0='node7'", "https?://"],
-        ),
-        ("reasoning_rl.engine={kind: vllm, urls: []}", ["engine.urls=[]", "at least 1"]),
-        ("reasoning_rl.engine={kind: tgi, urls: [http://a]}", ["engine.kind", "'sglang'"]),
-        (
-            "reasoning_rl.engine={kind: sglang, urls: [http://a], sync: broadcast, weights: w}",
-            ["weights=w", "sync: folder"],
+            "reasoning_rl.rollout_servers={kind: vllm, urls: [node7]}",
+            ["stages.reasoning_rl.rollout_servers.urls.0='node7'", "https?://"],
         ),
         (
-            "reasoning_rl.engine={kind: vllm, urls: [http://a], url: b}",
-            ["nearest is stages.reasoning_rl.engine.urls"],
+            "reasoning_rl.rollout_servers={kind: vllm, urls: []}",
+            ["rollout_servers.urls=[]", "at least 1"],
+        ),
+        (
+            "reasoning_rl.rollout_servers={kind: tgi, urls: [http://a]}",
+            ["rollout_servers.kind", "'sglang'"],
+        ),
+        (
+            "reasoning_rl.rollout_servers={kind: sglang, urls: [http://a], weight_sync: broadcast, "
+            "weights_folder: w}",
+            ["weights_folder=w", "weight_sync: folder"],
+        ),
+        (
+            "reasoning_rl.rollout_servers={kind: vllm, urls: [http://a], url: b}",
+            ["nearest is stages.reasoning_rl.rollout_servers.urls"],
         ),
         ("cold_start=null", ["stages.cold_start=None", "dict"]),
         ("seed=-1", ["seed=-1", "greater than or equal to 0"]),
@@ -330,7 +337,7 @@ def test_a_preset_fills_in_what_is_not_given(tiny: Path, tmp_path: Path, preset:
 
 def test_policy_settings_are_refused_in_one_line(tiny: Path) -> None:
     assert "'grpo', 'dapo'" in refusal(tiny, "reasoning_rl.preset=ppo")
-    assert "'tis', 'mis'" in refusal(tiny, "reasoning_rl.correction=is")
+    assert "'tis', 'mis'" in refusal(tiny, "reasoning_rl.rollout_correction=is")
     band = refusal(tiny, "reasoning_rl.mis_band=[2.0, 0.5]")
     assert "mis_band=[2.0, 0.5] must rise: the published one is [0.5, 2.0]" in band
     assert "reasoning_rl.tis_cap=0" in refusal(tiny, "reasoning_rl.tis_cap=0")
@@ -343,16 +350,19 @@ def test_policy_settings_are_refused_in_one_line(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["teacher_at=node9:29600"], r"teacher_at='node9:29600' is not allowed"),
-        (["teacher_at=tcp://node9"], r"teacher_at='tcp://node9' is not allowed"),
-        (["teacher_at=http://node9:8000"], "teacher_topk=0: a server .* so give teacher_topk"),
-        (["teacher_at=tcp://node9:1", "teacher_topk=8"], "teacher_topk=8: .* so leave it 0"),
-        (["teacher_at=tcp://node9:1", "teacher=x"], "teacher_at=tcp://node9:1 and teacher=x: give"),
+        (["teacher_url=node9:29600"], r"teacher_url='node9:29600' is not allowed"),
+        (["teacher_url=tcp://node9"], r"teacher_url='tcp://node9' is not allowed"),
+        (["teacher_url=http://node9:8000"], "teacher_topk=0: a server .* so give teacher_topk"),
+        (["teacher_url=tcp://node9:1", "teacher_topk=8"], "teacher_topk=8: .* so leave it 0"),
         (
-            ["teacher_at=http://node9:8000", "teacher_topk=8", "temperature=2"],
+            ["teacher_url=tcp://node9:1", "teacher=x"],
+            "teacher_url=tcp://node9:1 and teacher=x: give",
+        ),
+        (
+            ["teacher_url=http://node9:8000", "teacher_topk=8", "temperature=2"],
             "temperature=2.0: a server tells log-probabilities at temperature 1",
         ),
-        (["teacher_at=tcp://node9:1"], "compare_sft_samples=.*writes no text; set it to 0"),
+        (["teacher_url=tcp://node9:1"], "compare_sft_samples=.*writes no text; set it to 0"),
     ],
 )
 def test_teachers_that_do_not_go_together(words: list[str], told: str) -> None:
@@ -369,9 +379,9 @@ def test_a_teacher_elsewhere_need_not_fit_the_layout_of_its_student(tmp_path: Pa
     given += ["distill_on_policy.compare_sft_samples=0", "distill_on_policy.layout.pipeline=2"]
     with pytest.raises(UserError, match=r"distill_on_policy \(model\): .*divides neither layers=3"):
         Recipe.load(path, given)
-    Recipe.load(path, [*given, "distill_on_policy.teacher_at=tcp://node9:29600"])
-    with pytest.raises(UserError, match=r"a q3mega teach \(tcp\) writes no text"):
-        Recipe.load(EXAMPLES / "laptop.yaml", ["distill_off_policy.teacher_at=tcp://node9:1"])
+    Recipe.load(path, [*given, "distill_on_policy.teacher_url=tcp://node9:29600"])
+    with pytest.raises(UserError, match=r"a q3mega serve-teacher \(tcp\) writes no text"):
+        Recipe.load(EXAMPLES / "laptop.yaml", ["distill_off_policy.teacher_url=tcp://node9:1"])
 
 
 def test_paths_are_those_beside_the_recipe_and_of_overrides_those_of_the_shell(
@@ -411,14 +421,14 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
 
 
 def test_a_number_keeps_its_spelling_where_text_is_meant(tiny: Path) -> None:
-    given = ["slurm.account=012345", "slurm.qos=1.10", "slurm.gpus=off", "evaluated=1_000"]
+    given = ["slurm.account=012345", "slurm.qos=1.10", "slurm.gpus=off", "eval_problems=1_000"]
     recipe = Recipe.load(tiny, [*given, "seed=012", "slurm.setup=[on]"])
     assert (recipe.slurm.account, recipe.slurm.qos, recipe.slurm.setup) == (
         "012345",
         "1.10",
         ("on",),
     )
-    assert (recipe.slurm.gpus, recipe.evaluated, recipe.seed) == (False, 1000, 12)
+    assert (recipe.slurm.gpus, recipe.eval_problems, recipe.seed) == (False, 1000, 12)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_what_no_header_takes_is_refused_and_not_shown(held, monkeypatch):
         "cold_start.teacher.key_env=sk-s3cret",
         "cold_start.teacher.api_key=s3cret",
         "cold_start.teacher.extra_body={headers: {authorization: s3cret}}",
-        "reasoning_rl.engine={kind: vllm, urls: ['http://me:s3cret@host:8000']}",
+        "reasoning_rl.rollout_servers={kind: vllm, urls: ['http://me:s3cret@host:8000']}",
     ],
 )
 def test_a_recipe_with_a_key_or_password_in_it_is_refused_and_does_not_show_it(change, own):

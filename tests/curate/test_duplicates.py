@@ -12,7 +12,7 @@ import pytest
 
 from q3mega.curate import duplicates
 from q3mega.curate.config import Decontamination, Duplicates, Evaluation
-from q3mega.curate.contamination import Forbidden, evaluation_texts
+from q3mega.curate.contamination import EvalNgramIndex, evaluation_texts
 from q3mega.curate.document import Document
 from q3mega.data import package_text
 from q3mega.data.ngrams import WORD
@@ -174,7 +174,7 @@ def planted(question: str) -> str:
 def test_an_evaluation_text_is_found_however_it_is_set(setting):
     own = evaluation_texts(Decontamination(), 64)
     questions = [QUESTION, *own]
-    forbidden, short = Forbidden.of(questions, 13, 4)
+    forbidden, short = EvalNgramIndex.of(questions, 13, 4)
     assert short == 0
     hits = forbidden.step(documents([planted(SETTINGS[setting](q)) for q in questions]))
     assert hits == ["evaluation_text"] * len(questions)
@@ -182,7 +182,7 @@ def test_an_evaluation_text_is_found_however_it_is_set(setting):
 
 
 def test_other_documents_stay():
-    forbidden, _ = Forbidden.of([QUESTION, *evaluation_texts(Decontamination(), 64)], 13, 4)
+    forbidden, _ = EvalNgramIndex.of([QUESTION, *evaluation_texts(Decontamination(), 64)], 13, 4)
     texts = [
         planted(""),
         *package_text.documents("year_2889"),
@@ -197,7 +197,7 @@ def test_it_decides_as_the_filter_on_strings():
     for _ in range(30):
         evaluation = [" ".join(rng.choices(some, k=rng.randint(3, 9))) for _ in range(20)]
         texts = [" ".join(rng.choices(some, k=rng.randint(0, 60))) for _ in range(60)]
-        forbidden, short = Forbidden.of(evaluation, 5, 3)
+        forbidden, short = EvalNgramIndex.of(evaluation, 5, 3)
         kept = [
             t for t, hit in zip(texts, forbidden.step(documents(texts)), strict=True) if not hit
         ]
@@ -210,10 +210,10 @@ def test_it_is_the_same_from_a_file_and_counts_what_is_too_short(tmp_path):
     limits = Decontamination(
         evaluation=(Evaluation(glob=str(tmp_path / "*"), text="q"),), own=False
     )
-    forbidden, short = Forbidden.of(evaluation_texts(limits, 64), 13, 4)
+    forbidden, short = EvalNgramIndex.of(evaluation_texts(limits, 64), 13, 4)
     assert short == 1
     with (tmp_path / "f.npz").open("wb"):
         forbidden.write(tmp_path / "f.npz")
-    read = Forbidden.read(tmp_path / "f.npz")
+    read = EvalNgramIndex.read(tmp_path / "f.npz")
     texts = documents(["Yes.", "so What is the\nsixth number of it!", "what is the sixth number"])
     assert read.step(texts) == forbidden.step(texts) == ["", "evaluation_text", ""]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from q3mega.curate import sources
-from q3mega.curate.sources import Malformed, Row, Shard, rows, shards, zstd
+from q3mega.curate.sources import MalformedRow, Row, Shard, rows, shards, zstd
 from q3mega.errors import UserError
 
 TEXTS = ["one", "zwei\nZeilen", "三 \u2028", "", "last \\ one"]
@@ -176,7 +176,7 @@ def test_a_bad_row_is_counted_by_its_reason(tmp_path, line, reason):
     (shard,) = shards("s", str(path), "text", 1)
     found = list(rows(shard, "text"))
     assert found == [Row(1, "good"), Row(3, None, reason), Row(4, "good")]
-    lenient, strict = Malformed(shard, "text", 0.34), Malformed(shard, "text", 0.3)
+    lenient, strict = MalformedRow(shard, "text", 0.34), MalformedRow(shard, "text", 0.3)
     for row in found:
         lenient.count(row)
         strict.count(row)
@@ -191,7 +191,7 @@ def test_a_bad_row_is_found_in_the_file_from_any_shard(tmp_path):
     size = path.stat().st_size
     for start in (0, 1, 13, 14, 15, 100, 140):
         shard = Shard("s", str(path), size, start, size)
-        strict = Malformed(shard, "text", 0.0)
+        strict = MalformedRow(shard, "text", 0.0)
         for row in rows(shard, "text"):
             strict.count(row)
         with pytest.raises(UserError, match="row 11 is not JSON"):

@@ -155,7 +155,7 @@ def test_it_fills_the_store_of_off_policy_distillation(engine, batches, tmp_path
     samples = [Sample(b.tokens[:7].tolist(), [0.1] * 7) for b in batches]
 
     def stored(name, **teacher):
-        settings = {"teacher_topk": K, "teacher_timeout": 30.0, "teacher_key_env": None}
+        settings = {"teacher_topk": K, "teacher_timeout_s": 30.0, "teacher_key_env": None}
         stage = SimpleNamespace(
             data=tmp_path / name, leads=True, prepared=lambda _: False, barrier=lambda: None,
             tokenizer=TOKENIZER, config=SimpleNamespace(**settings, **teacher),
@@ -165,7 +165,7 @@ def test_it_fills_the_store_of_off_policy_distillation(engine, batches, tmp_path
         return TeacherTopK(stage.data / "topk")
 
     with token_server(engine) as server:
-        found = stored("served", teacher_at=server.url, teacher_serves=True)
+        found = stored("served", teacher_url=server.url, teacher_serves=True)
     for i, (ids, logprobs) in enumerate(top_logprobs(engine, [collate([s]) for s in samples], K)):
         kept, values = found[i]
         assert torch.equal(kept[:-1], ids[:-1])  # nothing is learnt after the last token

@@ -48,7 +48,7 @@ def taught(folder: Path, processes: int, *words: str, port: int = 0):
     log = folder / f"log-{port}"
     launcher = [] if processes == 1 else ["torch.distributed.run", f"--nproc-per-node={processes}",
                                           f"--master-port={free_port()}", "-m"]  # fmt: skip
-    command = [sys.executable, "-m", *launcher, "q3mega.cli", "teach", str(folder),
+    command = [sys.executable, "-m", *launcher, "q3mega.cli", "serve-teacher", str(folder),
                f"--port={port}", "--idle=120", *words]  # fmt: skip
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
@@ -158,7 +158,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(folder, monkey
         for rows in (265, 300):  # a student of other padding
             held = come(vocab=265, rows=rows)
             assert held[:265].equal(weight[:265]) and len(held) == rows
-    with pytest.raises(UserError, match=r"no teacher takes this student .*refused.*q3mega teach"):
+    with pytest.raises(
+        UserError, match=r"no teacher takes this student .*refused.*q3mega serve-teacher"
+    ):
         come()
 
 
@@ -197,7 +199,7 @@ def test_a_teacher_that_dies_is_named_and_the_next_run_goes_on(folder, tmp_path)
                 process.kill()
                 process.wait()
 
-        lost = f"teacher_at={at}: the teacher is gone .*start `q3mega teach` again"
+        lost = f"teacher_url={at}: the teacher is gone .*start `q3mega serve-teacher` again"
         with pytest.raises(UserError, match=lost):
             run(at, "cut", kill)
     steps = [row["step"] for row in whole_records(tmp_path / "cut" / "metrics.jsonl")]

@@ -48,7 +48,7 @@ def test_the_first_step_has_the_loss_and_gradient_of_transformers(tmp_path):
     losses = [
         load_balancing_loss_func((x,), SHAPE.experts, SHAPE.topk) / SHAPE.topk for x in logits
     ]
-    (SHAPE.balance * sum(losses)).backward()
+    (SHAPE.router_aux_loss_coef * sum(losses)).backward()
     squares = [p.grad.square().sum() for p in theirs.parameters() if p.grad is not None]
     assert metrics["balance"] == pytest.approx(float(sum(losses)) / SHAPE.layers, rel=1e-5)
     assert metrics["balance"] > 1.02 and metrics["grad_norm"] > 1e-3

@@ -17,7 +17,7 @@ from q3mega.problems import files
 from q3mega.problems.generated import synthetic_documents
 from q3mega.problems.generated.general import call
 from q3mega.problems.generated.synthetic_documents import NOT_FOUND, RELATIONS, World, question
-from q3mega.rewards import judge_answer
+from q3mega.rewards import score_problem
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox stands on Linux")
 SHORT = {"town": "the town", "company": "the company"}
@@ -34,7 +34,7 @@ def play(row, policy):
     turn = next(moves)
     while world and (messages := world.step(turn)):
         turn = moves.send([m["content"] for m in messages])
-    return judge_answer(problem, turn).score
+    return score_problem(problem, turn).score
 
 
 def mean(scores):

@@ -1,4 +1,4 @@
-"""`q3mega gap --record` under one layout, `--against` it under another."""
+"""`q3mega logprob-mismatch --record` under one layout, `--against` it under another."""
 
 import json
 import re
@@ -46,9 +46,9 @@ def test_another_layout_is_rounding_apart_and_other_weights_are_not(
 ):
     folder, record = checkpoint(kind), tmp_path / "record.json"
     words = ["--problems", "6"]
-    assert main(["gap", str(folder), *words, "--record", str(record)]) == 0
+    assert main(["logprob-mismatch", str(folder), *words, "--record", str(record)]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]
-    command += ["q3mega.cli", "gap", str(folder), *SHAPES[kind][1], *words]
+    command += ["q3mega.cli", "logprob-mismatch", str(folder), *SHAPES[kind][1], *words]
     done = subprocess.run(
         [*command, "--against", str(record), "--threshold", "1e-5"],
         capture_output=True, text=True, timeout=120,
@@ -64,7 +64,20 @@ def test_another_layout_is_rounding_apart_and_other_weights_are_not(
     kept["best"][0][0] += 1
     record.write_text(json.dumps(kept))
     capsys.readouterr()
-    assert main(["gap", str(folder), *words, "--against", str(record), "--threshold", "1e-5"]) == 1
+    assert (
+        main(
+            [
+                "logprob-mismatch",
+                str(folder),
+                *words,
+                "--against",
+                str(record),
+                "--threshold",
+                "1e-5",
+            ]
+        )
+        == 1
+    )
     found = printed(capsys.readouterr().out)
     assert found["max |delta log p|"] == pytest.approx(0.5, rel=1e-3)
     assert found["top-1 flipped"] == pytest.approx(1 / found["tokens"], rel=1e-2)
@@ -72,9 +85,9 @@ def test_another_layout_is_rounding_apart_and_other_weights_are_not(
 
 def test_what_does_not_fit_is_said(checkpoint, tmp_path, capsys):
     folder, record = checkpoint("dense"), tmp_path / "record.json"
-    assert main(["gap", str(folder), "--problems", "2", "--record", str(record)]) == 0
-    assert main(["gap", str(folder), "--problems", "3", "--against", str(record)]) == 2
+    assert main(["logprob-mismatch", str(folder), "--problems", "2", "--record", str(record)]) == 0
+    assert main(["logprob-mismatch", str(folder), "--problems", "3", "--against", str(record)]) == 2
     assert "the two records are of other tokens" in capsys.readouterr().err
     record.write_text("{}")
-    assert main(["gap", str(folder), "--problems", "2", "--against", str(record)]) == 2
-    assert "is no record of gap --record" in capsys.readouterr().err
+    assert main(["logprob-mismatch", str(folder), "--problems", "2", "--against", str(record)]) == 2
+    assert "is no record of logprob-mismatch --record" in capsys.readouterr().err

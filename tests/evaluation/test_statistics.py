@@ -46,7 +46,7 @@ def test_averages_leave_out_what_could_not_be_judged(scores):
     assert found["value"] == pytest.approx(statistics.fmean(means) if means else 0.0, abs=1e-12)
     assert found["low"] <= found["value"] <= found["high"]
     share = 1 - sum(map(len, judged)) / sum(map(len, scores))
-    assert found.get("unjudged", 0.0) == pytest.approx(share)
+    assert found.get("unscored_fraction", 0.0) == pytest.approx(share)
 
 
 def test_the_interval_of_scores_below_0_is_the_normal_one():

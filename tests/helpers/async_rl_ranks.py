@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from helpers.tiny_models import LAYOUT, SHAPES
 from q3mega.algorithms.entropy_control import EntropyController
-from q3mega.algorithms.rollout_correction import Correction
+from q3mega.algorithms.rollout_correction import RolloutCorrection
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.logprobs import token_logprobs
@@ -29,7 +29,7 @@ from q3mega.train import rl
 from q3mega.train.log import Log
 from q3mega.train.rl import PolicySettings
 from q3mega.train.rollouts import Rollout
-from q3mega.train.schedule import Beside
+from q3mega.train.schedule import AsynchronousSchedule
 
 TOKENIZER = SimpleNamespace(vocab_size=64, eos=63, eod=62, think_open=61, think_close=60)
 STEPS, UPDATES, PROMPTS, ROLLOUTS = 6, 2, 3, 4
@@ -72,8 +72,8 @@ def learn(folder: Path, staleness: int, kill: int, urls: list[str]) -> dict:
         return batch
 
     sampler.sync, engine.train_step = sync, train_step  # type: ignore[method-assign]
-    schedule = Beside(sampler, roll_out, staleness)
-    settings = PolicySettings(UPDATES, 256, 12, correction=Correction("tis"))
+    schedule = AsynchronousSchedule(sampler, roll_out, staleness)
+    settings = PolicySettings(UPDATES, 256, 12, correction=RolloutCorrection("tis"))
     rl.train(
         engine, schedule, settings, EntropyController(0.0, 0.0, 0.0), prompts=prompts, steps=STEPS,
         folder=folder / "checkpoints", log=Log(folder, STEPS), save_every=2,

@@ -31,7 +31,7 @@ from q3mega.rollout.weight_sync.sampler import SyncedSampler
 from q3mega.train import rl
 from q3mega.train.log import Log
 from q3mega.train.rollouts import Rollout
-from q3mega.train.schedule import InTurn
+from q3mega.train.schedule import SynchronousSchedule
 
 TOKENIZER = SimpleNamespace(
     vocab_size=64, eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
@@ -83,7 +83,7 @@ def run(folder: str, steps: int, settings: dict, kill: list | None) -> None:
     root.mkdir(exist_ok=True)
     rl.train(
         engine,
-        InTurn(roll_out, settings.pop("staleness", 0)),
+        SynchronousSchedule(roll_out, settings.pop("staleness", 0)),
         rl.PolicySettings(updates=2, capacity=256, max_tokens=6, **settings),
         EntropyController(0.7, 0.001, 0.02),
         prompts=lambda step: [],

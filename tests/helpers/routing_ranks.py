@@ -18,7 +18,7 @@ from q3mega.data.batch import Batch, Sample
 from q3mega.engine import Engine, OptimizerSpec, parallel
 from q3mega.train.supervised import shard
 
-SHAPE_OF = SHAPE(tied=False, layers=4, experts=8, topk=2, moe_ffn=32, balance=0.2)
+SHAPE_OF = SHAPE(tied=False, layers=4, experts=8, topk=2, moe_ffn=32, router_aux_loss_coef=0.2)
 LAYERS = torch.arange(SHAPE_OF.layers).repeat_interleave(SHAPE_OF.topk)
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from helpers.rl_ranks import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPES, run_cases
 from q3mega.algorithms.entropy_control import EntropyController
-from q3mega.algorithms.rollout_correction import Correction
+from q3mega.algorithms.rollout_correction import RolloutCorrection
 from q3mega.engine import Engine, OptimizerSpec, parallel
 from q3mega.io import whole_records
 from q3mega.rollout import SamplingParams
@@ -23,7 +23,7 @@ from q3mega.rollout.in_process import InProcessSampler
 from q3mega.train.log import Log
 from q3mega.train.rl import PolicySettings, train
 from q3mega.train.rollouts import Rollout
-from q3mega.train.schedule import InTurn
+from q3mega.train.schedule import SynchronousSchedule
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10]]
 
@@ -49,8 +49,8 @@ def learn(layout: dict, weights: str, replay: str, folder: str) -> list[dict]:
     root.mkdir(exist_ok=True)
     train(
         engine,
-        InTurn(roll_out),
-        PolicySettings(2, 64, 8, correction=Correction("tis"), routing_replay=replay),
+        SynchronousSchedule(roll_out),
+        PolicySettings(2, 64, 8, correction=RolloutCorrection("tis"), routing_replay=replay),
         EntropyController(0.0, 0.0, 0.0),
         prompts=lambda step: [],
         steps=2,
@@ -59,7 +59,14 @@ def learn(layout: dict, weights: str, replay: str, folder: str) -> list[dict]:
         save_every=9,
     )
     dist.barrier()
-    names = ("loss", "grad_norm", "gap", "trust", "entropy", "routes_differ")
+    names = (
+        "loss",
+        "grad_norm",
+        "logprob_mismatch",
+        "importance_weight",
+        "entropy",
+        "routed_experts_mismatch",
+    )
     return [{n: row[n] for n in names if n in row} for row in whole_records(root / "metrics.jsonl")]
 
 

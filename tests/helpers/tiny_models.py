@@ -35,7 +35,7 @@ SHAPES = {
     "dense": SHAPE(tied=False),
     "tied": SHAPE(tied=True),
     "deep": SHAPE(tied=False, layers=4),
-    "moe": SHAPE(tied=False, experts=4, topk=2, moe_ffn=32, balance=0.2),
+    "moe": SHAPE(tied=False, experts=4, topk=2, moe_ffn=32, router_aux_loss_coef=0.2),
     "odd": SHAPE(tied=True, vocab=67),  # rows that two ranks cannot share, more than the 64 ids
 }
 LAYOUT = partial(Layout, processes=1)

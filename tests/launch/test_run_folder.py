@@ -19,7 +19,7 @@ from q3mega.launch import driver
 from q3mega.launch.run_folder import changes, compare, keep
 
 TINY = Path(__file__).parents[1] / "helpers" / "tiny.yaml"
-ENGINE = "{{kind: vllm, urls: [{url}], timeout: {timeout}}}"
+ENGINE = "{{kind: vllm, urls: [{url}], timeout_s: {timeout}}}"
 
 
 def begun(run_dir: Path, *overrides: str) -> Recipe:
@@ -39,8 +39,8 @@ def begun(run_dir: Path, *overrides: str) -> Recipe:
         ("slurm.time=1:00:00", "slurm.time=2:00:00", Change.NOTHING),
         ("cold_start.save_every=1", "cold_start.save_every=2", Change.NOTHING),
         (
-            "reasoning_rl.engine=" + ENGINE.format(url="http://a", timeout=1),
-            "reasoning_rl.engine=" + ENGINE.format(url="http://b", timeout=2),
+            "reasoning_rl.rollout_servers=" + ENGINE.format(url="http://a", timeout=1),
+            "reasoning_rl.rollout_servers=" + ENGINE.format(url="http://b", timeout=2),
             Change.NOTHING,
         ),
         (
@@ -55,8 +55,8 @@ def begun(run_dir: Path, *overrides: str) -> Recipe:
             None,
         ),
         (
-            "distill_on_policy.teacher_at=null",
-            "distill_on_policy={teacher_at: 'tcp://a:1', compare_sft_samples: 0}",
+            "distill_on_policy.teacher_url=null",
+            "distill_on_policy={teacher_url: 'tcp://a:1', compare_sft_samples: 0}",
             None,
         ),
         ("cold_start.layout.processes=1", "cold_start.layout.processes=2", Change.ROUNDING),

@@ -117,11 +117,17 @@ def test_every_default_is_that_of_transformers(tmp_path, theirs):
         fields |= {
             "experts": config.num_experts, "topk": config.num_experts_per_tok,
             "moe_ffn": config.moe_intermediate_size, "norm_topk": config.norm_topk_prob,
-            "balance": config.router_aux_loss_coef,
+            "router_aux_loss_coef": config.router_aux_loss_coef,
         }  # fmt: skip
     found = vars(shape)
     assert {name: found[name] for name in fields} == fields
-    assert set(found) - set(fields) <= {"experts", "topk", "moe_ffn", "norm_topk", "balance"}
+    assert set(found) - set(fields) <= {
+        "experts",
+        "topk",
+        "moe_ffn",
+        "norm_topk",
+        "router_aux_loss_coef",
+    }
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,9 @@ def test_filling_up_for_fp8_changes_nothing(monkeypatch) -> None:
     batches = pack(normalise(documents(0)), 200)
     found = []
     for multiple in (1, 16):
-        cut = partial(parallel.part, sequence_parallel=False, multiple=multiple)
+        cut = partial(
+            parallel.shard_for_context_parallel, sequence_parallel=False, multiple=multiple
+        )
         assert all(len(cut(b).batch) % multiple == 0 for b in batches)
         engine = Engine(SHAPES["tied"], LAYOUT(), seed=1, optimizer=SPEC)
         monkeypatch.setattr(engine, "_part", cut)

@@ -107,8 +107,8 @@ def test_a_reference_policy_takes_room(stage: str) -> None:
 @pytest.mark.parametrize(
     ("stage", "at", "parts"),
     [
-        ("distill_on_policy", "teacher_at=tcp://node9:29600", ("teacher",)),
-        ("distill_off_policy", "teacher_at=http://node9:8000", ("teacher", "kv_cache")),
+        ("distill_on_policy", "teacher_url=tcp://node9:29600", ("teacher",)),
+        ("distill_off_policy", "teacher_url=http://node9:8000", ("teacher", "kv_cache")),
     ],
 )
 def test_a_teacher_elsewhere_takes_no_room_here(

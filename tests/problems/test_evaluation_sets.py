@@ -185,7 +185,8 @@ def test_false_premises_are_many_and_controls_look_alike():
 def test_a_premise_is_judged_by_what_the_reply_says_of_it():
     def at(premise, said):
         row = {"messages": [{"role": "user", "content": "On which continent is Peru, whose capital "
-                             "is Quito?"}], "reward": "premise", "premise": premise}  # fmt: skip
+                             "is Quito?"}], "reward": "false_premise",
+               "premise": premise}  # fmt: skip
         right = {"true": ["South America"], "false": ["Lima"], "unknown": []}[premise]
         wrong = {"true": ["Asia"], "false": ["Oslo"], "unknown": []}[premise]
         return earned(row | {"accepted": right, "rivals": wrong}, THOUGHT + said)
@@ -205,7 +206,7 @@ def test_a_premise_is_judged_by_what_the_reply_says_of_it():
     assert at("unknown", "The text does not say.") == at("unknown", "It is not mentioned.") == 1
     assert at("unknown", "He is 40.") == 0
     with pytest.raises(UserError, match="premise='maybe'"):
-        score("premise", "x", {"premise": "maybe"})
+        score("false_premise", "x", {"premise": "maybe"})
 
 
 def test_always_refusing_gets_half_at_most():
@@ -261,11 +262,11 @@ def test_ruler_answers_follow_from_the_text(tokenizer):
 def test_found_reads_words_whole_and_refuses_what_is_no_list():
     row = {"items": ["12", "Ada B"], "rivals": ["13"]}
     for said, share in (("ada  b, 12", 1), ("12.", 0.5), ("120 Adab", 0), ("12 ada b 13", 2 / 3)):
-        assert score("found", said, row).score == pytest.approx(share)
-    assert score("found", "<think>\n12", row).score == 0
+        assert score("string_match", said, row).score == pytest.approx(share)
+    assert score("string_match", "<think>\n12", row).score == 0
     for wrong in ({"items": []}, {"items": "12"}, {"items": [12]}, row | {"rivals": [" "]}):
         with pytest.raises(UserError, match=r"(items|rivals)="):
-            score("found", "12", wrong)
+            score("string_match", "12", wrong)
 
 
 @pytest.mark.parametrize("length", ["", "x", "-5", "²", "9" * 30, "0", "300"])

@@ -6,7 +6,7 @@ from q3mega.problems import generate, problem
 from q3mega.problems.generated.scripted_teacher import FLAWS, candidates, unsuitable_queries
 from q3mega.problems.generated.solutions import check, response_text, solve, thinking_text
 from q3mega.problems.query_filters import ResponseFilter, balance, query_filter
-from q3mega.rewards import judge_answer
+from q3mega.rewards import score_problem
 
 FAMILIES = ("chain_sum", "modular_product", "number_sorting")
 VALIDATION = {f: generate(f, 50, seed=9, heldout=True) for f in FAMILIES}
@@ -22,7 +22,7 @@ RIGHT = "The answer is \\boxed{10}."
 
 
 def rule_of(query, thinking, response, rules=FILTER):
-    return rules(query, thinking, response, lambda text: judge_answer(query, text).score == 1)
+    return rules(query, thinking, response, lambda text: score_problem(query, text).score == 1)
 
 
 def judged():

@@ -11,7 +11,7 @@ from q3mega.data.chat import render
 from q3mega.errors import UserError
 from q3mega.problems import files
 from q3mega.problems.rows import of_line
-from q3mega.rewards import MODELS, Verdict, judge_answer, reward
+from q3mega.rewards import MODELS, Verdict, reward, score_problem
 
 DOCS = Path(__file__).parents[2] / "docs" / "own_data.md"
 FACTS = {"tokens": 0, "max_tokens": 1, "scored": dict.fromkeys(MODELS, Verdict(0.0, ""))}
@@ -24,7 +24,7 @@ def read(row):
 
 
 def judged(row):
-    judge_answer(files.as_problem(read(row), "x"), "", **FACTS)
+    score_problem(files.as_problem(read(row), "x"), "", **FACTS)
 
 
 def test_every_row_of_the_documentation_can_be_judged(tmp_path):
@@ -32,7 +32,7 @@ def test_every_row_of_the_documentation_can_be_judged(tmp_path):
     assert len(lines) > 3
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
     for problem in files.problems(str(tmp_path / "docs.jsonl")):
-        judge_answer(problem, "", **FACTS)
+        score_problem(problem, "", **FACTS)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
@@ -66,9 +66,9 @@ def test_lines_end_at_a_newline_and_a_mark_may_stand_first(tmp_path):
         ({"reward": [3]}, "must name a reward"),
         ({"reward": "constraints"}, "constraints=None must be a list"),
         ({"reward": "code"}, "tests"),
-        ({"reward": "found", "items": [""]}, "items=.''. must be a list of texts"),
+        ({"reward": "string_match", "items": [""]}, "items=.''. must be a list of texts"),
         ({"reward": "length_control", "length": 9}, "length=9 must be one of"),
-        ({"reward": "premise"}, "premise=None must be true, false or unknown"),
+        ({"reward": "false_premise"}, "premise=None must be true, false or unknown"),
         ({"reward": "tool_calls"}, "calls=None must be a list"),
         ({"reward": "tool_call"}, "must be one tool"),
         ({"meta": "x"}, "meta='x'"),
@@ -198,8 +198,8 @@ def test_asserted_and_checked_functions_are_judged():
     for row in (mbpp, human):
         problem = files.as_problem(read(row), "x")
         reply = "```python\ndef add(a, b):\n    return a {} b\n```"
-        assert judge_answer(problem, reply.format("+")).score == 1
-        assert judge_answer(problem, reply.format("-")).score == 0
+        assert score_problem(problem, reply.format("+")).score == 1
+        assert score_problem(problem, reply.format("-")).score == 0
 
 
 @pytest.mark.parametrize(

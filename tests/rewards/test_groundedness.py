@@ -10,7 +10,7 @@ THOUGHT = "<think>\nThe archive says so.\n</think>\n\n"
 
 
 def earned(reply, answer):
-    return score("grounded", reply, {"answer": answer}).score
+    return score("groundedness", reply, {"answer": answer}).score
 
 
 @pytest.mark.parametrize(

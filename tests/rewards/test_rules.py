@@ -50,7 +50,7 @@ def test_a_score_is_a_plain_number(given, number):
     assert Verdict(given, "").score == score("given", "", {}).score == number
 
 
-BROKEN = [math.nan, -math.inf, 10**400, "1", [1.0], np.ones(1), torch.ones(2), 1j, object()]
+BROKEN = [math.nan, -math.inf, 10**400, "1", [1.0], np.ones(1), torch.ones(2), 1j, object]
 
 
 @pytest.mark.parametrize("given", BROKEN, ids=repr)

@@ -137,12 +137,12 @@ def test_the_cold_start_filters_queries_and_responses(ran):
         "query: several_questions", "query: judged open-ended", "query: answered without thinking",
         "response: wrong_answer",
     }  # fmt: skip
-    funnel = data(folder, "cold_start", "data/funnel.json")
+    filter_report = data(folder, "cold_start", "data/filter_report.json")
     queries = data(folder, "cold_start", "data/queries.json")
-    assert funnel["queries"] == 100 and funnel["samples"] == 40
-    assert len(queries) == funnel["queries of balanced domains"]
+    assert filter_report["queries"] == 100 and filter_report["samples"] == 40
+    assert len(queries) == filter_report["queries of balanced domains"]
     assert len(set(Counter(q["family"] for q in queries).values())) == 1
-    assert funnel["responses"] == 2 * len(queries) == 2 * drops["response: wrong_answer"]
+    assert filter_report["responses"] == 2 * len(queries) == 2 * drops["response: wrong_answer"]
     samples = data(folder, "cold_start", "data/samples.json")
     assert {(s["thinking"], s["response"]) for s in samples} == {(THINKING, "tree")}
     dropped = Recipe.load(folder / "own.yaml").stage_dir(folder / "run", "cold_start")
@@ -166,10 +166,10 @@ def test_held_out_problems_are_in_no_stage(ran):
 
 def test_selection_keeps_to_its_band(ran):
     folder, _ = ran
-    funnel = data(folder, "reasoning_rl", "data/funnel.json")
-    bands = [n for step, n in funnel.items() if step.startswith("right in")]
+    filter_report = data(folder, "reasoning_rl", "data/filter_report.json")
+    bands = [n for step, n in filter_report.items() if step.startswith("right in")]
     drops = data(folder, "reasoning_rl", "data/drops.json")
-    assert sum(bands) == funnel["problems"] - drops["problem: used in the cold start"]
+    assert sum(bands) == filter_report["problems"] - drops["problem: used in the cold start"]
     assert drops.get("problem: not learnable", 0) == bands[0]
     assert drops.get("problem: too easy", 0) == bands[-1]
 
@@ -203,7 +203,7 @@ def test_general_rl_scores_by_judge_preference_and_rules(ran):
         ("tasks", "judge"), ("open", "preference"), ("letters", "rule"),
     }  # fmt: skip
     assert {"reward/tasks", "reward/letters"} <= logged(folder, "general_rl")
-    names = {"reward/letters", "score/constraints_strict", "spread/constraints_strict"}
+    names = {"reward/letters", "reward_part/constraints_strict", "reward_std/constraints_strict"}
     assert names <= logged(folder, "reasoning_rl")
 
 

@@ -92,7 +92,7 @@ def test_curation_says_what_it_dropped(uncut):
         drops = json.loads((folders(uncut)[name] / "data" / "drops.json").read_text())
         assert sum(drops.values()) > 0, name
     for name in ("pretrain_general", "pretrain_reasoning", "pretrain_long"):
-        steps = json.loads((folders(uncut)[name] / "data" / "funnel.json").read_text())
+        steps = json.loads((folders(uncut)[name] / "data" / "filter_report.json").read_text())
         for kind in Recipe.load(RECIPE).stages[name].mixture:
             drawn, clean, different = (steps[f"{kind}: {step}"] for step in STEPS)
             assert drawn == clean >= different > 0, (name, kind)
@@ -152,15 +152,20 @@ def test_eval_takes_problems_of_ones_own(uncut, tmp_path, capsys):
 
 def test_reasoning_rl_takes_a_preset_a_schedule_and_a_correction(uncut, tmp_path):
     start = folders(uncut)["cold_start"] / "hf"
-    words = {"init": start, "preset": "grpo", "schedule": "one_step_off", "correction": "tis"}
+    words = {
+        "init": start,
+        "preset": "grpo",
+        "schedule": "one_step_off",
+        "rollout_correction": "tis",
+    }
     tokenizer = f"tokenizer.path={start}", "tokenizer.vocab_size=null"
     given = [*tokenizer, *(f"reasoning_rl.{name}={word}" for name, word in words.items())]
     command = ["run", str(RECIPE), "--run-dir", str(tmp_path), "--only", "reasoning_rl", *given]
     assert main(command) == 0
     [folder] = tmp_path.glob("*-reasoning_rl")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    trained = [row for row in rows if row["kept"]]
-    assert trained and all(row["gap"] < 0.1 and row["kl"] >= 0 for row in trained)
+    trained = [row for row in rows if row["kept_fraction"]]
+    assert trained and all(row["logprob_mismatch"] < 0.1 and row["kl"] >= 0 for row in trained)
     balance = Ledger(folder / FILE, writes=False).balance()
     assert (balance.drawn, balance.pending) == (3 * 8 * 4, 0) and balance.used > 0
     assert "Ledger of the rollouts" in (tmp_path / "report.html").read_text()

@@ -182,7 +182,10 @@ def test_the_weights_that_sampled_are_those_that_the_schedule_says(
     for step, _, _, _, _, versions, *_, used_by, _ in rows(drilled / f"{schedule}-cut" / FILE):
         assert json.loads(versions) == [2 * max(0, step - 1 - late)]
         assert used_by is None or used_by in (2 * step - 1, 2 * step)
-    gaps = [row["gap"] for row in whole_records(drilled / f"{schedule}-cut" / "metrics.jsonl")]
+    gaps = [
+        row["logprob_mismatch"]
+        for row in whole_records(drilled / f"{schedule}-cut" / "metrics.jsonl")
+    ]
     assert gaps[0] < 1e-5  # the behaviour's log-probabilities stay those of the older weights
     assert all((gap > 1e-3) == late for gap in gaps[1:])
 

@@ -13,7 +13,7 @@ from q3mega import device  # noqa: F401
 from helpers.tiny_models import LAYOUT, SHAPES
 
 from q3mega.algorithms.entropy_control import EntropyController
-from q3mega.algorithms.rollout_correction import Correction
+from q3mega.algorithms.rollout_correction import RolloutCorrection
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.evaluation.evaluate import entropy_ratio
 from q3mega.io import whole_records
@@ -22,7 +22,7 @@ from q3mega.train.ledger import FILE, Balance, Ledger
 from q3mega.train.log import Log
 from q3mega.train.rl import PolicySettings, train
 from q3mega.train.rollouts import Rollout
-from q3mega.train.schedule import InTurn
+from q3mega.train.schedule import SynchronousSchedule
 
 
 def learn(
@@ -42,17 +42,17 @@ def learn(
         return rollouts
 
     train(
-        engine, InTurn(roll_out), PolicySettings(1, 256, 8, **settings),
+        engine, SynchronousSchedule(roll_out), PolicySettings(1, 256, 8, **settings),
         EntropyController(0.5, 0.01, 0.1), prompts=lambda step: [], steps=steps, save_every=9,
         folder=folder / "checkpoints", log=Log(folder, steps), reference=reference,
     )  # fmt: skip
     return whole_records(folder / "metrics.jsonl"), Ledger(folder / FILE, writes=False).balance()
 
 
-@pytest.mark.parametrize("correction", [None, Correction("tis")])
+@pytest.mark.parametrize("correction", [None, RolloutCorrection("tis")])
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_an_unknown_log_probability_costs_its_completion(
-    tmp_path: Path, correction: Correction | None, value: float
+    tmp_path: Path, correction: RolloutCorrection | None, value: float
 ) -> None:
     def spoil(rollouts: list[Rollout]) -> None:
         rollouts[1].completion.logprobs[2] = value
@@ -68,7 +68,9 @@ def test_what_the_model_did_not_choose_needs_no_log_probability(tmp_path: Path) 
         completion.logprobs[2], completion.mask[2] = math.nan, 0
 
     (found,), balance = learn(tmp_path, spoil)
-    assert math.isfinite(found["gap"]) and found["grad_norm"] > 0.01 and balance.used == 4
+    assert (
+        math.isfinite(found["logprob_mismatch"]) and found["grad_norm"] > 0.01 and balance.used == 4
+    )
 
 
 def test_a_skipped_update_has_learnt_from_nothing(tmp_path: Path) -> None:

@@ -18,18 +18,18 @@ from helpers.tiny_models import LAYOUT, SHAPES
 from safetensors.torch import load, save
 
 from q3mega.algorithms.entropy_control import EntropyController
-from q3mega.algorithms.rollout_correction import Correction
+from q3mega.algorithms.rollout_correction import RolloutCorrection
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.errors import UserError
 from q3mega.io import whole_records
-from q3mega.model.routing import COLUMN, differing
+from q3mega.model.routing import ROUTED_EXPERTS, differing
 from q3mega.rollout import Completion, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import routed_logprobs, token_logprobs
 from q3mega.train.log import Log
 from q3mega.train.rl import PolicySettings, train
 from q3mega.train.rollouts import Rollout, pack, unpack
-from q3mega.train.schedule import InTurn
+from q3mega.train.schedule import SynchronousSchedule
 
 TOKENIZER = SimpleNamespace(
     vocab_size=64, eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
@@ -112,7 +112,7 @@ def learn(folder: Path, monkeypatch, foreign: bool = False, steps: int = 1, **se
     folder.mkdir()
     train(
         engine,
-        InTurn(roll_out),
+        SynchronousSchedule(roll_out),
         PolicySettings(2, 256, 8, **settings),
         EntropyController(0.0, 0.0, 0.0),
         prompts=lambda step: [],
@@ -124,9 +124,9 @@ def learn(folder: Path, monkeypatch, foreign: bool = False, steps: int = 1, **se
     return whole_records(folder / "metrics.jsonl"), given, engine, drawn
 
 
-@pytest.mark.parametrize("correction", [None, Correction("tis")])
+@pytest.mark.parametrize("correction", [None, RolloutCorrection("tis")])
 def test_r2_replays_the_routes_before_the_updates_in_all_of_them(
-    tmp_path: Path, monkeypatch, correction: Correction | None
+    tmp_path: Path, monkeypatch, correction: RolloutCorrection | None
 ) -> None:
     settings = {"correction": correction, "routing_replay": "r2"}
     _, given, engine, _ = learn(tmp_path / "r2", monkeypatch, **settings)
@@ -135,27 +135,27 @@ def test_r2_replays_the_routes_before_the_updates_in_all_of_them(
     for batches in given:
         for batch in batches:
             last = batch.cu_seqlens[1:].long() - 1
-            assert batch.columns[COLUMN].dtype == torch.uint8
-            assert not batch.columns[COLUMN][last].any()
-            names = {n: c for n, c in batch.columns.items() if n != COLUMN}
+            assert batch.columns[ROUTED_EXPERTS].dtype == torch.uint8
+            assert not batch.columns[ROUTED_EXPERTS][last].any()
+            names = {n: c for n, c in batch.columns.items() if n != ROUTED_EXPERTS}
             bare = replace(batch, columns=names)
             _, [before] = start.evaluate_routed([bare], lambda head, batch: None)
             _, [after] = engine.evaluate_routed([bare], lambda head, batch: None)
-            assert differing(batch.columns[COLUMN], before, 2)[0] == 0
-            moved += differing(batch.columns[COLUMN], after, 2)[0]
+            assert differing(batch.columns[ROUTED_EXPERTS], before, 2)[0] == 0
+            moved += differing(batch.columns[ROUTED_EXPERTS], after, 2)[0]
     assert len(given) == 2 and moved > 0
 
 
 def test_r3_replays_the_samplers_routes_and_tells_where_the_trainer_differs(
     tmp_path: Path, monkeypatch
 ) -> None:
-    settings = {"correction": Correction("tis"), "routing_replay": "r3"}
+    settings = {"correction": RolloutCorrection("tis"), "routing_replay": "r3"}
     (row,), given, _, _ = learn(tmp_path / "same", monkeypatch, **settings)
-    assert row["routes_differ"] == 0 and row["gap"] < 1e-5
+    assert row["routed_experts_mismatch"] == 0 and row["logprob_mismatch"] < 1e-5
     (row,), given, _, drawn = learn(tmp_path / "other", monkeypatch, foreign=True, **settings)
-    assert row["routes_differ"] > 0.2 and row["gap"] > 1e-3
+    assert row["routed_experts_mismatch"] > 0.2 and row["logprob_mismatch"] > 1e-3
     replayed = [
-        part.columns[COLUMN][a : b - 1]
+        part.columns[ROUTED_EXPERTS][a : b - 1]
         for batches in given
         for part in batches
         for a, b in zip(part.cu_seqlens[:-1], part.cu_seqlens[1:], strict=True)
@@ -202,7 +202,9 @@ def test_the_loop_is_the_same_on_two_processes(torchrun, tmp_path: Path) -> None
     for rows, (replay, _) in zip(found, runs, strict=True):
         for got, want in zip(rows, alone[replay == "r3"], strict=True):
             assert got == pytest.approx(want, rel=1e-3, abs=1e-5)
-            assert want["grad_norm"] > 1e-3 and ("routes_differ" in want) == (replay == "r3")
+            assert want["grad_norm"] > 1e-3 and ("routed_experts_mismatch" in want) == (
+                replay == "r3"
+            )
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""How rollouts become updates: credit, corrections, temperature; batches saved and read back."""
+"""How rollouts become updates: advantages, corrections, temperature; batches saved."""
 
 import json
 import math
@@ -19,16 +19,16 @@ from safetensors.torch import load, save
 
 from q3mega.algorithms.advantages import group_advantages
 from q3mega.algorithms.entropy_control import EntropyController
-from q3mega.algorithms.rollout_correction import Correction
+from q3mega.algorithms.rollout_correction import RolloutCorrection
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.io import whole_records
 from q3mega.rollout import Completion, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.train.ledger import FILE, Ledger
 from q3mega.train.log import Log
-from q3mega.train.rl import PolicySettings, credit, train
+from q3mega.train.rl import PolicySettings, compute_advantages, train
 from q3mega.train.rollouts import Batches, Rollout, pack, unpack
-from q3mega.train.schedule import InTurn
+from q3mega.train.schedule import SynchronousSchedule
 
 TOKENIZER = SimpleNamespace(
     vocab_size=64, eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
@@ -72,7 +72,7 @@ def sized(length: int, reward: float, end: str = "stop") -> Rollout:
 
 def test_over_long_completions_lose_reward_before_the_advantages() -> None:
     batch = [sized(80, 1.0), sized(90, 1.0), sized(100, 1.0, "length"), sized(40, 0.0)]
-    kept, dropped = credit(batch, PolicySettings(1, 256, 100, overlong="penalty"))
+    kept, dropped = compute_advantages(batch, PolicySettings(1, 256, 100, overlong="penalty"))
     expected = group_advantages([1.0, 0.5, 0.0, 0.0])
     assert [kept[i].columns["advantages"][-1] for i in range(4)] == expected and not dropped
 
@@ -81,14 +81,14 @@ def test_an_episode_is_as_long_as_its_longest_turn() -> None:
     turns = [1] * 60 + [0] * 30 + [1] * 90 + [0] * 9 + [1] * 5
     episode = Rollout([9], Completion([1] * 194, [-1.0] * 194, turns, "stop"), 0, 1.0)
     batch = [episode, sized(90, 1.0), sized(40, 0.9)]
-    kept, _ = credit(batch, PolicySettings(1, 256, 100, overlong="penalty"))
+    kept, _ = compute_advantages(batch, PolicySettings(1, 256, 100, overlong="penalty"))
     advantages = [kept[i].columns["advantages"][-1] for i in range(3)]
     assert advantages == group_advantages([0.5, 0.5, 0.9])
 
 
 def test_truncated_completions_carry_no_loss_but_count_in_the_baseline() -> None:
     batch = [sized(8, 1.0), sized(8, 0.0, "length"), sized(8, 0.0)]
-    kept, dropped = credit(batch, PolicySettings(1, 256, 8, overlong="mask"))
+    kept, dropped = compute_advantages(batch, PolicySettings(1, 256, 8, overlong="mask"))
     expected = group_advantages([1.0, 0.0, 0.0])
     assert {i: s.columns["advantages"][-1] for i, s in kept.items()} == {
         0: expected[0], 2: expected[2],
@@ -101,7 +101,7 @@ def test_what_cannot_be_judged_is_no_part_of_its_group() -> None:
     batch = [sized(8, 1.0), refused, sized(8, 0.0), sized(8, 0.0)]
     batch += [replace(refused, group=1), replace(sized(8, 1.0), group=1)]
     batch += [replace(refused, group=2)] * 2
-    kept, dropped = credit(batch, PolicySettings(1, 256, 8))
+    kept, dropped = compute_advantages(batch, PolicySettings(1, 256, 8))
     advantages = [kept[i].columns["advantages"][-1] for i in (0, 2, 3)]
     assert advantages == group_advantages([1.0, 0.0, 0.0])
     assert dropped == dict.fromkeys((1, 4, 6, 7), "unjudged: the judge refused") | {
@@ -112,7 +112,7 @@ def test_what_cannot_be_judged_is_no_part_of_its_group() -> None:
 def first_step(
     folder: Path,
     shift: float,
-    correction: Correction | None,
+    correction: RolloutCorrection | None,
     temperature: float = 1.0,
     rewards: Sequence[float | None] = (0, 1 / 3, 2 / 3, 1),
 ) -> dict[str, float]:
@@ -134,7 +134,7 @@ def first_step(
     folder.mkdir()
     train(
         engine,
-        InTurn(roll_out),
+        SynchronousSchedule(roll_out),
         PolicySettings(1, 256, 8, correction=correction, temperature=temperature),
         EntropyController(0.0, 0.0, 0.0),
         prompts=lambda step: [],
@@ -147,21 +147,21 @@ def first_step(
 
 
 @pytest.mark.parametrize(
-    ("kind", "shift", "trust"),
+    ("kind", "shift", "weight"),
     [("tis", -0.3, math.exp(0.3)), ("tis", -1.2, 2.0), ("mis", -0.3, math.exp(0.3)),
      ("mis", 0.4, math.exp(-0.4)), ("mis", -1.2, 0.0), ("sequence_mask", 0.3, 1.0)],
 )  # fmt: skip
-def test_the_gradient_is_the_on_policy_one_times_the_trust(
-    tmp_path: Path, kind: str, shift: float, trust: float
+def test_the_gradient_is_the_on_policy_one_times_the_weight(
+    tmp_path: Path, kind: str, shift: float, weight: float
 ) -> None:
     exact = first_step(tmp_path / "exact", 0.0, None)
-    found = first_step(tmp_path / "found", shift, Correction(kind))
-    assert exact["gap"] < 1e-5 and exact["grad_norm"] > 0.01
-    assert found["gap"] == pytest.approx(abs(shift), abs=1e-4)
-    assert found["trust"] == pytest.approx(trust, abs=1e-4)
-    assert found["grad_norm"] == pytest.approx(exact["grad_norm"] * trust, rel=1e-3, abs=1e-6)
+    found = first_step(tmp_path / "found", shift, RolloutCorrection(kind))
+    assert exact["logprob_mismatch"] < 1e-5 and exact["grad_norm"] > 0.01
+    assert found["logprob_mismatch"] == pytest.approx(abs(shift), abs=1e-4)
+    assert found["importance_weight"] == pytest.approx(weight, abs=1e-4)
+    assert found["grad_norm"] == pytest.approx(exact["grad_norm"] * weight, rel=1e-3, abs=1e-6)
     balance = Ledger(tmp_path / "found" / FILE, writes=False).balance()
-    assert balance.dropped == ({} if trust else {"off-policy": 4})
+    assert balance.dropped == ({} if weight else {"off-policy": 4})
     assert balance.drawn == balance.used + sum(balance.dropped.values()) == 4
 
 
@@ -169,23 +169,23 @@ def test_a_batch_of_which_nothing_can_be_judged_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = first_step(tmp_path / "none", 0.0, None, rewards=[None] * 4)
-    assert found["unjudged"] == 1 and "reward" not in found and "grad_norm" not in found
+    assert found["unscored_fraction"] == 1 and "reward" not in found and "grad_norm" not in found
     assert "step 1: none of the rollouts could be judged: no answer" in capsys.readouterr().out
     balance = Ledger(tmp_path / "none" / FILE, writes=False).balance()
     assert balance.dropped == {"unjudged: no answer": 4} and not balance.used
     found = first_step(tmp_path / "half", 0.0, None, rewards=[None, 0.0, None, 1.0])
-    assert (found["unjudged"], found["reward"], found["kept"]) == (0.5, 0.5, 0.5)
+    assert (found["unscored_fraction"], found["reward"], found["kept_fraction"]) == (0.5, 0.5, 0.5)
 
 
 def test_a_masked_sequence_is_dropped_for_its_bad_completions_only(tmp_path: Path) -> None:
-    found = first_step(tmp_path / "far", 0.6, Correction("sequence_mask"))
-    assert 0 < found["trust"] < 1
+    found = first_step(tmp_path / "far", 0.6, RolloutCorrection("sequence_mask"))
+    assert 0 < found["importance_weight"] < 1
     balance = Ledger(tmp_path / "far" / FILE, writes=False).balance()
     assert (balance.used, balance.dropped) == (2, {"off-policy": 2})
 
 
-@pytest.mark.parametrize("correction", [None, Correction("tis")])
+@pytest.mark.parametrize("correction", [None, RolloutCorrection("tis")])
 def test_log_probabilities_are_compared_at_the_sampling_temperature(
-    tmp_path: Path, correction: Correction | None
+    tmp_path: Path, correction: RolloutCorrection | None
 ) -> None:
-    assert first_step(tmp_path / "warm", 0.0, correction, 0.6)["gap"] < 1e-5
+    assert first_step(tmp_path / "warm", 0.0, correction, 0.6)["logprob_mismatch"] < 1e-5

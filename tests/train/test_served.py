@@ -28,7 +28,7 @@ from q3mega.train.ledger import FILE, Ledger
 from q3mega.train.log import Log
 from q3mega.train.rl import PolicySettings
 from q3mega.train.rollouts import Rollout
-from q3mega.train.schedule import InTurn
+from q3mega.train.schedule import SynchronousSchedule
 
 TOKENIZER = SimpleNamespace(
     vocab_size=64, eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
@@ -63,9 +63,10 @@ def learn(folder, wrong_by=0.0, kind="vllm", faults=(None,)):
                 for c in group
             ]
 
-        settings = PolicySettings(updates=2, capacity=256, max_tokens=8, max_gap=1e-3)
+        settings = PolicySettings(updates=2, capacity=256, max_tokens=8, max_logprob_mismatch=1e-3)
         rl.train(
-            engine, InTurn(roll_out), settings, EntropyController(0.0, 0.0, 0.0), steps=STEPS,
+            engine, SynchronousSchedule(roll_out), settings,
+            EntropyController(0.0, 0.0, 0.0), steps=STEPS,
             folder=folder / "checkpoints", log=Log(folder, STEPS), save_every=STEPS,
             prompts=lambda step: [],
         )  # fmt: skip
@@ -75,14 +76,16 @@ def learn(folder, wrong_by=0.0, kind="vllm", faults=(None,)):
 
 def test_every_batch_is_sampled_from_the_weights_that_it_updates(tmp_path):
     metrics, versions, engine = learn(tmp_path)
-    assert [m["gap"] < 1e-5 for m in metrics] == [True] * STEPS
+    assert [m["logprob_mismatch"] < 1e-5 for m in metrics] == [True] * STEPS
     assert all(len(v) == 1 for v in versions) and len(set.union(*versions)) == STEPS
-    assert engine.changes == 2 * STEPS
+    assert engine.weight_version == 2 * STEPS
     assert metrics[-1]["reward"] > metrics[0]["reward"]
 
 
 def test_a_gap_above_the_limit_ends_the_run_before_it_is_saved(tmp_path):
-    with pytest.raises(UserError, match=r"engine.max_gap=0.001: at step 1 .* 0.01 apart"):
+    with pytest.raises(
+        UserError, match=r"rollout_servers.max_logprob_mismatch=0.001: at step 1 .* 0.01 apart"
+    ):
         learn(tmp_path, wrong_by=0.01)
     assert not list((tmp_path / "checkpoints").glob("step_*"))
 
@@ -132,7 +135,7 @@ def test_a_run_with_a_bad_server_is_the_run_with_a_good_one(good, tmp_path, kind
     left_out = [r for r in caplog.records if "left out" in r.message or "did not" in r.message]
     assert left_out  # the fault was seen
     assert all(len(v) == 1 for v in versions) and len(set.union(*versions)) == STEPS
-    assert all(m["gap"] < 1e-5 for m in metrics)
+    assert all(m["logprob_mismatch"] < 1e-5 for m in metrics)
     timeless = [{**m, "seconds": 0} for m in metrics]
     assert timeless == [{**m, "seconds": 0} for m in good[1]]
     engine.save_hf(tmp_path / "hf", {})

@@ -134,15 +134,16 @@ class RemoteTeacher:
             door.close()
         except Gone as error:
             raise UserError(
-                f"teacher_at={self.at}: no teacher takes this student ({error}): is `q3mega teach` "
-                "up there, with the same key and version, and not busy with another student?"
+                f"teacher_url={self.at}: no teacher takes this student ({error}): is "
+                "`q3mega serve-teacher` up there, with the same key and version, and not busy "
+                "with another student?"
             ) from None
         if welcome.refusal:
             raise UserError(
-                f"teacher_at={self.at} refuses: {welcome.refusal}; the two must share a vocabulary"
+                f"teacher_url={self.at} refuses: {welcome.refusal}; the two must share a vocabulary"
             )
         if welcome.shape.vocab < hello.vocab or not welcome.speakers:
-            raise UserError(f"teacher_at={self.at}: it offers what was not asked for")
+            raise UserError(f"teacher_url={self.at}: it offers what was not asked for")
         return welcome
 
     def _head(self, block: int, rows: int) -> Tensor:
@@ -171,6 +172,6 @@ class RemoteTeacher:
 
     def _lost(self, error: Gone) -> UserError:
         return UserError(
-            f"teacher_at={self.at}: the teacher is gone ({error}): see its job's output, start "
-            "`q3mega teach` again, then this run, which goes on from its last checkpoint"
+            f"teacher_url={self.at}: the teacher is gone ({error}): see its job's output, start "
+            "`q3mega serve-teacher` again, then this run, which goes on from its last checkpoint"
         )

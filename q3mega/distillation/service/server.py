@@ -23,7 +23,7 @@ from torch import Tensor
 from q3mega.data.batch import Batch, Sample, collate
 from q3mega.distillation.service.connection import GLANCE, Gone, Listener, Wire
 from q3mega.distillation.service.messages import BLOCK_BYTES, DTYPES, Ask, Hello, Seat, Welcome
-from q3mega.engine import Engine, Head, parallel
+from q3mega.engine import Engine, LMHead, parallel
 from q3mega.errors import UserError
 from q3mega.ops import vocab
 
@@ -201,7 +201,7 @@ def _answer(
     turn = iter(turns)
     dtype = DTYPES[_dtype(engine)]
 
-    def send(head: Head, _: Batch) -> None:
+    def send(head: LMHead, _: Batch) -> None:
         if asker := next(turn, None):  # none: of no batch, but of ranks that meet in every layer
             asker.tell(head.hidden.to(dtype))
 
@@ -211,7 +211,7 @@ def _answer(
 @torch.no_grad()
 def _send_head(engine: Engine, askers: Sequence[_Asker], block: int) -> None:
     weight = head_weight(engine)
-    head = Head(weight, weight, engine.tp_group)
+    head = LMHead(weight, weight, engine.tp_group)
     for ids in torch.arange(engine.shape.vocab, device=weight.device).split(block):
         rows = head.rows(ids)
         if askers:

@@ -1,4 +1,4 @@
-"""distill_loss on row kernels: the gradient comes with the loss (docs/operators.md: gradient in the forward).
+"""distill_loss on row kernels: the forward computes the gradients too (docs/operators.md).
 
 The teacher is a second lm_head, or its K best log-probabilities with or without the rest as one
 more bucket.

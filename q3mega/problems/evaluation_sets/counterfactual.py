@@ -116,7 +116,7 @@ TABLES = {
             "Brandenburg Gate": ("Berlin", "Germany"), "Sagrada Família": ("Barcelona", "Spain"),
             "Acropolis": ("Athens", "Greece"), "Taj Mahal": ("Agra", "India"),
             "Hagia Sophia": ("Istanbul", "Turkey|Türkiye"),
-            "Forbidden City": ("Beijing", "China"), "Kremlin": ("Moscow", "Russia"),
+            "EvalNgramIndex City": ("Beijing", "China"), "Kremlin": ("Moscow", "Russia"),
             "Golden Gate Bridge": ("San Francisco", "United States|USA|U.S.|America"),
             "Charles Bridge": ("Prague", "Czech Republic|Czechia"),
             "Atomium": ("Brussels", "Belgium"), "Prater": ("Vienna", "Austria"),
@@ -200,7 +200,7 @@ def _of_text(rng: random.Random, premise: str) -> Row:
 def _row(question: str, premise: str, accepted: list[str], rivals: list[list[str]]) -> Row:
     return {
         "messages": [{"role": "user", "content": f"{question}\n\n{ASK}"}],
-        "reward": "premise",
+        "reward": "false_premise",
         "premise": premise,
         "accepted": accepted,
         "rivals": sorted({text for names in rivals for text in names}),

@@ -216,7 +216,7 @@ def _row(rng: random.Random, name: str, length: int, tokenizer: Tokenizer) -> Ro
         raise UserError(f"ruler:{length} is too short for the task {name}: give more tokens")
     return {
         "messages": messages(size),
-        "reward": "found",
+        "reward": "string_match",
         "items": task.items,
         "rivals": task.rivals,
         "group": name,

@@ -329,7 +329,7 @@ class _Batch:
                 self.slots.put_nowait(server)
         raise EngineFailed(
             f"a sequence failed {self.retries + 1} times, at last at {server.url} ({said}): see "
-            "the server's log, or raise timeout or retries"
+            "the server's log, or raise timeout_s or retries"
         )
 
     async def _slot(self) -> Server:

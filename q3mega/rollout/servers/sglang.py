@@ -120,7 +120,7 @@ async def check_receives(client: httpx2.AsyncClient, server: Server) -> None:
         raise UserError(
             f"{server.url} has pipeline or data parallelism inside (pp_size={found.pp_size}, "
             f"dp_size={found.dp_size}), and joins no group: start a server for each replica, "
-            "without stages, or take engine.sync=folder"
+            "without stages, or take rollout_servers.weight_sync=folder"
         )
 
 

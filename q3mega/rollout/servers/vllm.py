@@ -133,7 +133,7 @@ async def check_receives(client: httpx2.AsyncClient, server: Server) -> None:
         raise UserError(
             f"{server.url} can join no trainer's group ({error}): start it with "
             "--worker-extension-cls q3mega.rollout.weight_sync.vllm_worker.Receiver and q3mega "
-            "on its PYTHONPATH, or take engine.sync=folder"
+            "on its PYTHONPATH, or take rollout_servers.weight_sync=folder"
         ) from None
 
 

@@ -43,7 +43,9 @@ class SyncedSampler:
     ) -> list[list[Completion]]:
         """See `Sampler`."""
         self.sync()
-        return self.known(parallel.from_first(lambda: self.servers.generate(prompts, params)))
+        return self.known(
+            parallel.broadcast_from_leader(lambda: self.servers.generate(prompts, params))
+        )
 
     def known(self, found: list[list[Completion]]) -> list[list[Completion]]:
         """Completions up to an id that the engine does not have."""
@@ -64,7 +66,7 @@ class SyncedSampler:
 
     @property
     def version(self) -> str:
-        return f"weights-{self.name}-{self.engine.changes}"
+        return f"weights-{self.name}-{self.engine.weight_version}"
 
     def write(self) -> None:
         """Write the weights into the folder, if there is one and they are not there."""
@@ -99,7 +101,8 @@ class SyncedSampler:
         if first and not broadcast.is_current(version):
             raise EngineFailed(
                 f"weights did not reach the servers in {1 + self.servers.retries} tries: see the "
-                "warnings before this, and their logs; engine.sync=folder needs no group"
+                "warnings before this, and their logs; rollout_servers.weight_sync=folder needs "
+                "no group"
             )
 
 

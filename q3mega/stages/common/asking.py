@@ -40,8 +40,9 @@ class Asked:
                 self.model = endpoint = Endpoint(
                     spec.url, spec.model, key_env=spec.key_env, concurrency=spec.concurrency,
                     token_budget=spec.token_budget, cache=stage.data / "replies.sqlite",
-                    switch=spec.switch, token_limit=spec.token_limit, extra_body=spec.extra_body,
-                    timeout=spec.timeout, retries=spec.retries,
+                    send_enable_thinking=spec.send_enable_thinking,
+                    token_limit=spec.token_limit, extra_body=spec.extra_body,
+                    timeout=spec.timeout_s, retries=spec.retries,
                 )  # fmt: skip
                 endpoint.check()
         else:

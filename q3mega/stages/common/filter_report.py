@@ -10,7 +10,7 @@ from q3mega.stages.common.stage import Stage
 _Item = TypeVar("_Item")
 
 
-class Funnel:
+class FilterReport:
     """Counts by step and by rule, and every dropped item.
 
     describe(item): what is kept of one that is dropped, as JSON.
@@ -38,8 +38,8 @@ class Funnel:
         return kept
 
     def write(self, stage: Stage) -> None:
-        """funnel.json, drops.json and dropped.jsonl in data/."""
-        stage.write("data/funnel.json", self.steps)
+        """filter_report.json, drops.json and dropped.jsonl in data/."""
+        stage.write("data/filter_report.json", self.steps)
         stage.write("data/drops.json", dict(self.drops))
         if stage.leads:
             text = "".join(f"{to_json(row)}\n" for row in self.dropped)

@@ -19,12 +19,12 @@ from q3mega.chat_models.reference_judge import ReferenceJudge
 from q3mega.data.batch import Batch, Sample, collate
 from q3mega.data.chat import parse, render
 from q3mega.data.sft import chat_sample, reply_text
-from q3mega.engine import Engine, Head, parallel
+from q3mega.engine import Engine, LMHead, parallel
 from q3mega.evaluation import evaluate
 from q3mega.evaluation.reward_probes import probes
 from q3mega.problems import FAMILIES, Problem, files
 from q3mega.problems.generated import general
-from q3mega.rewards import MODELS, Verdict, judge_answer, models_of, score
+from q3mega.rewards import MODELS, Verdict, model_rewards_of, score, score_problem
 from q3mega.rewards.mode import mode_of
 from q3mega.rewards.models.judge import judge, judge_examples
 from q3mega.rewards.models.preference import preference
@@ -51,7 +51,7 @@ class Scorer:
 
     def __init__(self, stage: Stage, tasks: Sequence[Problem] = ()) -> None:
         self.stage = stage
-        asked = {name for p in tasks for name in models_of(p)} if tasks else set(MODELS)
+        asked = {name for p in tasks for name in model_rewards_of(p)} if tasks else set(MODELS)
         self.judge = _judge(stage) if "judge" in asked else None
         self.preference = PreferenceModel(stage) if "preference" in asked else None
 
@@ -75,7 +75,9 @@ class Scorer:
         ]
         said: list[dict[str, Verdict]] = [{} for _ in problems]
         for name, model in (("judge", self.judge), ("preference", self.preference)):
-            rows = [i for i, p in enumerate(problems) if obedient[i] and name in models_of(p)]
+            rows = [
+                i for i, p in enumerate(problems) if obedient[i] and name in model_rewards_of(p)
+            ]
             if model:  # with no rows as well: ranks may meet in it
                 replies = [episodes[i][-1] for i in rows]
                 for i, v in zip(rows, model([problems[i] for i in rows], replies), strict=True):
@@ -105,7 +107,7 @@ class Scorer:
                 continue
             best = max(earned, key=earned.__getitem__)
             rows[task] = {
-                "reward": ", ".join(models_of(members[0])) or "rule",
+                "reward": ", ".join(model_rewards_of(members[0])) or "rule",
                 "probes": len(earned),
                 "mean": statistics.fmean(earned.values()),
                 "highest": earned[best],
@@ -120,7 +122,7 @@ class Scorer:
 
 
 def _verdict(problem: Problem, turns: list[str], **facts: Any) -> Verdict:
-    verdict = judge_answer(problem, turns[-1], **facts)
+    verdict = score_problem(problem, turns[-1], **facts)
     if problem.family not in FAMILIES or not problem.tools:
         return verdict
     call = score("tool_call", turns[0], problem.row)
@@ -155,7 +157,7 @@ class TrainedJudge:
         turns = [[{"role": "user", "content": text}] for text in prompts]
         texts = [render(t, add_generation_prompt=True, enable_thinking=False) for t in turns]
 
-        def yes(head: Head, batch: Batch) -> list[float]:
+        def yes(head: LMHead, batch: Batch) -> list[float]:
             last = head.hidden[batch.cu_seqlens[1:].long() - 1]
             ids = torch.tensor(self.ids, device=last.device)
             return (last @ head.rows(ids).T).softmax(-1)[:, 0].tolist()
@@ -243,7 +245,7 @@ class PreferenceModel:
         if not texts:
             return []
 
-        def value(head: Head, batch: Batch) -> list[float]:
+        def value(head: LMHead, batch: Batch) -> list[float]:
             return scalar(head, batch, self.tokenizer.eod).tolist()
 
         return each_sequence(self.model, self.tokenizer.encode_batch(texts), value)

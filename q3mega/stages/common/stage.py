@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from q3mega.config.recipe import ModelSpec, Recipe
-from q3mega.config.servers import RolloutEngine
+from q3mega.config.servers import RolloutServers
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, OptimizerSpec, parallel
 from q3mega.errors import UserError
@@ -82,7 +82,7 @@ class Stage:
 
     def held_out(self) -> list[Problem]:
         """What every stage evaluates on."""
-        return self.pool.held_out(self.recipe.evaluated)
+        return self.pool.held_out(self.recipe.eval_problems)
 
     def cold_start_queries(self) -> list[Problem]:
         """What this run's cold start was built on; none when it had no cold start."""
@@ -144,20 +144,24 @@ class Stage:
 
     def sampler(self, engine: Engine) -> Sampler:
         """Samples from the engine's weights, in process or on the servers that the recipe names."""
-        spec: RolloutEngine | None = getattr(self.config, "engine", None)
+        spec: RolloutServers | None = getattr(self.config, "rollout_servers", None)
         if spec is None:
             return InProcessSampler(engine, self.tokenizer, max_batch=self.config.sample_batch)
         callers = parallel.data_size()
         if self.config.schedule == "asynchronous":  # rank 0, for so many batches at once
             callers = self.config.staleness + 1
         servers = ServerSampler(
-            spec.urls, self.tokenizer, kind=spec.kind, timeout=spec.timeout, retries=spec.retries,
+            spec.urls, self.tokenizer, kind=spec.kind, timeout=spec.timeout_s, retries=spec.retries,
             concurrency=max(1, spec.concurrency // callers), key_env=spec.key_env,
         )  # fmt: skip
         if getattr(self.config, "routing_replay", None) == "r3":  # do they tell their experts?
             servers.generate([[self.tokenizer.eos]], SamplingParams(1, routes=True))
-        self.write("engines.json", servers.engines)
-        folder = Path(spec.weights or self.dir / "weights") if spec.sync == "folder" else None
+        self.write("rollout_servers.json", servers.engines)
+        folder = (
+            Path(spec.weights_folder or self.dir / "weights")
+            if spec.weight_sync == "folder"
+            else None
+        )
         return SyncedSampler(engine, servers, folder)
 
     @property

@@ -449,7 +449,7 @@ def test_the_servers_sample_from_the_engines_weights(serve, kind, tmp_path):
         assert one.paths[LOAD[kind]] == step + 1  # once, not for every call
         for parameter in trainer.chunks[0].parameters():
             parameter.data *= 1.3
-        trainer.changes += 1
+        trainer.weight_version += 1
     assert versions[0] != versions[1]
     sampler.generate(PROMPTS, params)
     two.version = "default"  # as after a restart
@@ -526,8 +526,8 @@ def test_the_command_fails_above_its_threshold(tmp_path, capsys):
     for engine, code in ((right, 0), (wrong, 1)):
         with token_server(engine) as server:
             words = ["--engine", server.url, "--problems", "3", "--max-tokens", "4"]
-            assert main(["gap", str(tmp_path), *words, "--threshold", "1e-4"]) == code
+            assert main(["logprob-mismatch", str(tmp_path), *words, "--threshold", "1e-4"]) == code
         said = capsys.readouterr()
         assert "mean |delta log p|" in said.out
         assert ("above --threshold 0.0001" in said.err) == bool(code)
-    assert main(["gap", str(tmp_path), "--engine", server.url, "--problems", "0"]) == 2
+    assert main(["logprob-mismatch", str(tmp_path), "--engine", server.url, "--problems", "0"]) == 2

@@ -143,7 +143,7 @@ def test_a_batch_is_interrupted_and_gone_on_with(started):
 def changed(trainer: Engine) -> None:
     for parameter in trainer.chunks[0].parameters():
         parameter.data *= 1.2
-    trainer.changes += 1
+    trainer.weight_version += 1
 
 
 @pytest.mark.parametrize("way", ["folder", "broadcast"])

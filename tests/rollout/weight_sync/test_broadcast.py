@@ -87,7 +87,7 @@ def synced(trainer, processes, **settings):
 def change(trainer):
     for parameter in trainer.chunks[0].parameters():
         parameter.data *= 1.1
-    trainer.changes += 1
+    trainer.weight_version += 1
 
 
 def drawn(groups):
@@ -102,7 +102,9 @@ def test_every_tensor_arrives(trainer, processes, tmp_path, monkeypatch, caplog)
         monkeypatch.setattr(broadcast, "BUCKET", size)
         with caplog.at_level("INFO"):
             found = sampler.generate(PROMPTS, GREEDY)
-        assert f"weights-{sampler.name}-{trainer.changes}: " in caplog.text  # with its seconds
+        assert (
+            f"weights-{sampler.name}-{trainer.weight_version}: " in caplog.text
+        )  # with its seconds
         assert drawn(found) == drawn(InProcessSampler(trainer, TOKENIZER).generate(PROMPTS, GREEDY))
         (version,) = {v for group in found for c in group for v, _ in c.weights}
         trainer.save_hf(tmp_path, {})
