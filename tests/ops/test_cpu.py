@@ -331,7 +331,7 @@ def operands() -> dict[str, tuple]:
     logprobs, ids = randn(18, (9, 37))[0].log_softmax(-1).topk(4)
     grpo = (
         hidden, weight, targets, rows["advantages"], rows["old_logprobs"], w, None, None, "grpo",
-        0.2, 0.2, None, 0.0, "k3", 0.01, None, 1.0, -1, "", "cpu", True, True,
+        0.2, 0.2, 0.0, 0.01, "k3", None, None, 1.0, -1, "", "cpu", True, True,
     )  # fmt: skip
     how = w, "jsd", 0.5, 1.0
     return {

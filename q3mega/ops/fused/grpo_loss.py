@@ -4,6 +4,7 @@ The backward only scales them (docs/operators.md: gradient in the forward). gspo
 compose linear_logprob instead, since a token's gradient depends on its whole sequence.
 """
 
+from dataclasses import astuple
 from typing import Any, cast
 
 import torch
@@ -39,45 +40,45 @@ from q3mega.ops.grpo_loss import (
 def _grpo(
     hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor, old: Tensor, w: Tensor,
     ref: Tensor | None, rollout: Tensor | None, variant: str, clip_low: float, clip_high: float,
-    dual_clip: float | None, kl_coef: float, kl_estimator: str, entropy_coef: float,
+    kl_coef: float, entropy_coef: float, kl_estimator: str, clip_ratio_c: float | None,
     tis_cap: float | None, temperature: float, valid: int, group: str, backend: str,
     hidden_needs_grad: bool, weight_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     head = BlockedHead(weight, temperature, valid, group, backend, len(hidden), weight_needs_grad)
-    gradients, column = (
-        Gradients(hidden, head, (hidden_needs_grad, weight_needs_grad)),
-        head.shard_columns(targets),
-    )
+    gradients = Gradients(hidden, head, (hidden_needs_grad, weight_needs_grad))
+    target_columns = head.shard_columns(targets)
     settings = Settings(
-        cast(Variant, variant), (clip_low, clip_high), dual_clip, kl_coef,
-        cast(Estimator, kl_estimator), entropy_coef, tis_cap,
+        cast(Variant, variant), clip_low, clip_high, kl_coef, entropy_coef,
+        cast(Estimator, kl_estimator), clip_ratio_c, tis_cap,
     )  # fmt: skip
     logprobs, entropy, kl = hidden.new_zeros(3, len(hidden), dtype=STATS_DTYPE).unbind()
     loss, clipped = hidden.new_zeros(2, dtype=torch.float64).unbind()
-    counts = w != 0
-    learns = counts & ((advantages != 0) | bool(kl_coef or entropy_coef))
+    active = w != 0
+    learns = active & ((advantages != 0) | bool(kl_coef or entropy_coef))
     learns &= hidden_needs_grad or weight_needs_grad
-    for mask, learning in ((learns, True), (counts & ~learns, False)):
-        for rows in row_blocks(mask.nonzero()[:, 0], head):
-            h, c = hidden[rows], column[rows]
+    for mask, with_gradient in ((learns, True), (active & ~learns, False)):
+        for block in row_blocks(mask.nonzero()[:, 0], head):
+            h, columns = hidden[block], target_columns[block]
             z = head.logits(h)
-            logprobs[rows], entropy[rows], lse = head.stats(z, c)
-            token = token_terms(
-                logprobs[rows], entropy[rows], advantages[rows], old[rows],
-                None if ref is None else ref[rows],
-                None if rollout is None else rollout[rows], settings,
+            logprobs[block], entropy[block], lse = head.stats(z, columns)
+            rows = Rows(
+                advantages[block], old[block], w[block], None if ref is None else ref[block],
+                None if rollout is None else rollout[block],
             )  # fmt: skip
-            weights = w[rows]
+            token = token_terms(logprobs[block], entropy[block], rows, settings)
+            weights = rows.loss_weights
             loss += (token.loss * weights).sum(dtype=torch.float64)
             clipped += token.clipped.sum()
-            kl[rows] = token.kl
-            if learning:
-                head.gradient(
-                    z, c, lse, entropy[rows], token.g_logprob * weights, -entropy_coef * weights
-                )
-                gradients.add(rows, h, z)
-    share = (clipped / counts.sum().clamp(min=1)).float()
-    return loss.float(), logprobs.clone(), entropy.clone(), share, kl.clone(), *gradients.reduced()
+            kl[block] = token.kl
+            if with_gradient:
+                g, g_entropy = token.g_logprob * weights, -entropy_coef * weights
+                head.gradient(z, columns, lse, entropy[block], g, g_entropy)
+                gradients.add(block, h, z)
+    clip_fraction = (clipped / active.sum().clamp(min=1)).float()
+    return (
+        loss.float(), logprobs.clone(), entropy.clone(), clip_fraction, kl.clone(),
+        *gradients.reduced(),
+    )  # fmt: skip
 
 
 @_grpo.register_fake
@@ -104,7 +105,7 @@ def _grpo_loss(
     valid_vocab: int | None,
     group: ProcessGroup | None,
 ) -> GrpoOutput:
-    if settings.variant.startswith("gspo"):  # a token's gradient hangs on its sequence: mode R
+    if settings.variant.startswith("gspo"):  # a token's gradient depends on its sequence
         return composed(
             hidden, weight, targets, rows, settings, temperature, sequences, valid_vocab,
             group, backend,
@@ -114,9 +115,8 @@ def _grpo_loss(
         *gemm_operands(backend, hidden, weight), targets,
         *(None if x is None else x.detach().float() for x in rows),
     )  # fmt: skip
-    variant, clip, *others = settings
     options = temperature, *schema_options(valid_vocab, group, backend)
-    out = _grpo(*operands, variant, *clip, *others, *options, *needs_grad)
+    out = _grpo(*operands, *astuple(settings), *options, *needs_grad)
     return GrpoOutput(out[0], *(x.detach() for x in out[1:5]))
 
 
