@@ -91,18 +91,20 @@ sys.argv[1:] = {arguments}
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments", "error"),
+    ("module", "arguments", "package", "extra"),
     [
-        ("pydantic", ["run", "x.yaml"], "q3mega run needs the package pydantic: pip install 'q3mega[recipe]'"),
-        ("rensa", ["curate", "x.yaml", "--out", "x"], "q3mega curate needs the package rensa: pip install 'q3mega[curate]'"),
-        ("yaml", ["plan", "x.yaml"], "q3mega plan needs the package pyyaml: pip install 'q3mega[recipe]'"),
+        ("pydantic", ["run", "x.yaml"], "pydantic", "recipe"),
+        ("rensa", ["curate", "x.yaml", "--out", "x"], "rensa", "curate"),
+        ("yaml", ["plan", "x.yaml"], "pyyaml", "recipe"),
     ],
-)  # fmt: skip
-def test_a_command_without_its_extra_names_it(module, arguments, error):
+)
+def test_a_command_without_its_extra_names_it(module, arguments, package, extra):
     code = HIDE.format(module=module, arguments=arguments)
     code += "from q3mega.cli import main\nsys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, f"error: {error}\n")
+    remedy = f"pip install 'q3mega[{extra}]'"
+    error = f"error: q3mega {arguments[0]} needs the package {package}: {remedy}\n"
+    assert (done.returncode, done.stderr) == (2, error)
 
 
 @pytest.mark.parametrize(
@@ -110,14 +112,10 @@ def test_a_command_without_its_extra_names_it(module, arguments, error):
     [("import q3mega.engine", "q3mega.engine"), ("from q3mega import run", "q3mega.run")],
 )
 def test_an_import_without_its_extra_names_it(line, user):
-    code = HIDE.format(module="psutil", arguments=[]) + f"""
-try:
-    {line}
-except ImportError as error:
-    print(error)
-"""  # fmt: skip
-    said = "needs the package psutil: pip install 'q3mega[recipe]'"
-    assert python(code) == f"{user} {said}\n"
+    code = HIDE.format(module="psutil", arguments=[])
+    code += f"try:\n    {line}\nexcept ImportError as error:\n    print(error)"
+    error = f"{user} needs the package psutil: pip install 'q3mega[recipe]'\n"
+    assert python(code) == error
 
 
 def test_the_operators_import_torch_alone():
