@@ -21,7 +21,13 @@ from cubin import Compiled, cuda_kernels, read, run, tool
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from q3mega.kernels import KINDS, MOST, distill_loss, dual_chunk_attention, linear_logprob
+from q3mega.kernels import (
+    DIVERGENCES,
+    MAX_BLOCK_COLUMNS,
+    distill_loss,
+    dual_chunk_attention,
+    linear_logprob,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -38,7 +44,7 @@ def cases() -> dict[str, Case]:
     pointers = dict.fromkeys(("Z", "S", "T", "STATS", "SUMS", "LSE", "ENTROPY"), "*fp32")
     pointers |= dict.fromkeys(("G", "G_ENTROPY", "LSE_S", "LSE_T", "OWN"), "*fp32")
     pointers |= {"COLUMN": "*i64", "beta": "fp32"}
-    block = {"BLOCK": MOST}
+    block = {"BLOCK": MAX_BLOCK_COLUMNS}
     found = {
         "row_stats": Case(
             linear_logprob.row_stats_kernel, pointers, block | {"NONE": linear_logprob.NONE}, 8, 3
@@ -47,7 +53,7 @@ def cases() -> dict[str, Case]:
             linear_logprob.row_gradient_kernel, pointers, block | {"WITH_ENTROPY": True}, 8, 3
         ),
     }
-    for kind, number in KINDS.items():
+    for kind, number in DIVERGENCES.items():
         for kernel in (
             distill_loss.divergence_sums_kernel,
             distill_loss.divergence_gradient_kernel,

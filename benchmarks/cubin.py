@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from q3mega.kernels import KINDS
+from q3mega.kernels import DIVERGENCES
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,7 +98,7 @@ def _name(symbol: str) -> str:
     """A kernel's name and template arguments, from its mangled name."""
     (name,) = re.findall(r"\d([a-z_]+)_kernel", symbol)
     element, dim = re.findall(r"Bf16|Fp16", symbol)[:1], re.findall(r"Li(\d+)E", symbol)
-    kind = [list(KINDS)[int(number)] for number in re.findall(r"DivergenceE(\d)E", symbol)]
+    kind = [list(DIVERGENCES)[int(number)] for number in re.findall(r"DivergenceE(\d)E", symbol)]
     return " ".join([name, *kind, *element, *dim])
 
 

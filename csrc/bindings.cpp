@@ -1,4 +1,5 @@
-// The CPU kernels for Python: raw addresses in, nothing copied; q3mega.ops.cpu knows the shapes.
+// The CPU kernels for Python: raw addresses in, nothing copied; q3mega.ops.backends.cpu knows
+// the shapes.
 #include <pybind11/pybind11.h>
 
 #include "cpu/distill_loss.h"

@@ -1,5 +1,5 @@
 // Row kernels of the divergences between two blocks of logits, and products with a few rows of an
-// lm_head a token; docs/kernels.md has the maths.
+// lm_head a token; docs/operators.md has the maths.
 #pragma once
 
 #include <cstdint>

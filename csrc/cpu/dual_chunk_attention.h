@@ -1,4 +1,4 @@
-// Dual-chunk attention in tiles; docs/kernels.md has the maths.
+// Dual-chunk attention in tiles; docs/operators.md has the maths.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Row kernels of the lm-head losses; docs/kernels.md has the maths.
+// Row kernels of the lm-head losses; docs/operators.md has the maths.
 #pragma once
 
 #include <cstdint>

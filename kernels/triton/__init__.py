@@ -4,10 +4,14 @@ q3mega.kernels.
 They take and return tensors on one device, contiguous, and check nothing: `q3mega.ops` does.
 """
 
-KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}  # of divergence, as every kernel counts them
-MOST = 4096  # columns of a row that a program of eight warps holds at once
+DIVERGENCES = {
+    "forward_kl": 0,
+    "reverse_kl": 1,
+    "jsd": 2,
+}  # of divergence, as every kernel counts them
+MAX_BLOCK_COLUMNS = 4096  # columns of a row that a program of eight warps holds at once
 
 
-def block_of(columns: int) -> int:
+def block_columns(columns: int) -> int:
     """Columns a block: a power of two, no more than a program holds."""
-    return max(16, min(MOST, 1 << (columns - 1).bit_length()))
+    return max(16, min(MAX_BLOCK_COLUMNS, 1 << (columns - 1).bit_length()))

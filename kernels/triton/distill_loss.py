@@ -9,7 +9,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from q3mega.kernels import KINDS, block_of
+from q3mega.kernels import DIVERGENCES, block_columns
 
 FORWARD, REVERSE = tl.constexpr(0), tl.constexpr(1)
 PICKS, LANES = 16, 256  # of picked rows and of their columns at once
@@ -130,7 +130,7 @@ def divergence_sums(
     sums = student.new_empty(len(student), 2)
     divergence_sums_kernel[(len(student),)](
         student, teacher, lse_student, lse_teacher, sums, student.shape[1], columns, beta,
-        KINDS[divergence], block_of(columns), num_warps=8,
+        DIVERGENCES[divergence], block_columns(columns), num_warps=8,
     )  # fmt: skip
     return sums
 
@@ -141,10 +141,10 @@ def divergence_gradient(
 ) -> None:  # fmt: skip
     """In place: the gradient of sum g divergence with respect to `student`; own (n,): the part of
     the row's divergence whose expectation is taken under the student."""
-    block = block_of(student.shape[1])
+    block = block_columns(student.shape[1])
     divergence_gradient_kernel[len(student), triton.cdiv(student.shape[1], block)](
         student, teacher, lse_student, lse_teacher, own, g, student.shape[1], columns, beta,
-        KINDS[divergence], block, num_warps=8,
+        DIVERGENCES[divergence], block, num_warps=8,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from q3mega.kernels import block_of
+from q3mega.kernels import block_columns
 
 NONE = -1e30  # below every logit, and finite, so that 0 times it is 0
 
@@ -63,7 +63,7 @@ def row_gradient_kernel(
 def row_stats(z: Tensor, columns: int, column: Tensor) -> Tensor:
     """(n, 4) of z (n, V) fp32, whose first `columns` count; column (n,): the target or -1."""
     stats = z.new_empty(len(z), 4)
-    block = block_of(columns)
+    block = block_columns(columns)
     row_stats_kernel[(len(z),)](z, column, stats, z.shape[1], columns, NONE, block, num_warps=8)
     return stats
 
@@ -78,7 +78,7 @@ def row_gradient(
     g_entropy: Tensor | None,
 ) -> None:
     """In place: the gradient of sum g log p + g_entropy H with respect to z (n, V)."""
-    block = block_of(z.shape[1])
+    block = block_columns(z.shape[1])
     row_gradient_kernel[len(z), triton.cdiv(z.shape[1], block)](
         z, column, lse, entropy, g, g if g_entropy is None else g_entropy, z.shape[1], columns,
         g_entropy is not None, block, num_warps=8,

@@ -34,7 +34,7 @@ class LMHead:
 
     def rows(self, ids: Tensor) -> Tensor:
         """(n, H) the lm_head's rows of the ids, whichever rank holds them; differentiable."""
-        place = ids - vocab.offset(self.weight, self.tp_group)
+        place = ids - vocab.shard_offset(self.weight, self.tp_group)
         held = ((place >= 0) & (place < len(self.weight)))[:, None]
         own = self.weight[place.clamp(0, len(self.weight) - 1)]
-        return vocab.total(torch.where(held, own, 0.0), self.tp_group)
+        return vocab.reduce_from_tp_region(torch.where(held, own, 0.0), self.tp_group)

@@ -54,7 +54,7 @@ _SQL = (
     "This takes a query or two with the sql tool.",
 )
 _HIDDEN = (
-    "Its tables are reward_names in sqlite_master.",
+    "Its tables are listed in sqlite_master.",
     "Look into sqlite_master first to see the tables.",
 )
 _PYTHON = (

@@ -73,7 +73,7 @@ def distill_loss(
         loss_weights = student_hidden.new_ones(len(student_hidden), dtype=torch.float32)
     if teacher_topk is not None:
         ids, logprobs = teacher_topk
-        size = vocab.size(student_weight, tp_group)
+        size = vocab.vocabulary_size(student_weight, tp_group)
         if ids.shape != logprobs.shape or ids.shape[1] > size:
             raise UserError(
                 f"teacher_topk {tuple(ids.shape)}, {tuple(logprobs.shape)}: must both be (N, K), K "
@@ -107,12 +107,14 @@ def _reference(
         student = vocab.log_probs(h, weight, temperature, valid_vocab, group)
         with torch.no_grad():
             teacher = vocab.log_probs(t, teacher_weight, temperature, valid_vocab, group)
-        return vocab.total(_divergence(student, teacher, divergence, beta).sum(-1), group)
+        return vocab.reduce_from_tp_region(
+            _divergence(student, teacher, divergence, beta).sum(-1), group
+        )
 
     def top(h: Tensor, ids: Tensor, teacher: Tensor) -> Tensor:
         logp = vocab.log_probs(h, weight, temperature, valid_vocab, group)
         column, here = vocab.shard_index(ids, weight, valid_vocab, group)
-        student = vocab.total(logp.gather(1, column) * here, group)
+        student = vocab.reduce_from_tp_region(logp.gather(1, column) * here, group)
         teacher = bucketed(teacher.to(student.dtype), tail)
         if tail:
             student = torch.cat([student, _rest(logp, column, here, group)], 1)
@@ -166,7 +168,9 @@ def _rest(logp: Tensor, column: Tensor, here: Tensor, group: dist.ProcessGroup |
     inside = torch.zeros_like(logp, dtype=torch.bool)
     rows, picks = here.nonzero(as_tuple=True)
     inside[rows, column[rows, picks]] = True
-    mass = vocab.total(logp.exp().masked_fill(inside, 0.0).sum(1, keepdim=True), group)
+    mass = vocab.reduce_from_tp_region(
+        logp.exp().masked_fill(inside, 0.0).sum(1, keepdim=True), group
+    )
     return mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
 
 

@@ -1,15 +1,18 @@
 """The policy losses of GRPO's family, from hidden states.
 
-With ratio r = exp(logp - old), advantage A and weight w a token, the loss is the sum of w times
+The loss is the sum over tokens of loss_weights times a term. With the ratio r = exp(log p - old)
+and the advantage A, the term of a variant is
   grpo, bnpo, dr_grpo, dapo   -min(r A, clip(r, 1 - low, 1 + high) A)      (2402.03300, 2503.14476)
   gspo                        the same with the sequence's ratio exp(mean log r)      (2507.18071)
   gspo_token                  the same value, gradient through each token's own log p
   cispo                       -sg(min(r, high)) A log p                            (2506.13585)
   sapo                        -(4 / tau) sigmoid(tau (r - 1)) A, tau 1, for A < 0 1.05 (2511.20347)
-plus kl_coef times a KL estimate to a reference, minus entropy_coef times the entropy. The first
-four differ in the weights alone, which are the caller's. Log ratios are held within +-20.
+plus kl_coef times an estimate of the KL to a reference policy, minus entropy_coef times the
+entropy. The first four variants differ in loss_weights alone, which the caller computes. Log ratios
+are clamped to +-20.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -25,12 +28,17 @@ from q3mega.ops.linear_logprob import linear_logprob
 Variant = Literal["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo"]
 Estimator = Literal["k1", "k2", "k3"]
 MAX_LOG_RATIO = 20.0
-SAPO_TAU = (1.0, 1.05)
+SAPO_TAU = (1.0, 1.05)  # for advantages >= 0 and < 0
 
 
 class GrpoOutput(NamedTuple):
-    """loss: differentiable sum. The rest is detached: logprobs, entropy, kl (N,), 0 at tokens
-    without weight, and the share of weighted tokens whose policy gradient was clipped away.
+    """What `grpo_loss` returns; all but the loss is detached.
+
+    loss (): differentiable sum of the weighted per-token losses
+    logprobs (N,): log p of the targets, 0 at tokens without weight
+    entropy (N,), nats: 0 at tokens without weight
+    clip_fraction (): share of the weighted tokens whose gradient a clip took away
+    kl (N,), nats: the estimate, 0 at tokens without weight
     """
 
     loss: Tensor
@@ -40,37 +48,57 @@ class GrpoOutput(NamedTuple):
     kl: Tensor
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The choice of loss.
+
+    variant: see the module's text
+    clip_low, clip_high: bounds of the ratio around 1; for cispo clip_high is the cap itself
+    kl_coef: factor of the KL to the reference policy
+    entropy_coef: factor of the entropy bonus
+
+    No recipe sets the rest, which is for programs that call the operator themselves:
+
+    kl_estimator: Schulman's k1, k2 or k3
+    clip_ratio_c: upper bound of the ratio where A < 0 (dual clip, 1912.09729)
+    tis_cap: the policy term is multiplied by min(exp(old - rollout), tis_cap)
+    """
+
+    variant: Variant = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    kl_estimator: Estimator = "k3"
+    clip_ratio_c: float | None = None
+    tis_cap: float | None = None
+
+
 class Rows(NamedTuple):
-    """What stands beside each token, (N,) each."""
+    """One number a token, (N,) fp32 each."""
 
     advantages: Tensor
-    old: Tensor
-    weights: Tensor
-    ref: Tensor | None
-    rollout: Tensor | None
+    old_logprobs: Tensor
+    loss_weights: Tensor
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
 
 
 class Sequences(NamedTuple):
-    """Which sequence each token belongs to (N,), and the ranks over which sequences are cut."""
+    """ids (N,) int64: the sequence of each token. cp_group: ranks that share the sequences."""
 
     ids: Tensor
     cp_group: dist.ProcessGroup | None
 
 
-class Settings(NamedTuple):
-    """The choice of loss: what every backend takes as it is."""
-
-    variant: Variant
-    clip: tuple[float, float]
-    dual_clip: float | None
-    kl_coef: float
-    kl_estimator: Estimator
-    entropy_coef: float
-    tis_cap: float | None
-
-
 class TokenTerms(NamedTuple):
-    """Per token, before the weights: loss, its derivative by log p, was it clipped, KL estimate."""
+    """Per weighted token (n,), before the weights.
+
+    loss: the token's loss
+    g_logprob: the loss's derivative by log p, without the entropy's
+    clipped: whether a clip took gradient away
+    kl: the KL estimate
+    """
 
     loss: Tensor
     g_logprob: Tensor
@@ -103,39 +131,60 @@ def grpo_loss(
     cp_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> GrpoOutput:
-    """Sum of per-token policy losses times loss_weights, see the module's text.
+    """Sum of per-token policy losses times loss_weights: see the module's text.
 
-    hidden (N, H), weight (V, H) or the rank's shard, targets (N,) int64; advantages, old_logprobs,
-    loss_weights, ref_logprobs, rollout_logprobs (N,) fp32. clip_high is cispo's cap itself.
-    clip_ratio_c: for A < 0 the ratio is capped there (dual clip). tis_cap: truncated importance
-    weight min(exp(old - rollout), tis_cap) on the policy term. seq_ids (N,) int64 from 0, needed by
-    gspo and gspo_token, whose means run over the tokens of non-zero weight; with cp_group, over
-    those on all its ranks, which know the same sequences. Raises UserError for an unknown choice,
-    a missing argument or shapes that do not fit.
+    hidden (N, H): hidden states before the lm_head
+    weight (V, H): the lm_head, or with tp_group this rank's equal shard of its rows
+    targets (N,) int64: sampled token ids; anything where loss_weights is 0
+    advantages, old_logprobs, loss_weights (N,) fp32
+    ref_logprobs (N,) fp32: log p under the reference policy, needed with kl_coef
+    variant, clip_low, clip_high, kl_coef, entropy_coef: see `Settings`
+    temperature: divides the logits
+    seq_ids (N,) int64 from 0: needed by gspo and gspo_token, whose means run over the tokens of
+        non-zero weight; with cp_group over those on all its ranks, which know the same sequences
+    valid_vocab: ids from here on are padding rows of the lm_head and have no mass
+    backend: see `q3mega.ops.dispatch`
+
+    Four options no recipe reaches; they are for programs that call the operator themselves:
+    rollout_logprobs (N,) fp32 (log p under the sampler), tis_cap, clip_ratio_c, kl_estimator.
+
+    Raises UserError for an unknown choice, a missing argument or shapes that do not fit.
     """
     vocab.check(
         hidden, weight, temperature, targets=targets, advantages=advantages,
         old_logprobs=old_logprobs, loss_weights=loss_weights, ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs, seq_ids=seq_ids,
     )  # fmt: skip
-    if variant not in get_args(Variant):
-        raise UserError(f"variant={variant!r}: choose one of {', '.join(get_args(Variant))}")
-    if kl_estimator not in get_args(Estimator):
-        raise UserError(f"kl_estimator={kl_estimator!r}: choose one of k1, k2, k3")
-    if variant.startswith("gspo") and seq_ids is None:
-        raise UserError(f"variant={variant!r} averages over sequences: give seq_ids")
-    if tis_cap is not None and rollout_logprobs is None:
-        raise UserError(f"tis_cap={tis_cap} corrects for the sampler: give rollout_logprobs")
-    if kl_coef and ref_logprobs is None:
-        raise UserError(f"kl_coef={kl_coef} pulls to a reference policy: give ref_logprobs")
-    targets = torch.where(loss_weights != 0, targets, 0)  # without weight it may be anything
     rows = Rows(advantages, old_logprobs, loss_weights, ref_logprobs, rollout_logprobs)
-    clip = clip_low, clip_high
-    settings = Settings(variant, clip, clip_ratio_c, kl_coef, kl_estimator, entropy_coef, tis_cap)
+    settings = Settings(
+        variant, clip_low, clip_high, kl_coef, entropy_coef, kl_estimator, clip_ratio_c, tis_cap
+    )
+    _check(settings, rows, seq_ids)
+    targets = torch.where(loss_weights != 0, targets, 0)  # without weight it may be anything
     sequences = None if seq_ids is None else Sequences(seq_ids, cp_group)
-    return resolve("grpo_loss", backend, hidden)(
+    output: GrpoOutput = resolve("grpo_loss", backend, hidden)(
         hidden, weight, targets, rows, settings, temperature, sequences, valid_vocab, tp_group
     )
+    return output
+
+
+def _check(settings: Settings, rows: Rows, seq_ids: Tensor | None) -> None:
+    """Raise UserError for an unknown choice, or one whose argument is missing."""
+    variant, estimator = settings.variant, settings.kl_estimator
+    if variant not in get_args(Variant):
+        raise UserError(f"variant={variant!r}: choose one of {', '.join(get_args(Variant))}")
+    if estimator not in get_args(Estimator):
+        raise UserError(f"kl_estimator={estimator!r}: choose one of k1, k2, k3")
+    if variant.startswith("gspo") and seq_ids is None:
+        raise UserError(f"variant={variant!r} averages over sequences: give seq_ids")
+    if settings.tis_cap is not None and rows.rollout_logprobs is None:
+        raise UserError(
+            f"tis_cap={settings.tis_cap} corrects for the sampler: give rollout_logprobs"
+        )
+    if settings.kl_coef and rows.ref_logprobs is None:
+        raise UserError(
+            f"kl_coef={settings.kl_coef} pulls to a reference policy: give ref_logprobs"
+        )
 
 
 def composed(
@@ -150,97 +199,86 @@ def composed(
     group: dist.ProcessGroup | None,
     backend: str,
 ) -> GrpoOutput:
-    """The loss in plain PyTorch on `backend`'s log-probabilities: its definition."""
+    """The definition: the loss in plain PyTorch, on `backend`'s log-probabilities."""
     logp, entropy = linear_logprob(
         hidden, weight, targets, temperature=temperature, valid_vocab=valid_vocab,
         tp_group=group, backend=backend,
     )  # fmt: skip
-    variant, clip, dual_clip, kl_coef, kl_estimator, entropy_coef, tis_cap = settings
-    advantages, old, w, ref, rollout = rows
-    active = w != 0
+    advantages, old, weights, ref, rollout = rows
+    active = weights != 0
 
-    def known(x: Tensor) -> Tensor:
+    def zero_inactive(x: Tensor) -> Tensor:
         """0 at tokens without weight: what stands there is arbitrary, and 0 * NaN is NaN."""
         return torch.where(active, x, 0.0)
 
-    advantages, log_ratio = known(advantages), known(logp - old)
-    if sequences is not None and variant.startswith("gspo"):
+    advantages, log_ratio = zero_inactive(advantages), zero_inactive(logp - old)
+    if sequences is not None and settings.variant.startswith("gspo"):
         mean = _sequence_mean(log_ratio, sequences, active)
-        log_ratio = mean if variant == "gspo" else mean.detach() + logp - logp.detach()
+        log_ratio = mean if settings.variant == "gspo" else mean.detach() + logp - logp.detach()
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    loss, clipped = _policy(variant, ratio, logp, advantages, clip, dual_clip)
-    if tis_cap is not None and rollout is not None:
-        loss = loss * known(old - rollout).exp().clamp(max=tis_cap)
-    kl = torch.zeros_like(logp) if ref is None else _kl(known(ref - logp), kl_estimator)
-    if kl_coef:
-        loss = loss + kl_coef * kl
-    if entropy_coef:
-        loss = loss - entropy_coef * entropy
-    share = (clipped & active).sum() / active.sum().clamp(min=1)
-    total = (loss * w).sum()
-    return GrpoOutput(total, known(logp).detach(), known(entropy).detach(), share, kl.detach())
+    loss, clipped = _policy_loss(settings, ratio, logp, advantages)
+    if settings.tis_cap is not None and rollout is not None:
+        loss = loss * zero_inactive(old - rollout).exp().clamp(max=settings.tis_cap)
+    if ref is None:
+        kl = torch.zeros_like(logp)
+    else:
+        kl = _kl(zero_inactive(ref - logp), settings.kl_estimator)
+    if settings.kl_coef:
+        loss = loss + settings.kl_coef * kl
+    if settings.entropy_coef:
+        loss = loss - settings.entropy_coef * entropy
+    clip_fraction = (clipped & active).sum() / active.sum().clamp(min=1)
+    return GrpoOutput(
+        (loss * weights).sum(),
+        zero_inactive(logp).detach(),
+        zero_inactive(entropy).detach(),
+        clip_fraction,
+        kl.detach(),
+    )
 
 
 register("grpo_loss", "reference")(partial(composed, backend="reference"))
 
 
-def token_terms(
-    logp: Tensor,
-    entropy: Tensor,
-    advantages: Tensor,
-    old: Tensor,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    settings: Settings,
-) -> TokenTerms:
-    """The same for weighted tokens, with the derivative in closed form.
+def token_terms(logp: Tensor, entropy: Tensor, rows: Rows, settings: Settings) -> TokenTerms:
+    """The loss of weighted tokens (n,), with its derivative in closed form.
 
     For every variant whose ratio is the token's own, so not for gspo's.
     """
-    variant, (low, high), dual_clip, kl_coef, estimator, entropy_coef, tis_cap = settings
+    advantages, old, _, ref, rollout = rows
     log_ratio = logp - old
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    loss, clipped = _policy(variant, ratio, logp, advantages, (low, high), dual_clip)
-    if variant == "cispo":
-        g = -ratio.clamp(max=high) * advantages
+    loss, clipped = _policy_loss(settings, ratio, logp, advantages)
+    if settings.variant == "cispo":
+        g = -ratio.clamp(max=settings.clip_high) * advantages
     else:
         g = -ratio * advantages * (log_ratio.abs() <= MAX_LOG_RATIO)
-        if variant == "sapo":
+        if settings.variant == "sapo":
             tau = torch.where(advantages < 0, SAPO_TAU[1], SAPO_TAU[0])
-            share = torch.sigmoid(tau * (ratio - 1))
-            g = 4 * share * (1 - share) * g
+            gate = torch.sigmoid(tau * (ratio - 1))
+            g = 4 * gate * (1 - gate) * g
         else:
             g = g.masked_fill(clipped, 0.0)
-    if tis_cap is not None and rollout is not None:
-        trust = (old - rollout).exp().clamp(max=tis_cap)
-        loss, g = loss * trust, g * trust
+    if settings.tis_cap is not None and rollout is not None:
+        importance_weight = (old - rollout).exp().clamp(max=settings.tis_cap)
+        loss, g = loss * importance_weight, g * importance_weight
     kl = torch.zeros_like(logp)
     if ref is not None:
         d = ref - logp
-        kl = _kl(d, estimator)
-        if estimator == "k1":
-            slope = torch.ones_like(d)
-        elif estimator == "k2":
-            slope = -d
-        else:
-            slope = (1 - d.exp()) * (d.abs() <= MAX_LOG_RATIO)
-        loss, g = loss + kl_coef * kl, g + kl_coef * slope
-    return TokenTerms(loss - entropy_coef * entropy, g, clipped, kl)
+        kl = _kl(d, settings.kl_estimator)
+        g_kl = _kl_derivative(d, settings.kl_estimator)
+        loss, g = loss + settings.kl_coef * kl, g + settings.kl_coef * g_kl
+    return TokenTerms(loss - settings.entropy_coef * entropy, g, clipped, kl)
 
 
-def _policy(
-    variant: Variant,
-    ratio: Tensor,
-    logp: Tensor,
-    a: Tensor,
-    clip: tuple[float, float],
-    dual_clip: float | None,
+def _policy_loss(
+    settings: Settings, ratio: Tensor, logp: Tensor, a: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Per-token policy loss, and where a clip took gradient away (all of it, but for cispo)."""
-    low, high = clip
-    if variant == "cispo":
+    """Per-token policy loss, and whether a clip took gradient away (all of it, but for cispo)."""
+    low, high, dual_clip = settings.clip_low, settings.clip_high, settings.clip_ratio_c
+    if settings.variant == "cispo":
         return -ratio.detach().clamp(max=high) * a * logp, (ratio > high) & (a != 0)
-    if variant == "sapo":
+    if settings.variant == "sapo":
         tau = torch.where(a < 0, a.new_tensor(SAPO_TAU[1]), SAPO_TAU[0])
         return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * a, torch.zeros_like(a).bool()
     loss = -torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
@@ -265,11 +303,26 @@ def _kl(d: Tensor, estimator: Estimator) -> Tensor:
     return d.exp() - d - 1
 
 
+def _kl_derivative(d: Tensor, estimator: Estimator) -> Tensor:
+    """The derivative of `_kl` by log policy."""
+    if estimator == "k1":
+        return torch.ones_like(d)
+    if estimator == "k2":
+        return -d
+    return (1 - d.exp()) * (d.abs() <= MAX_LOG_RATIO)
+
+
 def _sequence_mean(x: Tensor, sequences: Sequences, mask: Tensor) -> Tensor:
-    """Every token gets the mean of x, zero outside the mask, over its sequence's masked tokens."""
+    """(N,): for every token the mean of x over its sequence's masked tokens.
+
+    x (N,) is 0 outside the mask.
+    """
     ids, group = sequences
     n = int(ids.max()) + 1 if len(ids) else 0
-    total = x.new_zeros(n).index_add(0, ids, x)
-    count = x.new_zeros(n).index_add(0, ids, mask.to(x.dtype))
-    total, count = (vocab.spread(vocab.total(v, group), group) for v in (total, count))
-    return (total / count.clamp(min=1))[ids]
+    sums = x.new_zeros(n).index_add(0, ids, x)
+    counts = x.new_zeros(n).index_add(0, ids, mask.to(x.dtype))
+    sums, counts = (
+        vocab.copy_to_tp_region(vocab.reduce_from_tp_region(v, group), group)
+        for v in (sums, counts)
+    )
+    return (sums / counts.clamp(min=1))[ids]

@@ -31,9 +31,9 @@ def yarn_inv_freq(
     ends are whole pairs with `truncate`.
     """
 
-    def pair(turns: float) -> float:
-        """The index, a fraction, of the pair that turns so often over the original length."""
-        wavelength = original_length / turns / (2 * math.pi)
+    def pair(rotations: float) -> float:
+        """The index, a fraction, of the pair with that many rotations over the original length."""
+        wavelength = original_length / rotations / (2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(base))
 
     first, last = pair(beta_fast), pair(beta_slow)
@@ -59,33 +59,40 @@ def rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:
     262,144. Half-precision x is rotated in fp32 and rounded once.
     """
     angle = position.double()[:, None] * inv_freq.double()
-    work = torch.promote_types(x.dtype, torch.float32)
-    return _turn(x, angle.cos().to(work), angle.sin().to(work))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return _rotate_half(x, angle.cos().to(dtype), angle.sin().to(dtype))
 
 
 class RotaryTables(NamedTuple):
-    """How dual-chunk attention turns queries and keys, for kernels that look angles up."""
+    """Cosines and sines for the kernels of dual-chunk attention, and the numbers beside them.
 
-    offset: int  # of the first query's token
+    offset: index in its sequence of the first query
+    chunk: tokens of a chunk that keys are rotated by (chunk_size - local_size)
+    clamp: largest distance between a query and a key of an earlier chunk
+    scale: softmax scale
+    cos, sin (positions, D / 2) fp32: one row for every position that a rotation uses
+    """
+
+    offset: int
     chunk: int
     clamp: int
     scale: float
-    cos: Tensor  # (positions, D / 2) fp32, of every position that a rotation uses
+    cos: Tensor
     sin: Tensor
 
 
-def places(cu_seqlens: Tensor, chunk: int) -> Tensor:
-    """(T,): every packed token's place in its chunk."""
+def positions_in_chunk(cu_seqlens: Tensor, chunk: int) -> Tensor:
+    """(T,) int64: every packed token's index in its chunk, from its document's start."""
     index = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
     return (index - torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())) % chunk
 
 
-def turn(x: Tensor, position: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` by tables (positions, D / 2)."""
-    return _turn(x, cos[position], sin[position])
+def rotate_by_tables(x: Tensor, position: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` x (T, H, D) by position (T,) with cosines and sines (positions, D / 2)."""
+    return _rotate_half(x, cos[position], sin[position])
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, None], sin[:, None]
     first, second = x.to(cos.dtype).chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

@@ -144,9 +144,9 @@ class _ArithmeticRules:
         """Whether the thinking ends in another answer: as its last number, or as its lines list."""
         answer = boxed(response) or ""
         last = _NUMBER.findall(lines[-1]) if lines else []
-        reward_names = [line.split(":")[0].strip() for line in lines]
+        labels = [line.split(":")[0].strip() for line in lines]
         digits = answer.split()
-        return not (last and (last[-1] == answer or reward_names[-len(digits) :] == digits))
+        return not (last and (last[-1] == answer or labels[-len(digits) :] == digits))
 
 
 class _ProseRules:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from q3mega.config.stage import StageConfig
-from q3mega.errors import EXIT_STOPPED, Stopped, UserError
+from q3mega.errors import EXIT_STOPPED, Stopped, UserError, naming_missing_packages
 from q3mega.io import exclusive_lock, explaining
 from q3mega.train import stopping
 
@@ -25,7 +25,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", module="megatron|torch.distributed")
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with explaining(), _alone(run_dir, name):
+        with explaining(), naming_missing_packages("q3mega run"), _alone(run_dir, name):
             from q3mega.stages.common.stage import Stage
 
             stage: Stage[StageConfig] = Stage(run_dir, name)

@@ -142,7 +142,7 @@ def _list(target: Path, states: dict[str, str]) -> None:
         (target / "tensors.txt").write_text("".join(f"{s}\t{n}\n" for n, s in states.items()))
         counted = Counter(states.values())
         counts = ", ".join(f"{counted[s]} {s}" for s in ("mapped", "missing", "left over"))
-        print(f"tensors: {counts}; reward_names in {target.name}/tensors.txt")
+        print(f"tensors: {counts}; listed in {target.name}/tensors.txt")
     dist.barrier()
 
 

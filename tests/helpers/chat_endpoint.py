@@ -35,8 +35,8 @@ def served(reply: Callable, models=("judge",)):
         def do_GET(self):
             if isinstance(models, tuple) and models and isinstance(models[0], int):
                 return self._send(*models)
-            reward_names = {"data": [{"id": m, "object": "model"} for m in models]}
-            self._send(200, {}, json.dumps(reward_names))
+            body = {"data": [{"id": m, "object": "model"} for m in models]}
+            self._send(200, {}, json.dumps(body))
 
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["content-length"])))

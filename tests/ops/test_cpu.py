@@ -51,7 +51,7 @@ def sized(n: int, v: int, h: int, seed: int) -> tuple[list[torch.Tensor], torch.
 @pytest.fixture(params=[1, 7, 10**6], ids=lambda rows: f"blocks of {rows}")
 def blocks(request, monkeypatch):
     """The buffer holds so many rows of a vocabulary of 37."""
-    monkeypatch.setattr(lm_head, "BUFFER_BYTES", request.param * 37 * 4)
+    monkeypatch.setattr(lm_head, "CPU_LOGITS_BYTES", request.param * 37 * 4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -165,7 +165,7 @@ def test_distill_from_the_teachers_best(blocks, kind, tail, k) -> None:
 
 
 def test_a_narrower_teacher_takes_the_students_blocks(monkeypatch) -> None:
-    monkeypatch.setattr(lm_head, "BUFFER_BYTES", 1)
+    monkeypatch.setattr(lm_head, "CPU_LOGITS_BYTES", 1)
     leaves, teacher = randn(22, (11, 12), (37, 12)), randn(23, (11, 4), (37, 4))  # 3 rows, not 1
 
     def run(backend, hidden, weight):
@@ -331,7 +331,7 @@ def operands() -> dict[str, tuple]:
     logprobs, ids = randn(18, (9, 37))[0].log_softmax(-1).topk(4)
     grpo = (
         hidden, weight, targets, rows["advantages"], rows["old_logprobs"], w, None, None, "grpo",
-        0.2, 0.2, None, 0.0, "k3", 0.01, None, 1.0, -1, "", "cpu", True, True,
+        0.2, 0.2, 0.0, 0.01, "k3", None, None, 1.0, -1, "", "cpu", True, True,
     )  # fmt: skip
     how = w, "jsd", 0.5, 1.0
     return {

@@ -21,10 +21,10 @@ import torch
 
 import q3mega
 from q3mega import ops
-from q3mega.kernels import KINDS
+from q3mega.kernels import DIVERGENCES
 from q3mega.ops import dispatch
 from q3mega.ops.backends import KERNELS
-from q3mega.ops.fused import distill_loss, dual_chunk_attention, policy
+from q3mega.ops.fused import distill_loss, dual_chunk_attention, grpo_loss, linear_logprob
 
 ROOT = Path(__file__).parents[2]
 C_TYPES = {
@@ -35,8 +35,8 @@ C_TYPES = {
 }
 MODULES = {
     "dual_chunk_attention": dual_chunk_attention,
-    "linear_logprob": policy,
-    "grpo_loss": policy,
+    "linear_logprob": linear_logprob,
+    "grpo_loss": grpo_loss,
     "distill_loss": distill_loss,
 }
 
@@ -244,7 +244,7 @@ def losses_agree(v: int, valid: int, device: str = "cpu") -> None:
         )  # fmt: skip
         return [out.loss, out.per_token]
 
-    for run in (logprob, grpo, *(partial(distill, kind) for kind in KINDS)):
+    for run in (logprob, grpo, *(partial(distill, kind) for kind in DIVERGENCES)):
         both(run, hidden, weight)
 
 

@@ -126,7 +126,7 @@ def test_slices_of_rows_change_nothing(monkeypatch, best):
         logp, ids = log_probs(*teacher.values(), 1.0, None).detach().topk(4)
         teacher = {"teacher_topk": (ids, logp)}
     whole = ops.distill_loss(*inputs, **teacher)
-    monkeypatch.setattr(vocab, "CPU_BYTES", 21 * 8 * 4)  # four rows
+    monkeypatch.setattr(vocab, "CPU_LOGITS_BYTES", 21 * 8 * 4)  # four rows
     sliced = ops.distill_loss(*inputs, **teacher)
     torch.testing.assert_close(sliced.per_token, whole.per_token)
     ours, theirs = (torch.autograd.grad(x.loss, inputs) for x in (sliced, whole))

@@ -25,7 +25,7 @@ def naive(hidden: Tensor, weight: Tensor, y: Tensor, temperature: float = 1.0, v
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 def test_matches_naive(n, v, temperature, rows, monkeypatch) -> None:
-    monkeypatch.setattr(vocab, "CPU_BYTES", rows * v * 8)
+    monkeypatch.setattr(vocab, "CPU_LOGITS_BYTES", rows * v * 8)
     hidden, weight, y = make(n, v)
     ours = ops.linear_logprob(hidden, weight, y, temperature=temperature)
     theirs = naive(hidden, weight, y, temperature)

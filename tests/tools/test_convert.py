@@ -84,8 +84,8 @@ def test_there_and_back_is_the_same(sources, tmp_path, kind, into, back):
     for words in (("hf-to-mcore", sources[kind], mcore, into), ("mcore-to-hf", mcore, hf, back)):
         said = convert(*words, 2)
         assert "apart" in said and f"{len(before)} mapped, 0 missing, 0 left over" in said
-        reward_names = (words[2] / "tensors.txt").read_text().splitlines()
-        assert reward_names == [f"mapped\t{name}" for name in sorted(before)]
+        lines = (words[2] / "tensors.txt").read_text().splitlines()
+        assert lines == [f"mapped\t{name}" for name in sorted(before)]
     after = tensors(hf)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from q3mega.kernels import KINDS
+from q3mega.kernels import DIVERGENCES
 from q3mega.ops.rotary import RotaryTables
 
 WIDE = ("_cpu_avx512",) if "AVX512" in torch.backends.cpu.get_cpu_capability() else ()
@@ -69,7 +69,7 @@ def divergence_sums(
     sums = student.new_empty(len(student), 2)
     _cpu.divergence_sums(
         student.data_ptr(), teacher.data_ptr(), *student.shape, columns, lse_student.data_ptr(),
-        lse_teacher.data_ptr(), KINDS[divergence], beta, sums.data_ptr(),
+        lse_teacher.data_ptr(), DIVERGENCES[divergence], beta, sums.data_ptr(),
     )  # fmt: skip
     return sums
 
@@ -91,7 +91,7 @@ def divergence_gradient(
     """
     _cpu.divergence_gradient(
         student.data_ptr(), teacher.data_ptr(), *student.shape, columns, lse_student.data_ptr(),
-        lse_teacher.data_ptr(), KINDS[divergence], beta, own.data_ptr(), g.data_ptr(),
+        lse_teacher.data_ptr(), DIVERGENCES[divergence], beta, own.data_ptr(), g.data_ptr(),
     )  # fmt: skip
 
 
@@ -126,30 +126,30 @@ def _addresses(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def _shape(
-    turns: RotaryTables, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor
+    tables: RotaryTables, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor
 ) -> tuple[float, ...]:
     return (
-        len(cu_k) - 1, q.shape[1], *k.shape[1:], cu_q.data_ptr(), cu_k.data_ptr(), turns.offset,
-        turns.chunk, turns.clamp, turns.cos.data_ptr(), turns.sin.data_ptr(), turns.scale,
+        len(cu_k) - 1, q.shape[1], *k.shape[1:], cu_q.data_ptr(), cu_k.data_ptr(), tables.offset,
+        tables.chunk, tables.clamp, tables.cos.data_ptr(), tables.sin.data_ptr(), tables.scale,
     )  # fmt: skip
 
 
 def attention_forward(
-    turns: RotaryTables, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
+    tables: RotaryTables, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp (T, Hq)) of un-rotated q (T, Hq, D), k and v (T, Hkv, D)."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
     pointers = (x.data_ptr() for x in (q, k, v, out, lse))
-    _cpu.dual_chunk_forward(*_shape(turns, q, k, cu_q, cu_k), *pointers)
+    _cpu.dual_chunk_forward(*_shape(tables, q, k, cu_q, cu_k), *pointers)
     return out, lse
 
 
 def attention_backward(
-    turns: RotaryTables, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    tables: RotaryTables, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_q: Tensor, cu_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv)."""
     grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     pointers = (x.data_ptr() for x in (q, k, v, out, lse, d_out, *grads))
-    _cpu.dual_chunk_backward(*_shape(turns, q, k, cu_q, cu_k), *pointers)
+    _cpu.dual_chunk_backward(*_shape(tables, q, k, cu_q, cu_k), *pointers)
     return grads

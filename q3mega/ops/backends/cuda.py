@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from q3mega import _cuda
-from q3mega.kernels import KINDS
+from q3mega.kernels import DIVERGENCES
 from q3mega.kernels.tiles import key_tiles, query_tiles
 from q3mega.ops import rotary
 from q3mega.ops.rotary import RotaryTables
@@ -87,7 +87,7 @@ def divergence_sums(
     sums = student.new_empty(len(student), 2)
     _launch(
         _cuda.divergence_sums, student, student, teacher, *student.shape, columns, lse_student,
-        lse_teacher, KINDS[divergence], beta, sums,
+        lse_teacher, DIVERGENCES[divergence], beta, sums,
     )  # fmt: skip
     return sums
 
@@ -109,7 +109,7 @@ def divergence_gradient(
     """
     _launch(
         _cuda.divergence_gradient, student, student, teacher, *student.shape, columns, lse_student,
-        lse_teacher, KINDS[divergence], beta, own, g,
+        lse_teacher, DIVERGENCES[divergence], beta, own, g,
     )  # fmt: skip
 
 
@@ -135,44 +135,48 @@ def _triton(kernel: str, *tensors: Tensor) -> Any:
         return getattr(distill_loss, kernel)(*tensors)
 
 
-def _problem(turns: RotaryTables, q: Tensor, k: Tensor, work: Tensor) -> _cuda.Attention:
+def _problem(tables: RotaryTables, q: Tensor, k: Tensor, work: Tensor) -> _cuda.Attention:
     arguments = (
-        TYPES[q.dtype], q.shape[2], q.shape[1], k.shape[1], len(q), len(k), min(turns.chunk, FAR),
-        min(turns.clamp, FAR), turns.scale, turns.cos, turns.sin, work, len(work),
+        TYPES[q.dtype], q.shape[2], q.shape[1], k.shape[1], len(q), len(k), min(tables.chunk, FAR),
+        min(tables.clamp, FAR), tables.scale, tables.cos, tables.sin, work, len(work),
     )  # fmt: skip
     return _cuda.Attention(*map(_plain, arguments))
 
 
 def attention_forward(
-    turns: RotaryTables, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
+    tables: RotaryTables, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp (T, Hq)) of un-rotated q (T, Hq, D), k and v (T, Hkv, D)."""
-    turned = rotary.turn(k, rotary.places(cu_k, turns.chunk), turns.cos, turns.sin)
-    cut = cu_q.tolist(), cu_k.tolist(), turns.offset, turns.chunk, ROWS
+    rotated_k = rotary.rotate_by_tables(
+        k, rotary.positions_in_chunk(cu_k, tables.chunk), tables.cos, tables.sin
+    )
+    cut = cu_q.tolist(), cu_k.tolist(), tables.offset, tables.chunk, ROWS
     work = query_tiles(*cut).to(q.device)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    problem = _problem(turns, q, k, work)
-    _launch(_cuda.attention_forward, q, problem, q, turned, v, out, lse)
+    problem = _problem(tables, q, k, work)
+    _launch(_cuda.attention_forward, q, problem, q, rotated_k, v, out, lse)
     return out, lse
 
 
 def attention_backward(
-    turns: RotaryTables, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    tables: RotaryTables, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_q: Tensor, cu_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv)."""
     if not len(q):
         return torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    places = rotary.places(cu_k, turns.chunk)
-    turned = rotary.turn(k, places, turns.cos, turns.sin)
+    places = rotary.positions_in_chunk(cu_k, tables.chunk)
+    rotated_k = rotary.rotate_by_tables(k, places, tables.cos, tables.sin)
     delta = (d_out.float() * out.float()).sum(-1)
-    cut = cu_q.tolist(), cu_k.tolist(), turns.offset, turns.chunk, ROWS
-    operands = d_out, q, turned, v, lse, delta
+    cut = cu_q.tolist(), cu_k.tolist(), tables.offset, tables.chunk, ROWS
+    operands = d_out, q, rotated_k, v, lse, delta
     d_q, d_v = torch.empty_like(q), torch.empty_like(v)
-    d_turned = torch.empty_like(k, dtype=torch.float32)
+    d_rotated_k = torch.empty_like(k, dtype=torch.float32)
     work = query_tiles(*cut).to(q.device)
-    _launch(_cuda.attention_query_gradient, q, _problem(turns, q, k, work), *operands, d_q)
+    _launch(_cuda.attention_query_gradient, q, _problem(tables, q, k, work), *operands, d_q)
     work = key_tiles(*cut).to(q.device)
-    _launch(_cuda.attention_key_gradient, q, _problem(turns, q, k, work), *operands, d_turned, d_v)
-    d_k = rotary.turn(d_turned, places, turns.cos, -turns.sin)
+    _launch(
+        _cuda.attention_key_gradient, q, _problem(tables, q, k, work), *operands, d_rotated_k, d_v
+    )
+    d_k = rotary.rotate_by_tables(d_rotated_k, places, tables.cos, -tables.sin)
     return d_q, d_k.to(k.dtype), d_v

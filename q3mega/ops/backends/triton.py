@@ -32,27 +32,29 @@ def serves(x: Tensor) -> str | None:
 serves_attention = serves
 
 
-def _shape(turns: RotaryTables, cu_q: Tensor, cu_k: Tensor) -> dual_chunk_attention.Shape:
-    return dual_chunk_attention.Shape(cu_q.tolist(), cu_k.tolist(), *turns)
+def _shape(tables: RotaryTables, cu_q: Tensor, cu_k: Tensor) -> dual_chunk_attention.Shape:
+    return dual_chunk_attention.Shape(cu_q.tolist(), cu_k.tolist(), *tables)
 
 
 def attention_forward(
-    turns: RotaryTables, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
+    tables: RotaryTables, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp (T, Hq)) of un-rotated q (T, Hq, D), k and v (T, Hkv, D)."""
-    turned = rotary.turn(k, rotary.places(cu_k, turns.chunk), turns.cos, turns.sin)
-    return dual_chunk_attention.forward(_shape(turns, cu_q, cu_k), q, turned, v)
+    rotated_k = rotary.rotate_by_tables(
+        k, rotary.positions_in_chunk(cu_k, tables.chunk), tables.cos, tables.sin
+    )
+    return dual_chunk_attention.forward(_shape(tables, cu_q, cu_k), q, rotated_k, v)
 
 
 def attention_backward(
-    turns: RotaryTables, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    tables: RotaryTables, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_q: Tensor, cu_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv)."""
-    places = rotary.places(cu_k, turns.chunk)
-    turned = rotary.turn(k, places, turns.cos, turns.sin)
-    d_q, d_turned, d_v = dual_chunk_attention.backward(
-        _shape(turns, cu_q, cu_k), d_out, q, turned, v, out, lse
+    places = rotary.positions_in_chunk(cu_k, tables.chunk)
+    rotated_k = rotary.rotate_by_tables(k, places, tables.cos, tables.sin)
+    d_q, d_rotated_k, d_v = dual_chunk_attention.backward(
+        _shape(tables, cu_q, cu_k), d_out, q, rotated_k, v, out, lse
     )
-    d_k = rotary.turn(d_turned, places, turns.cos, -turns.sin)
+    d_k = rotary.rotate_by_tables(d_rotated_k, places, tables.cos, -tables.sin)
     return d_q, d_k.to(k.dtype), d_v

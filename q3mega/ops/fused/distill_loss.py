@@ -1,4 +1,4 @@
-"""distill_loss on row kernels: the gradient comes with the loss (docs/kernels.md: mode F).
+"""distill_loss on row kernels: the forward computes the gradients too (docs/operators.md).
 
 The teacher is a second lm_head, or its K best log-probabilities with or without the rest as one
 more bucket.
@@ -14,46 +14,46 @@ from q3mega.ops import vocab
 from q3mega.ops.distill_loss import DistillOutput, Divergence, bucket_terms, bucketed
 from q3mega.ops.fused import lm_head
 from q3mega.ops.fused.lm_head import (
-    WIDE,
+    STATS_DTYPE,
+    BlockedHead,
     Gradients,
-    Head,
-    blocks,
+    backward_of_kept_gradients,
     fake_gradients,
     gemm_operands,
     keep_gradients,
-    plain_options,
-    pull_gradients,
     register_on_backends,
+    row_blocks,
+    schema_options,
     wants_gradients,
 )
 
-BUCKETS = 16  # tensors of (n, K) numbers that a top-k teacher's divergence holds, or so
+TENSORS_PER_BUCKET = 16  # tensors of (n, K) numbers that a top-k teacher's divergence holds, or so
 
 
 @torch.library.custom_op("q3mega::distill_loss", mutates_args=())
 def _distill(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, w: Tensor,
     divergence: str, beta: float, temperature: float, valid: int, group: str, backend: str,
-    of_hidden: bool, of_weight: bool,
+    hidden_needs_grad: bool, weight_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     same = temperature, valid, group, backend, len(hidden)
-    head = Head(weight, *same, of_weight)
-    teacher = Head(teacher_weight, *same, beside=head)
-    gradients = Gradients(hidden, head, (of_hidden, of_weight))
-    per_token = hidden.new_zeros(len(hidden), dtype=WIDE)
-    for rows in blocks((w != 0).nonzero()[:, 0], head):
+    head = BlockedHead(weight, *same, weight_needs_grad)
+    teacher = BlockedHead(teacher_weight, *same, same_blocks_as=head)
+    gradients = Gradients(hidden, head, (hidden_needs_grad, weight_needs_grad))
+    per_token = hidden.new_zeros(len(hidden), dtype=STATS_DTYPE)
+    for rows in row_blocks((w != 0).nonzero()[:, 0], head):
         h, t = head.logits(hidden[rows]), teacher.logits(teacher_hidden[rows])
-        nowhere = torch.full_like(rows, -1)
-        (_, _, lse), (_, _, lse_t) = head.stats(h, nowhere), teacher.stats(t, nowhere)
+        no_target = torch.full_like(rows, -1)
+        (_, _, lse), (_, _, lse_t) = head.stats(h, no_target), teacher.stats(t, no_target)
         lse, lse_t = lse.contiguous(), lse_t.contiguous()
-        pair = h, t, head.columns, lse, lse_t, divergence, beta
+        pair = h, t, head.valid_columns, lse, lse_t, divergence, beta
         sums = head.kernels.divergence_sums(*pair)
         if head.group is not None:
             all_reduce(sums, group=head.group)
         first, second = sums.unbind(1)
         jsd = divergence == "jsd"
         per_token[rows] = beta * first + (1 - beta) * second if jsd else first
-        if of_hidden or of_weight:
+        if hidden_needs_grad or weight_needs_grad:
             own, g = (second if jsd else first).contiguous(), w[rows]
             head.kernels.divergence_gradient(*pair, own, g)
             gradients.add(rows, hidden[rows], h)
@@ -65,7 +65,7 @@ def _squared(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, per_token, d_hidden, d_weight), all times temperature squared."""
     per_token = per_token * temperature**2
-    d_hidden, d_weight = gradients.done()
+    d_hidden, d_weight = gradients.reduced()
     if temperature != 1:
         d_hidden, d_weight = d_hidden.mul_(temperature**2), d_weight.mul_(temperature**2)
     return (per_token * w).sum(), per_token, d_hidden, d_weight
@@ -73,43 +73,43 @@ def _squared(
 
 @_distill.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
-    outs = (hidden.new_empty(shape, dtype=WIDE) for shape in ((), len(hidden)))
+    outs = (hidden.new_empty(shape, dtype=STATS_DTYPE) for shape in ((), len(hidden)))
     return *outs, *fake_gradients(hidden, weight, rest[-2], rest[-1])
 
 
-_distill.register_autograd(pull_gradients, setup_context=keep_gradients)
+_distill.register_autograd(backward_of_kept_gradients, setup_context=keep_gradients)
 
 
 @torch.library.custom_op("q3mega::distill_topk", mutates_args=())
 def _distill_topk(
     hidden: Tensor, weight: Tensor, ids: Tensor, teacher: Tensor, w: Tensor, divergence: str,
     beta: float, temperature: float, valid: int, group: str, backend: str,
-    of_hidden: bool, of_weight: bool,
+    hidden_needs_grad: bool, weight_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Teacher (N, K + 1), the last of each row the rest: one bucket an id, and one for the rest.
 
     Outside the ids a logit matters by its mass alone.
     """
-    head = Head(weight, temperature, valid, group, backend, len(hidden), of_weight)
-    gradients = Gradients(hidden, head, (of_hidden, of_weight))
-    per_token, column = hidden.new_zeros(len(hidden), dtype=WIDE), head.column(ids)
-    for rows in blocks((w != 0).nonzero()[:, 0], head):
+    head = BlockedHead(weight, temperature, valid, group, backend, len(hidden), weight_needs_grad)
+    gradients = Gradients(hidden, head, (hidden_needs_grad, weight_needs_grad))
+    per_token, column = hidden.new_zeros(len(hidden), dtype=STATS_DTYPE), head.shard_columns(ids)
+    for rows in row_blocks((w != 0).nonzero()[:, 0], head):
         h, c = hidden[rows], column[rows]
-        z, nowhere = head.logits(h), torch.full_like(rows, -1)
-        lse = head.stats(z, nowhere)[2]
+        z, no_target = head.logits(h), torch.full_like(rows, -1)
+        lse = head.stats(z, no_target)[2]
         here, places = c >= 0, c.clamp(min=0)
         logits = torch.where(here, z.gather(1, places), 0.0)
         if head.group is not None:
             all_reduce(logits, group=head.group)
         row, pick = here.nonzero(as_tuple=True)
         z[row, c[row, pick]] = vocab.MASKED
-        rest = head.stats(z, nowhere)[2]  # summed, not one minus the ids: see distill_loss
+        rest = head.stats(z, no_target)[2]  # summed, not one minus the ids: see distill_loss
         student = torch.cat([logits, rest[:, None]], 1) - lse[:, None]
         per_token[rows], slope = bucket_terms(
             student, teacher[rows], cast(Divergence, divergence), beta
         )
         slope = (slope * w[rows, None]).contiguous()
-        head.gradient(z, nowhere, lse, lse, -slope[:, -1], torch.zeros_like(lse))
+        head.gradient(z, no_target, lse, lse, -slope[:, -1], torch.zeros_like(lse))
         inside = student[:, :-1].exp() * slope[:, :-1]
         z[row, c[row, pick]] = inside[row, pick]
         gradients.add(rows, h, z)
@@ -120,13 +120,15 @@ def _distill_topk(
 def _distill_renormalised(
     hidden: Tensor, weight: Tensor, ids: Tensor, teacher: Tensor, w: Tensor, divergence: str,
     beta: float, temperature: float, group: str, backend: str,
-    of_hidden: bool, of_weight: bool,
+    hidden_needs_grad: bool, weight_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Only the ids' own rows of the lm_head are read: no GEMM over the vocabulary."""
-    head = Head(weight, temperature, -1, group, backend, 1)
-    gradients = Gradients(hidden, head, (of_hidden, of_weight))
-    per_token, column = hidden.new_zeros(len(hidden), dtype=WIDE), head.column(ids)
-    step = max(1, lm_head.BUFFER_BYTES // (4 * (hidden.shape[1] + BUCKETS * ids.shape[1])))
+    head = BlockedHead(weight, temperature, -1, group, backend, 1)
+    gradients = Gradients(hidden, head, (hidden_needs_grad, weight_needs_grad))
+    per_token, column = hidden.new_zeros(len(hidden), dtype=STATS_DTYPE), head.shard_columns(ids)
+    step = max(
+        1, lm_head.CPU_LOGITS_BYTES // (4 * (hidden.shape[1] + TENSORS_PER_BUCKET * ids.shape[1]))
+    )
     active = (w != 0).nonzero()[:, 0]
     for rows in active.split(step) if len(active) else ():
         h, places = hidden[rows], column[rows]
@@ -146,10 +148,10 @@ for _op in (_distill_topk, _distill_renormalised):
 
     @_op.register_fake
     def _(hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
-        outs = (hidden.new_empty(shape, dtype=WIDE) for shape in ((), len(hidden)))
+        outs = (hidden.new_empty(shape, dtype=STATS_DTYPE) for shape in ((), len(hidden)))
         return *outs, *fake_gradients(hidden, weight, rest[-2], rest[-1])
 
-    _op.register_autograd(pull_gradients, setup_context=keep_gradients)
+    _op.register_autograd(backward_of_kept_gradients, setup_context=keep_gradients)
 
 
 def _distill_loss(
@@ -167,7 +169,7 @@ def _distill_loss(
     valid_vocab: int | None,
     group: ProcessGroup | None,
 ) -> DistillOutput:
-    wanted = wants_gradients(hidden, weight)
+    needs_grad = wants_gradients(hidden, weight)
     student = gemm_operands(backend, hidden, weight)
     w = w.detach().float().contiguous()
     how = w, divergence, beta, temperature
@@ -176,13 +178,18 @@ def _distill_loss(
         with torch.no_grad():
             teacher = gemm_operands(backend, teacher_hidden, teacher_weight)
         out = _distill(
-            *student, *teacher, *how, *plain_options(valid_vocab, group, backend), *wanted
+            *student, *teacher, *how, *schema_options(valid_vocab, group, backend), *needs_grad
         )
     else:
         ids, logprobs = topk[0], bucketed(topk[1].detach().float(), tail)
         if tail:
             out = _distill_topk(
-                *student, ids, logprobs, *how, *plain_options(valid_vocab, group, backend), *wanted
+                *student,
+                ids,
+                logprobs,
+                *how,
+                *schema_options(valid_vocab, group, backend),
+                *needs_grad,
             )
         else:
             out = _distill_renormalised(
@@ -190,8 +197,8 @@ def _distill_loss(
                 ids,
                 logprobs,
                 *how,
-                *plain_options(valid_vocab, group, backend)[1:],
-                *wanted,
+                *schema_options(valid_vocab, group, backend)[1:],
+                *needs_grad,
             )
     return DistillOutput(out[0], out[1].detach())
 

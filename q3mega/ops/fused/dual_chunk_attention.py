@@ -18,7 +18,7 @@ def _borders(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return (cu_k if len(q) == len(k) else cu_k.new_tensor([0, len(q)])), cu_k
 
 
-def _turns(
+def _rotary_tables(
     inv_freq: Tensor, cu_k: Tensor, chunk: int, clamp: int, scale: float, offset: int
 ) -> RotaryTables:
     longest = int(cu_k.diff().max()) if len(cu_k) > 1 else 0
@@ -35,9 +35,9 @@ def _attention(
     scale: float, offset: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     cu_q, cu_k = _borders(q, k, cu_seqlens)
-    turns = _turns(inv_freq, cu_k, chunk, clamp, scale, offset)
+    tables = _rotary_tables(inv_freq, cu_k, chunk, clamp, scale, offset)
     operands = (x.contiguous() for x in (q, k, v))
-    return KERNELS[backend].attention_forward(turns, *operands, cu_q, cu_k)
+    return KERNELS[backend].attention_forward(tables, *operands, cu_q, cu_k)
 
 
 @_attention.register_fake
@@ -51,9 +51,9 @@ def _backward(
     cu_seqlens: Tensor, chunk: int, clamp: int, scale: float, offset: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     cu_q, cu_k = _borders(q, k, cu_seqlens)
-    turns = _turns(inv_freq, cu_k, chunk, clamp, scale, offset)
+    tables = _rotary_tables(inv_freq, cu_k, chunk, clamp, scale, offset)
     operands = (x.contiguous() for x in (d_out, q, k, v))
-    return KERNELS[backend].attention_backward(turns, *operands, out, lse, cu_q, cu_k)
+    return KERNELS[backend].attention_backward(tables, *operands, out, lse, cu_q, cu_k)
 
 
 @_backward.register_fake

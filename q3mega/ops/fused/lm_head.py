@@ -1,11 +1,9 @@
-"""What the lm-head operators share: a GEMM, a pass over its rows, no (N, V) logits.
+"""What the lm-head operators share: blocks of logits in one buffer instead of (N, V) logits.
 
-One buffer of logits is filled again and again by blocks of rows: on a CPU fresh pages would cost
-more than the arithmetic on them. Rows that can get no gradient never reach a gradient's GEMM.
-
-The GEMMs are the vendor's (MKL, cuBLAS), which no kernel of ours would beat; the row kernels are a
-backend's: C++ or Triton. All is registered with torch.library: fakes and autograd, so it also runs
-under torch.compile.
+One buffer serves all blocks, since fresh pages would cost a CPU more than the arithmetic on them.
+Tokens that can get no gradient never reach a gradient's GEMM. The GEMMs are the vendor's (MKL,
+cuBLAS); the row kernels are the backend's. The operators are registered with torch.library, with
+fakes and autograd, so torch.compile takes them.
 """
 
 import contextlib
@@ -25,23 +23,26 @@ from q3mega.ops.backends import KERNELS
 from q3mega.ops.dispatch import register
 from q3mega.ops.linear_logprob import merge
 
-# Of logits at once: 220 rows of Qwen3's vocabulary, or a quarter of d_weight's size if that is
-# more: the fewer rows a block has, the more its pass over d_weight costs beside its products.
-BUFFER_BYTES = 128 << 20
-CPU_COLUMNS = 2048  # of logits by one product, which then stay in the cache: a tenth faster
-GPU_BYTES = 1 << 30  # 1,767 rows: a GEMM that fills the card
-WIDE = torch.float32  # of logits, statistics and sums, whatever the operands are
+# The buffer of logits on a CPU: 220 rows of Qwen3's vocabulary. It grows to a quarter of d_weight,
+# since every block passes over d_weight once, and fewer blocks make fewer passes.
+CPU_LOGITS_BYTES = 128 << 20
+CPU_GEMM_COLUMNS = 2048  # columns of one GEMM, which then stay in the cache: a tenth faster
+GPU_LOGITS_BYTES = 1 << 30  # 1,767 rows of Qwen3's vocabulary: a GEMM that fills the GPU
+STATS_DTYPE = torch.float32  # of logits, statistics and sums, whatever the operands' dtype
 
 
-_held = threading.local()
+_thread_buffers = threading.local()
 
 
 def _scratch(like: Tensor, rows: int, columns: int, slot: int) -> Tensor:
-    """(rows, columns) of what came before. A CPU thread keeps the buffer of each slot for its next
-    call: the first touch of fresh pages costs more than a pass over them."""
+    """An uninitialised fp32 buffer (rows, columns).
+
+    A CPU thread keeps one buffer a slot for its next call, since the first touch of fresh pages
+    costs more than a pass over them.
+    """
     if like.is_cuda:
         return like.new_empty(rows, columns)
-    slots = _held.__dict__.setdefault("slots", {})
+    slots = _thread_buffers.__dict__.setdefault("slots", {})
     if slot not in slots or slots[slot].numel() < rows * columns:
         with torch.inference_mode(False):  # else only such calls could write to it again
             slots[slot] = _large_pages(rows * columns)
@@ -49,172 +50,213 @@ def _scratch(like: Tensor, rows: int, columns: int, slot: int) -> Tensor:
 
 
 def _large_pages(size: int) -> Tensor:
-    """(size,) fp32, in pages of 2 MiB where the system has them: a GEMM and a row kernel walk
-    through hundreds of rows at once, each of which begins far from the last."""
+    """(size,) fp32 in pages of 2 MiB where the system has them.
+
+    A GEMM and a row kernel walk through hundreds of rows at once, which begin far apart.
+    """
     if not size:
-        return torch.empty(0, dtype=WIDE)
+        return torch.empty(0, dtype=STATS_DTYPE)
     memory = mmap.mmap(-1, 4 * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # only Linux has them, and not everywhere
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=WIDE)
+    return torch.frombuffer(memory, dtype=STATS_DTYPE)
 
 
-class Head:
-    """An lm_head (or this rank's shard) and the buffer in which its logits come and go.
+class BlockedHead:
+    """An lm_head, or this rank's shard of it, and the one buffer in which blocks of logits live.
 
-    rows: the most at once, of which a block has a part. of_weight: whether its gradient is wanted,
-    for which larger blocks pay. beside: a head of as many ids whose blocks this one takes too.
+    The loop that every lm-head operator runs; only one block of logits exists at a time:
+
+        tokens      0 ...... block_rows ...... 2 block_rows ...... N
+                    [ block 0 ][ block 1 ][ block 2 ]
+        each block  hidden[rows] --GEMM--> logits (rows, shard_size), in the buffer
+                    logits --row kernel--> `stats`: log p, entropy, log-sum-exp (rows,)
+                    logits --row kernel--> `gradient`: d_logits, in place
+                    d_logits --2 GEMMs---> `Gradients.add`: d_hidden[rows], d_weight
+
+    block_rows: most rows that a block has.
+    shard_size: rows of this rank's weight, and columns of the buffer.
+    first_id: vocabulary id of the shard's first row.
+    valid_columns: columns before the lm_head's padding; the rest have no mass and no gradient.
     """
 
     def __init__(
         self,
         weight: Tensor,
         temperature: float,
-        valid: int,
+        valid_vocab: int,
         group: str,
         backend: str,
         rows: int,
-        of_weight: bool = False,
-        beside: "Head | None" = None,
+        weight_needs_grad: bool = False,
+        same_blocks_as: "BlockedHead | None" = None,
     ) -> None:
+        """weight (V, H), or this rank's shard.
+        valid_vocab: ids that have mass, -1 for all.
+        group: name of the tensor-parallel process group, "" for none.
+        rows: tokens in this call.
+        weight_needs_grad: each block then passes over d_weight, so larger blocks pay.
+        same_blocks_as: another head over the same vocabulary (a teacher's student): take its
+        block_rows, and a second buffer.
+        """
         self.weight, self.temperature, self.kernels = weight, temperature, KERNELS[backend]
         self.group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
-        self.first, self.stride = vocab.offset(weight, self.group), len(weight)
-        whole = vocab.size(weight, self.group)
-        self.valid = whole if valid < 0 else min(whole, valid)
-        self.columns = min(max(self.valid - self.first, 0), self.stride)
-        quarter = weight.numel() if of_weight else 0  # bytes, of fp32
-        budget = GPU_BYTES if weight.is_cuda else max(BUFFER_BYTES, quarter)
-        most = max(1, budget // (4 * self.stride))
-        self.step: int = _even(rows, most) if beside is None else beside.step
-        slot = 0 if beside is None else 1
-        wide = weight.dtype == WIDE
-        self.buffer = _scratch(weight, self.step, self.stride, slot) if wide else None
+        self.first_id, self.shard_size = vocab.shard_offset(weight, self.group), len(weight)
+        vocabulary = vocab.vocabulary_size(weight, self.group)
+        self.valid_vocab = vocabulary if valid_vocab < 0 else min(vocabulary, valid_vocab)
+        self.valid_columns = min(max(self.valid_vocab - self.first_id, 0), self.shard_size)
+        quarter_of_d_weight = weight.numel() if weight_needs_grad else 0  # bytes of fp32
+        buffer_bytes = (
+            GPU_LOGITS_BYTES if weight.is_cuda else max(CPU_LOGITS_BYTES, quarter_of_d_weight)
+        )
+        max_rows = max(1, buffer_bytes // (4 * self.shard_size))
+        self.block_rows: int = (
+            _even_block_rows(rows, max_rows)
+            if same_blocks_as is None
+            else same_blocks_as.block_rows
+        )
+        slot = 0 if same_blocks_as is None else 1
+        needs_buffer = weight.dtype == STATS_DTYPE
+        self.buffer = (
+            _scratch(weight, self.block_rows, self.shard_size, slot) if needs_buffer else None
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, V) fp32 of n <= step rows, in the buffer."""
+        """(n, shard_size) fp32 of hidden (n, H), n <= block_rows. The next call overwrites them."""
         if self.buffer is not None:
             z, hidden = self.buffer[: len(hidden)], hidden / self.temperature
-            width = self.stride if self.weight.is_cuda else CPU_COLUMNS
-            for part, rows in zip(z.split(width, 1), self.weight.split(width), strict=True):
-                torch.mm(hidden, rows.T, out=part)
+            width = self.shard_size if self.weight.is_cuda else CPU_GEMM_COLUMNS
+            for columns, weight in zip(z.split(width, 1), self.weight.split(width), strict=True):
+                torch.mm(hidden, weight.T, out=columns)
             return z
-        z = torch.mm(hidden, self.weight.T, out_dtype=WIDE)
+        z = torch.mm(hidden, self.weight.T, out_dtype=STATS_DTYPE)
         return z if self.temperature == 1 else z.div_(self.temperature)
 
-    def column(self, ids: Tensor) -> Tensor:
-        """Where this shard holds the ids; -1 where it does not."""
-        vocab.check_ids(ids, self.valid)
-        column = ids - self.first
-        return torch.where((column >= 0) & (column < self.columns), column, -1).contiguous()
+    def shard_columns(self, ids: Tensor) -> Tensor:
+        """Columns of the buffer that hold vocabulary ids; -1 for ids of other ranks."""
+        vocab.check_ids(ids, self.valid_vocab)
+        column = ids - self.first_id
+        return torch.where((column >= 0) & (column < self.valid_columns), column, -1).contiguous()
 
     def stats(self, z: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(log p of the column, entropy, log-sum-exp), each (n,), over the whole vocabulary."""
-        m, s, t, z_y = merge(self.kernels.row_stats(z, self.columns, column), self.group)
+        m, s, t, z_y = merge(self.kernels.row_stats(z, self.valid_columns, column), self.group)
         log_mass = s.log()
         return z_y - m - log_mass, log_mass - t / s, m + log_mass
 
     def gradient(
         self, z: Tensor, column: Tensor, lse: Tensor, entropy: Tensor, g: Tensor, g_entropy: Tensor
     ) -> None:
-        """z becomes the gradient of sum g log p + g_entropy H with respect to it."""
+        """In place: logits z become the gradient of sum g log p + g_entropy H by them."""
         lse, entropy, g, g_entropy = (x.contiguous() for x in (lse, entropy, g, g_entropy))
         self.kernels.row_gradient(
-            z, self.columns, column, lse, entropy, g, g_entropy if g_entropy.any() else None
+            z, self.valid_columns, column, lse, entropy, g, g_entropy if g_entropy.any() else None
         )
 
 
 class Gradients:
-    """d_hidden (N, H) and d_weight (V, H), filled block by block; empty where not wanted.
+    """d_hidden (N, H) and d_weight (V, H), filled block by block; empty where no one needs them.
 
-    d_weight is fp32 whatever the weight is: see `weight_gradient`.
+    d_weight is fp32 whatever the weight's dtype: see `weight_gradient`.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, bool]) -> None:
-        self.head, (self.of_hidden, self.of_weight) = head, wanted
-        self.hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
+    def __init__(self, hidden: Tensor, head: BlockedHead, needs_grad: tuple[bool, bool]) -> None:
+        self.head, (self.hidden_needs_grad, self.weight_needs_grad) = head, needs_grad
+        self.hidden = torch.zeros_like(hidden) if needs_grad[0] else hidden.new_empty(0)
         self.weight: Tensor | None = None  # the first block writes it: pages are touched once
 
     def add(self, rows: Tensor, hidden: Tensor, dz: Tensor) -> None:
-        """dz (n, V): the loss's gradient with respect to hidden / temperature @ weight.T."""
+        """Adds a block. rows (n,): its tokens. hidden (n, H): theirs. dz (n, V): the gradient of
+        the loss by the block's logits, hidden / temperature @ weight.T."""
         dz, t = dz.to(self.head.weight.dtype), self.head.temperature
-        if self.of_hidden:
+        if self.hidden_needs_grad:
             self.hidden[rows] = (dz @ self.head.weight).div_(t)
-        if not self.of_weight:
+        if not self.weight_needs_grad:
             return
-        if dz.dtype == WIDE and self.weight is not None:
+        if dz.dtype == STATS_DTYPE and self.weight is not None:
             self.weight.addmm_(dz.T, hidden / t)
             return
-        if dz.dtype == WIDE:
+        if dz.dtype == STATS_DTYPE:
             self.weight = dz.T @ (hidden / t)
         elif self.weight is None:
-            self.weight = torch.mm(dz.T, hidden, out_dtype=WIDE).div_(t)
+            self.weight = torch.mm(dz.T, hidden, out_dtype=STATS_DTYPE).div_(t)
         else:
-            self.weight.add_(torch.mm(dz.T, hidden, out_dtype=WIDE), alpha=1 / t)
+            self.weight.add_(torch.mm(dz.T, hidden, out_dtype=STATS_DTYPE), alpha=1 / t)
 
-    def add_picked(self, rows: Tensor, hidden: Tensor, dz: Tensor, places: Tensor) -> None:
-        """dz (n, K): the loss's gradient with respect to hidden @ weight[places].T alone."""
-        if self.of_hidden:
-            d_hidden = self.head.kernels.picked_d_hidden(dz, self.head.weight, places)
+    def add_picked(self, rows: Tensor, hidden: Tensor, dz: Tensor, picks: Tensor) -> None:
+        """Adds a block whose logits are hidden @ weight[picks].T alone.
+
+        picks (n, K): rows of this rank's weight, -1 for other ranks' rows. dz (n, K): the gradient
+        of the loss by those logits.
+        """
+        if self.hidden_needs_grad:
+            d_hidden = self.head.kernels.picked_d_hidden(dz, self.head.weight, picks)
             self.hidden[rows] = d_hidden.to(hidden.dtype)
-        if self.of_weight:
+        if self.weight_needs_grad:
             if self.weight is None:
-                self.weight = torch.zeros_like(self.head.weight, dtype=WIDE)
-            self.head.kernels.picked_d_weight(dz, hidden, places, self.weight)
+                self.weight = torch.zeros_like(self.head.weight, dtype=STATS_DTYPE)
+            self.head.kernels.picked_d_weight(dz, hidden, picks, self.weight)
 
-    def done(self) -> tuple[Tensor, Tensor]:
-        if self.head.group is not None and self.of_hidden:
+    def reduced(self) -> tuple[Tensor, Tensor]:
+        """(d_hidden, d_weight), the first summed over the tensor-parallel ranks."""
+        if self.head.group is not None and self.hidden_needs_grad:
             all_reduce(self.hidden, group=self.head.group)
-        if not self.of_weight:
+        if not self.weight_needs_grad:
             return self.hidden, self.hidden.new_empty(0)
         if self.weight is None:
-            self.weight = torch.zeros_like(self.head.weight, dtype=WIDE)
+            self.weight = torch.zeros_like(self.head.weight, dtype=STATS_DTYPE)
         return self.hidden, self.weight
 
 
-def _even(rows: int, most: int) -> int:
-    """A block's rows when `rows` are cut into the fewest blocks of at most `most`: no block is
-    small, and the buffer no larger than it need be."""
-    return -(-rows // max(1, -(-rows // most))) or 1
+def _even_block_rows(rows: int, max_rows: int) -> int:
+    """Rows of a block when `rows` are cut evenly into the fewest blocks of at most `max_rows`."""
+    return -(-rows // max(1, -(-rows // max_rows))) or 1
 
 
-def blocks(index: Tensor, head: Head) -> Iterator[Tensor]:
-    return iter(index.split(_even(len(index), head.step))) if len(index) else iter(())
+def row_blocks(index: Tensor, head: BlockedHead) -> Iterator[Tensor]:
+    """The token indices (n,) in blocks of like size that the head's buffer holds."""
+    return (
+        iter(index.split(_even_block_rows(len(index), head.block_rows))) if len(index) else iter(())
+    )
 
 
-def plain_options(
+def schema_options(
     valid_vocab: int | None, group: ProcessGroup | None, backend: str
 ) -> tuple[int, str, str]:
+    """The options in types that a torch.library schema takes."""
     return -1 if valid_vocab is None else valid_vocab, group.group_name if group else "", backend
 
 
 def gemm_operands(backend: str, *pair: Tensor) -> tuple[Tensor, ...]:
-    """hidden and weight as the GEMMs take them: on a CPU there is no fast half precision."""
-    dtype = WIDE if backend == "cpu" else pair[0].dtype
+    """hidden and weight in the GEMMs' dtype: fp32 on a CPU, which has no fast half precision."""
+    dtype = STATS_DTYPE if backend == "cpu" else pair[0].dtype
     return tuple(x.to(dtype).contiguous() for x in pair)
 
 
 def wants_gradients(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
+    """Whether hidden and weight need gradients from this call."""
     grads = torch.is_grad_enabled()
     return grads and hidden.requires_grad, grads and weight.requires_grad
 
 
-def fake_gradients(hidden: Tensor, weight: Tensor, *wanted: bool) -> tuple[Tensor, Tensor]:
-    of_hidden, of_weight = wanted
+def fake_gradients(hidden: Tensor, weight: Tensor, *needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """What `Gradients.reduced` returns, for torch.library's fakes."""
+    hidden_needs_grad, weight_needs_grad = needs_grad
     return (
-        torch.empty_like(hidden) if of_hidden else hidden.new_empty(0),
-        torch.empty_like(weight, dtype=WIDE) if of_weight else hidden.new_empty(0),
+        torch.empty_like(hidden) if hidden_needs_grad else hidden.new_empty(0),
+        torch.empty_like(weight, dtype=STATS_DTYPE) if weight_needs_grad else hidden.new_empty(0),
     )
 
 
 def weight_gradient(weight: Tensor, d: Tensor) -> Tensor:
-    """What autograd gets of d (V, H) fp32: the gradient in the weight's dtype.
+    """What autograd gets for d (V, H) fp32: the gradient in the weight's dtype.
 
-    That of a half-precision weight under megatron's DistributedDataParallel goes to its fp32
-    `main_grad` unrounded, and autograd gets a stand-in that its hook drops; or, from a tied
-    embedding (`zero_out_wgrad`), adds to what the embedding's own gradient is.
+    Under megatron's DistributedDataParallel a half-precision weight has an fp32 `main_grad`, to
+    which the gradient is added unrounded. Autograd then gets a stand-in: any tensor, which
+    megatron's hook drops, or zeros for a tied embedding (`zero_out_wgrad`), whose gradient the hook
+    adds to the embedding's own.
     """
-    if weight.dtype == WIDE or not hasattr(weight, "grad_added_to_main_grad"):
+    if weight.dtype == STATS_DTYPE or not hasattr(weight, "grad_added_to_main_grad"):
         return d.to(weight.dtype)
     weight.main_grad.add_(d)  # type: ignore[attr-defined]
     weight.grad_added_to_main_grad = True
@@ -223,20 +265,24 @@ def weight_gradient(weight: Tensor, d: Tensor) -> Tensor:
 
 
 def keep_gradients(ctx: Any, inputs: Any, output: Any) -> None:
-    """Held apart from autograd's saved tensors, which would be copied when they become gradients:
-    that of a large lm_head is most of what the operator needs."""
+    """Keeps the gradients that the forward computed, the last two outputs, for the backward.
+
+    They stay apart from autograd's saved tensors, which would be copied when they become gradients:
+    d_weight of a large lm_head is most of the operator's memory.
+    """
     ctx.set_materialize_grads(False)  # the outputs that hold gradients have none of their own
-    ctx.inputs, ctx.held = len(inputs), [d.detach() for d in output[-2:]]
+    ctx.inputs, ctx.gradients = len(inputs), [d.detach() for d in output[-2:]]
     ctx.weight = inputs[1]
 
 
-def pull_gradients(ctx: Any, g: Tensor, *_: Any) -> Any:
-    if ctx.held is None:
+def backward_of_kept_gradients(ctx: Any, g: Tensor, *_: Any) -> Any:
+    """Scales the kept gradients by g, the loss's own gradient, in place."""
+    if ctx.gradients is None:
         raise RuntimeError(
             "this loss gives its gradients away in its first backward: compute it anew"
         )
-    held, ctx.held = ctx.held, None
-    scaled = [d.mul_(g) if want else None for d, want in zip(held, ctx.needs_input_grad)]  # noqa: B905
+    gradients, ctx.gradients = ctx.gradients, None
+    scaled = [d.mul_(g) if want else None for d, want in zip(gradients, ctx.needs_input_grad)]  # noqa: B905
     if scaled[1] is not None:
         scaled[1] = weight_gradient(ctx.weight, scaled[1])
     return *scaled, *[None] * (ctx.inputs - 2)

@@ -116,7 +116,7 @@ TABLES = {
             "Brandenburg Gate": ("Berlin", "Germany"), "Sagrada Família": ("Barcelona", "Spain"),
             "Acropolis": ("Athens", "Greece"), "Taj Mahal": ("Agra", "India"),
             "Hagia Sophia": ("Istanbul", "Turkey|Türkiye"),
-            "EvalNgramIndex City": ("Beijing", "China"), "Kremlin": ("Moscow", "Russia"),
+            "Forbidden City": ("Beijing", "China"), "Kremlin": ("Moscow", "Russia"),
             "Golden Gate Bridge": ("San Francisco", "United States|USA|U.S.|America"),
             "Charles Bridge": ("Prague", "Czech Republic|Czechia"),
             "Atomium": ("Brussels", "Belgium"), "Prater": ("Vienna", "Austria"),

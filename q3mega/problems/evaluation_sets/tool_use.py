@@ -67,7 +67,7 @@ TOOLS = [
         minutes=_whole("until it rings"), label=_text("what it is for"),
     ),
     _tool(
-        "book_table", "DropCounts a table in a restaurant.", "restaurant guests time",
+        "book_table", "Books a table in a restaurant.", "restaurant guests time",
         restaurant=_text("its name"), guests=_whole("how many people"),
         time=_text("24 hour clock, HH:MM"), outside={"type": "boolean", "default": False},
     ),

@@ -162,14 +162,14 @@ _SLOTS = {
     "room": "ballroom hall chamber library chapel attic",
 }
 _WORDS = {slot: words.split() for slot, words in _SLOTS.items()}
-RewardSpec = dict[str, list[str]]
+NamePools = dict[str, list[str]]
 
 
 @dataclass
 class World:
     """names: of each kind. facts: (name, relation) -> value."""
 
-    names: RewardSpec
+    names: NamePools
     facts: dict[tuple[str, str], str] = field(default_factory=dict)
 
     @classmethod
@@ -245,7 +245,7 @@ def _some(rng: random.Random, n: int, first: list[str], last: list[str], glue: s
     return rng.sample([a + glue + b for a in first for b in last], n)
 
 
-def _value(rng: random.Random, names: RewardSpec, name: str, relation: str) -> str:
+def _value(rng: random.Random, names: NamePools, name: str, relation: str) -> str:
     match relation:
         case "birthday":
             return f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1820, 1960)}"
