@@ -21,7 +21,7 @@ from q3mega.rewards import (
     reward_of,
     score_problem,
 )
-from q3mega.sandbox.sandbox import confinement
+from q3mega.sandbox import confinement
 
 LONGEST = 131_072  # tokens of a prompt: Qwen3's context, with YaRN
 _PIECE = re.compile(r"\d|[^\W\d_]+")  # each is a token or more: a digit, a run of letters
