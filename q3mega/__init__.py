@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from q3mega.errors import naming_missing_packages
+
 if TYPE_CHECKING:
     from q3mega import ops
     from q3mega.config.recipe import Recipe
@@ -11,13 +13,14 @@ if TYPE_CHECKING:
 __all__ = ["Recipe", "ops", "run"]
 __version__ = "0.1.0"
 
-_HOME = {"Recipe": "q3mega.config.recipe", "run": "q3mega.launch.driver"}
+_MODULES = {"Recipe": "q3mega.config.recipe", "run": "q3mega.launch.driver"}
 
 
 def __getattr__(name: str) -> Any:
     """The public names, imported when first asked for: `import q3mega` stays light."""
     if name == "ops":
         return import_module("q3mega.ops")
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+    if name in _MODULES:
+        with naming_missing_packages(f"q3mega.{name}"):
+            return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'q3mega' has no attribute {name!r}")

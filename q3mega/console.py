@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from q3mega.errors import UserError
+from q3mega.errors import UserError, naming_missing_packages
 from q3mega.io import explaining
 
 
@@ -14,7 +14,7 @@ def run(command: Callable[[], int]) -> int:
     on); or 2, 130 (interrupted) or 141 (nobody reads what it prints) for what it raises."""
     _prepare_streams()
     try:
-        with explaining():
+        with explaining(), naming_missing_packages(" ".join(["q3mega", *sys.argv[1:2]])):
             try:
                 return command()
             finally:

@@ -75,3 +75,63 @@ assert [b.tolist() for b in q3mega._data.best_fit_pack(numpy.array([3, 5]), 8)] 
         confine = subprocess.run([target / "q3mega/confine"], capture_output=True, check=False)
         assert b"refused options" in confine.stderr
     assert all(Path(path).is_relative_to(target) for path in found)
+
+
+HIDE = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "{module}":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+sys.argv[1:] = {arguments}
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "package", "extra"),
+    [
+        ("pydantic", ["run", "x.yaml"], "pydantic", "recipe"),
+        ("rensa", ["curate", "x.yaml", "--out", "x"], "rensa", "curate"),
+        ("yaml", ["plan", "x.yaml"], "pyyaml", "recipe"),
+    ],
+)
+def test_a_command_without_its_extra_names_it(module, arguments, package, extra):
+    code = HIDE.format(module=module, arguments=arguments)
+    code += "from q3mega.cli import main\nsys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    remedy = f"pip install 'q3mega[{extra}]'"
+    error = f"error: q3mega {arguments[0]} needs the package {package}: {remedy}\n"
+    assert (done.returncode, done.stderr) == (2, error)
+
+
+@pytest.mark.parametrize(
+    ("line", "user"),
+    [("import q3mega.engine", "q3mega.engine"), ("from q3mega import run", "q3mega.run")],
+)
+def test_an_import_without_its_extra_names_it(line, user):
+    code = HIDE.format(module="psutil", arguments=[])
+    code += f"try:\n    {line}\nexcept ImportError as error:\n    print(error)"
+    error = f"{user} needs the package psutil: pip install 'q3mega[recipe]'\n"
+    assert python(code) == error
+
+
+def test_the_operators_import_torch_alone():
+    """Every package of the extras is hidden, and the operators work."""
+    code = """
+import sys
+from q3mega.errors import _OF_RECIPE
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in _OF_RECIPE.keys() - {"numpy", "sympy", "jinja2"}:  # torch's own
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Hidden())
+import torch
+from q3mega import ops
+print(ops.linear_logprob(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([3])).logprob.exp())
+"""
+    assert "0.25" in python(code)
