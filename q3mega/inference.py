@@ -126,7 +126,7 @@ class Checkpoint:
                 yield f"{task} pass@{params.n}", evaluate.pass_at_k(correct, params.n)
 
 
-def gap_to(
+def mismatch_to_servers(
     folder: str | Path,
     kind: Kind,
     urls: Sequence[str],
@@ -150,7 +150,7 @@ def gap_to(
     return measure(engine, servers, prompts, params)
 
 
-def gap_of_layouts(
+def mismatch_of_layouts(
     folder: Path, layout: Layout, problems: int, *, keep: Path | None, against: Path | None
 ) -> Gap | None:
     """A checkpoint's log-probabilities of solved problems under a layout, kept in a file, or
@@ -179,7 +179,7 @@ def gap_of_layouts(
     return between(found, known, engine.shape.topk) if known else None
 
 
-def teach(
+def serve_teacher(
     folder: Path, layout: Layout, port: int, *, network: bool, key_env: str | None, idle: float
 ) -> None:
     """Be the teacher of other jobs' students: every rank of this job calls. See `serve`."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
-from pydantic import PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from q3mega.config.section import Section, explain, field_names, parse_yaml, short
 from q3mega.errors import UserError
@@ -17,16 +17,28 @@ Recompute = Literal["none", "norms", "experts", "full"]
 class Layout(Section):
     """How many processes train, and along which axes of megatron-core they split the work."""
 
-    processes: PositiveInt
-    tensor: PositiveInt = 1
-    pipeline: PositiveInt = 1
-    virtual_pipeline: PositiveInt = 1
-    context: PositiveInt = 1
-    expert: PositiveInt = 1
-    expert_tensor: PositiveInt = 1
-    sequence_parallel: bool = False
-    distributed_optimizer: bool = True
-    recompute: Recompute = "none"  # in the backward: RMSNorms, all of an expert layer, every layer
+    processes: PositiveInt = Field(
+        description="Processes, one a GPU; data parallelism takes what the axes leave."
+    )
+    tensor: PositiveInt = Field(1, description="Ranks that split heads, FFN and vocabulary.")
+    pipeline: PositiveInt = Field(1, description="Ranks that split the layers.")
+    virtual_pipeline: PositiveInt = Field(
+        1, description="Parts of the layers of one pipeline rank, interleaved."
+    )
+    context: PositiveInt = Field(1, description="Ranks that split each sequence.")
+    expert: PositiveInt = Field(1, description="Ranks that split a mixture's experts.")
+    expert_tensor: PositiveInt = Field(1, description="Ranks that split each expert.")
+    sequence_parallel: bool = Field(
+        False, description="Norms and residuals are split over the tensor ranks."
+    )
+    distributed_optimizer: bool = Field(
+        True, description="Adam's state is split over the data-parallel ranks."
+    )
+    recompute: Recompute = Field(
+        "none",
+        description="What the backward pass computes again: RMSNorms, all of an expert layer, or "
+        "every layer.",
+    )
 
     def count_embedding_and_head_as_layers(self, layers: int) -> bool:
         """Whether embedding and lm_head each count as a layer, since pipelines divide only so."""

@@ -1,7 +1,7 @@
 """The validated recipe: YAML in, one typed, frozen object out.
 
-What a stage can be told stands in `settings`, how it is laid out in `layout`. Whatever is wrong
-with a file or an override becomes a `UserError` of one line that names the dotted path.
+`config.stages` says what a stage can be told, `config.layout` how it is split over processes. What
+is wrong with a file or an override becomes a `UserError` of one line that names the dotted path.
 """
 
 import os
@@ -28,8 +28,8 @@ from pydantic import (
 
 from q3mega.config.layout import Layout, check_layout
 from q3mega.config.section import (
-    Free,
-    Rounds,
+    Changeable,
+    ChangesRounding,
     Section,
     explain,
     field_names,
@@ -39,15 +39,8 @@ from q3mega.config.section import (
     short,
 )
 from q3mega.config.slurm import Slurm
-from q3mega.config.stages import (
-    STAGES,
-    ColdStart,
-    DistillOnPolicy,
-    ModeFusion,
-    Pretrain,
-    RLSettings,
-    StageConfig,
-)
+from q3mega.config.stage import StageConfig
+from q3mega.config.stages import STAGES
 from q3mega.errors import UserError
 from q3mega.io import atomic_write
 from q3mega.model.sizes import QWEN3, Qwen3Shape, rows_for
@@ -78,8 +71,10 @@ NAMES = (
 class TokenizerSpec(Section):
     """Either trained on the recipe's own text to `vocab_size` entries, or read from a folder."""
 
-    vocab_size: PositiveInt | None = None
-    path: str | None = None
+    vocab_size: PositiveInt | None = Field(
+        None, description="Entries of a tokenizer that is trained on the recipe's own text."
+    )
+    path: str | None = Field(None, description="A folder with a tokenizer.json.")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -91,19 +86,23 @@ class TokenizerSpec(Section):
 class ModelSpec(Section):
     """A Qwen3 shape, written out or derived: `size` fills in every number that is not given."""
 
-    size: Literal[tuple(QWEN3)] | None = None  # type: ignore[valid-type]
-    layers: PositiveInt
-    hidden: PositiveInt
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-    ffn: PositiveInt
-    experts: NonNegativeInt = 0
-    topk: PositiveInt = 2
-    moe_ffn: NonNegativeInt = 0
-    router_aux_loss_coef: NonNegativeFloat = 1e-3  # coefficient of the experts' load-balancing loss
-    tied: bool = True
-    rope_base: PositiveFloat = 1e4
+    size: Literal[tuple(QWEN3)] | None = Field(  # type: ignore[valid-type]
+        None, description="A released size, which fills in every number that is not given."
+    )
+    layers: PositiveInt = Field(description="Transformer layers.")
+    hidden: PositiveInt = Field(description="Width of the residual stream.")
+    heads: PositiveInt = Field(description="Query heads.")
+    kv_heads: PositiveInt = Field(description="Key and value heads.")
+    head_dim: PositiveInt = Field(description="Width of a head.")
+    ffn: PositiveInt = Field(description="Width of a dense layer's feed-forward.")
+    experts: NonNegativeInt = Field(0, description="Experts of a layer; 0: a dense model.")
+    topk: PositiveInt = Field(2, description="Experts of a token.")
+    moe_ffn: NonNegativeInt = Field(0, description="Width of one expert.")
+    router_aux_loss_coef: NonNegativeFloat = Field(
+        1e-3, description="Coefficient of the experts' load-balancing loss."
+    )
+    tied: bool = Field(True, description="Embedding and lm_head are one matrix.")
+    rope_base: PositiveFloat = Field(1e4, description="Base of RoPE's frequencies.")
 
     @model_validator(mode="before")
     @classmethod
@@ -137,19 +136,32 @@ MODELS = ("model", "student")  # sections of a recipe that are a ModelSpec
 class Recipe(Section):
     """A whole run. `stages` keeps the file's order, and each stage's layout is complete."""
 
-    name: Free[Annotated[str, Field(pattern=r"^\w[\w.-]*$")]]
-    seed: NonNegativeInt
-    problems: tuple[str, ...] = ()  # files of reasoning problems; none: the generated families
-    rewards: tuple[str, ...] = ()  # Python files of rewards of one's own, run in every process
-    # Held-out problems of an evaluation; of a general task half as many.
-    eval_problems: Annotated[int, Field(ge=2)] = 400
-    tokenizer: TokenizerSpec
-    model: ModelSpec  # also the teacher's
-    student: ModelSpec | None = None
-    layout: Rounds[Layout]
-    precision: Literal["fp32", "bf16"] = "fp32"  # of weights; gradients and Adam are fp32
-    slurm: Free[Slurm] = Slurm()
-    stages: dict[str, SerializeAsAny[StageConfig]]
+    name: Changeable[Annotated[str, Field(pattern=r"^\w[\w.-]*$")]] = Field(
+        description="What the run is called; its folder is runs/NAME by default."
+    )
+    seed: NonNegativeInt = Field(description="Every random choice follows from it.")
+    problems: tuple[str, ...] = Field(
+        (), description="Files of reasoning problems; none: the generated families."
+    )
+    rewards: tuple[str, ...] = Field(
+        (), description="Python files of your own rewards, which every process runs."
+    )
+    eval_problems: Annotated[int, Field(ge=2)] = Field(
+        400, description="Held-out problems of an evaluation; of a general task half as many."
+    )
+    tokenizer: TokenizerSpec = Field(description="The tokenizer of all models.")
+    model: ModelSpec = Field(description="The model, which is the student's teacher as well.")
+    student: ModelSpec | None = Field(None, description="The model that is distilled; null: none.")
+    layout: ChangesRounding[Layout] = Field(
+        description="Processes and axes of every stage that does not say otherwise."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Precision of the weights; gradients and Adam are fp32."
+    )
+    slurm: Changeable[Slurm] = Field(Slurm(), description="What q3mega slurm asks a cluster for.")
+    stages: dict[str, SerializeAsAny[StageConfig]] = Field(
+        description="Stage -> its settings, in the order in which they run."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -174,35 +186,26 @@ class Recipe(Section):
         return {name: getattr(stages, name) for name in raw}
 
     @model_validator(mode="after")
-    def _problems_have_a_teacher(self) -> Self:
-        cold_start = self.stages.get("cold_start")
-        fusion = self.stages.get("mode_fusion")
-        if self.problems and isinstance(fusion, ModeFusion) and fusion.direct:
-            raise UserError(
-                f"stages.mode_fusion.direct={fusion.direct}: problems of files have no scripted "
-                "answers; set it to 0 and give answered chats in non_thinking"
-            )
-        if isinstance(cold_start, ColdStart) and bool(self.problems) != bool(cold_start.teacher):
-            raise UserError(
-                "stages.cold_start.teacher answers the problems of files: give it together with "
-                f"problems={list(self.problems)}"
-            )
+    def _stages_can_work_with_the_problems(self) -> Self:
+        for stage in self.stages.values():
+            stage.check_problems(self.problems)
         return self
 
     @model_validator(mode="after")
     def _layouts_fit(self) -> Self:
         for name, stage in self.stages.items():
-            if stage.fp8 and not isinstance(stage, Pretrain):
+            if stage.fp8 and not stage.may_use_fp8:
                 raise UserError(
                     f"stages.{name}.fp8=True: only pre-training computes in fp8, the others sample"
                 )
             if stage.trains == "student" and self.student is None:
                 raise UserError(f"stages.{name} trains a student: add a student section")
-            elsewhere = getattr(stage, "teacher_url", None) is not None
-            here = (stage.trains,) if elsewhere else ("model", stage.trains)
-            for role in dict.fromkeys(here):  # the model is a student's teacher
+            shapes = {stage.trains: self.trained_by(stage)}
+            if not stage.teacher_elsewhere:  # the model is a student's teacher
+                shapes = {"model": self.model, **shapes}
+            for role, spec in shapes.items():
                 try:
-                    check_layout(stage.layout, getattr(self, role).shape())
+                    check_layout(stage.layout, spec.shape())
                 except UserError as error:
                     raise UserError(f"stages.{name} ({role}): {error}") from None
         return self
@@ -210,15 +213,20 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _routes_are_of_experts(self) -> Self:
         for name, stage in self.stages.items():
-            rl = stage.compare_rl if isinstance(stage, DistillOnPolicy) else stage
-            if not isinstance(rl, RLSettings) or rl.routing_replay == "none":
+            if stage.rl is None or stage.rl.routing_replay == "none":
                 continue
-            if not getattr(self, stage.trains).shape().experts:
+            if not self.trained_by(stage).shape().experts:
                 raise UserError(
-                    f"stages.{name}: routing_replay={rl.routing_replay} needs a model with "
+                    f"stages.{name}: routing_replay={stage.rl.routing_replay} needs a model with "
                     "experts, this is dense: set it to none"
                 )
         return self
+
+    def trained_by(self, stage: StageConfig) -> ModelSpec:
+        """The model that a stage trains."""
+        spec = self.model if stage.trains == "model" else self.student
+        assert spec is not None  # a validated recipe with such a stage has a student
+        return spec
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:

@@ -34,9 +34,9 @@ class Change(Enum):
 
 
 _T = TypeVar("_T")
-Free = Annotated[_T, Change.NOTHING]
-Rounds = Annotated[_T, Change.ROUNDING]
-Address = Annotated[_T, Change.MOVED]
+Changeable = Annotated[_T, Change.NOTHING]
+ChangesRounding = Annotated[_T, Change.ROUNDING]
+MovableAddress = Annotated[_T, Change.MOVED]
 
 
 def leaves(
@@ -52,6 +52,25 @@ def leaves(
             yield from leaves(inner, (*path, str(key)), mark)
     else:
         yield ".".join(path), value, mark
+
+
+# Keys of older recipes -> their names today.
+RENAMED_KEYS = {
+    "balance": "router_aux_loss_coef",
+    "correction": "rollout_correction",
+    "engine": "rollout_servers",
+    "entropy_hold": "entropy_target_ratio",
+    "entropy_limit": "entropy_coef_max",
+    "entropy_step": "entropy_coef_step",
+    "evaluated": "eval_problems",
+    "max_gap": "max_logprob_mismatch",
+    "switch": "send_enable_thinking",
+    "sync": "weight_sync",
+    "teacher_at": "teacher_url",
+    "teacher_timeout": "teacher_timeout_s",
+    "timeout": "timeout_s",
+    "weights": "weights_folder",
+}
 
 
 class _Int(int):
@@ -151,6 +170,8 @@ def explain(
         case "missing":
             return f"{path} is missing and has no default"
         case "extra_forbidden":
+            if (new := RENAMED_KEYS.get(str(name))) and new in names(parents):
+                return f"{path} is called {new} now"
             hint = nearest(name, names(parents), parents, homes(str(name)))
             held = "***" if is_secret(str(name)) else shown(error["input"])
             return f"{path}={held} is not a field, {hint}"

@@ -19,13 +19,13 @@ from pydantic import (
 )
 
 from q3mega.config import secrets
-from q3mega.config.section import Address, Free, Rounds, Section
+from q3mega.config.section import Changeable, ChangesRounding, MovableAddress, Section
 from q3mega.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Url = Annotated[str, Field(pattern="^https?://."), AfterValidator(secrets.public_url)]
-Variable = Annotated[str, AfterValidator(secrets.variable)]  # of the environment
-# fields of a request for a chat that are not free: they have a setting, or the stage sets them
+EnvironmentVariable = Annotated[str, AfterValidator(secrets.variable)]
+# Fields of a chat request that a recipe may not add: they have a setting, or the stage sets them.
 _OF_REQUESTS = {
     "model",
     "messages",
@@ -53,21 +53,40 @@ def _teachers_url(url: str) -> str:
 class ChatModelSpec(Section):
     """A teacher or judge: `model` of an OpenAI-compatible server at `url`, or the folder `path`."""
 
-    url: Address[Url | None] = None
-    model: str | None = None
-    path: str | None = None  # a Hugging Face folder, sampled from by the stage's own processes
-    key_env: Free[Variable | None] = None  # the environment variable that holds the server's key
-    max_tokens: PositiveInt = 32768  # of a reply
-    temperature: NonNegativeFloat | None = 0.6  # of a teacher; None: the server's, of a judge too
-    concurrency: Free[PositiveInt] = 64  # requests at once
-    token_budget: Free[PositiveInt | None] = None  # tokens of all requests; None: no limit
-    max_failures: Free[Fraction] = 0.05  # share of texts without a usable reply that ends the stage
-    timeout_s: Free[PositiveFloat] = 3600.0  # seconds a request
-    retries: Free[NonNegativeInt] = 6  # of a request
-    send_enable_thinking: bool = True  # send chat_template_kwargs.enable_thinking
-    # the field that bounds a reply; reasoning models of some hosts take the second alone
-    token_limit: Free[Literal["max_tokens", "max_completion_tokens"]] = "max_tokens"
-    extra_body: dict[str, Any] = Field({})  # further fields of every request
+    url: MovableAddress[Url | None] = Field(
+        None, description="An OpenAI-compatible server, with /v1 at the end."
+    )
+    model: str | None = Field(None, description="The model's name on that server.")
+    path: str | None = Field(
+        None,
+        description="A Hugging Face folder in place of a server; the stage's processes sample "
+        "from it.",
+    )
+    key_env: Changeable[EnvironmentVariable | None] = Field(
+        None, description="The environment variable that holds the server's key."
+    )
+    max_tokens: PositiveInt = Field(32768, description="Most tokens of a reply.")
+    temperature: NonNegativeFloat | None = Field(
+        0.6, description="Temperature of a teacher; null: the server's own, of a judge too."
+    )
+    concurrency: Changeable[PositiveInt] = Field(64, description="Requests at once.")
+    token_budget: Changeable[PositiveInt | None] = Field(
+        None, description="Tokens of all requests together; null: no limit."
+    )
+    max_failures: Changeable[Fraction] = Field(
+        0.05, description="Share of texts without a usable reply that ends the stage."
+    )
+    timeout_s: Changeable[PositiveFloat] = Field(3600.0, description="Seconds of a request.")
+    retries: Changeable[NonNegativeInt] = Field(6, description="Further tries of a request.")
+    send_enable_thinking: bool = Field(
+        True, description="Requests carry chat_template_kwargs.enable_thinking."
+    )
+    token_limit: Changeable[Literal["max_tokens", "max_completion_tokens"]] = Field(
+        "max_tokens",
+        description="The request's field that bounds a reply; reasoning models of some hosts "
+        "take the second alone.",
+    )
+    extra_body: dict[str, Any] = Field({}, description="Further fields of every request.")
 
     @field_validator("extra_body")
     @classmethod
@@ -108,17 +127,30 @@ class ChatModelSpec(Section):
 class RolloutServers(Section):
     """Servers that sample instead of the training processes: docs/engines.md."""
 
-    kind: Rounds[Literal["vllm", "sglang"]]
-    urls: Free[Annotated[tuple[Url, ...], Field(min_length=1)]]
-    concurrency: Free[PositiveInt] = 256  # sequences under way on each server
-    timeout_s: Free[PositiveFloat] = 3600.0  # seconds a request
-    retries: Free[NonNegativeInt] = 3  # of a sequence
-    key_env: Free[Variable | None] = None  # the environment variable that holds the servers' key
-    # mean |delta log p| to the trainer that ends the run
-    max_logprob_mismatch: Free[PositiveFloat | None] = 0.1
-    weight_sync: Free[Literal["folder", "broadcast"]] = "folder"  # how the servers get the weights
-    weights_folder: Free[str | None] = (
-        None  # a folder for them of this stage's; None: in the stage's own
+    kind: ChangesRounding[Literal["vllm", "sglang"]] = Field(description="What the servers are.")
+    urls: Changeable[Annotated[tuple[Url, ...], Field(min_length=1)]] = Field(
+        description="The servers, without /v1."
+    )
+    concurrency: Changeable[PositiveInt] = Field(
+        256, description="Sequences under way on each server."
+    )
+    timeout_s: Changeable[PositiveFloat] = Field(3600.0, description="Seconds of a request.")
+    retries: Changeable[NonNegativeInt] = Field(3, description="Further tries of a sequence.")
+    key_env: Changeable[EnvironmentVariable | None] = Field(
+        None, description="The environment variable that holds the servers' key."
+    )
+    max_logprob_mismatch: Changeable[PositiveFloat | None] = Field(
+        0.1,
+        description="Mean |delta log p| between server and trainer that ends the run; null: no "
+        "limit.",
+    )
+    weight_sync: Changeable[Literal["folder", "broadcast"]] = Field(
+        "folder", description="How the servers get new weights."
+    )
+    weights_folder: Changeable[str | None] = Field(
+        None,
+        description="weight_sync: folder: where the weights are written; null: in the stage's "
+        "folder.",
     )
 
     @model_validator(mode="after")
@@ -134,17 +166,30 @@ class RolloutServers(Section):
 class TeacherSettings(Section):
     """Where the teacher is, and what of it the student learns from: docs/distillation.md."""
 
-    teacher: str | None = None  # a Hugging Face folder; None: the latest stage of the model
-    # the teacher elsewhere: tcp://host:port of a q3mega serve-teacher, http://host:port of vLLM
-    teacher_url: Address[
+    teacher: str | None = Field(
+        None, description="The teacher's Hugging Face folder; null: the latest stage of the model."
+    )
+    teacher_url: MovableAddress[
         Annotated[
             str, Field(pattern=r"^(tcp://[^/]+:\d+|https?://.+)$"), AfterValidator(_teachers_url)
         ]
         | None
-    ] = None
-    teacher_key_env: Free[Variable | None] = None  # the variable that holds teacher_url's key
-    teacher_timeout_s: Free[PositiveFloat] = 1800.0  # seconds until teacher_url says something
-    teacher_topk: NonNegativeInt = 0  # its best tokens of each position; 0: see the stage
+    ] = Field(
+        None,
+        description="The teacher elsewhere: tcp://HOST:PORT of a q3mega serve-teacher, or "
+        "http://HOST:PORT of a vLLM server.",
+    )
+    teacher_key_env: Changeable[EnvironmentVariable | None] = Field(
+        None, description="The environment variable that holds teacher_url's key."
+    )
+    teacher_timeout_s: Changeable[PositiveFloat] = Field(
+        1800.0, description="Seconds in which teacher_url must send something."
+    )
+    teacher_topk: NonNegativeInt = Field(
+        0,
+        description="The teacher's best tokens of each position that the student learns from; 0: "
+        "its text off-policy, its whole distribution on-policy.",
+    )
 
     @property
     def teacher_serves(self) -> bool:

@@ -9,36 +9,53 @@ from q3mega.config.section import Section
 from q3mega.errors import UserError
 
 # Each becomes part of one line of a script: a line break would begin another.
-Words = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f\x85\u2028\u2029]+$")]
-Option = Annotated[str, Field(pattern=r"^--?[A-Za-z][^\x00-\x1f\x7f\x85\u2028\u2029]*$")]
+OneLine = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f\x85\u2028\u2029]+$")]
+SbatchOption = Annotated[str, Field(pattern=r"^--?[A-Za-z][^\x00-\x1f\x7f\x85\u2028\u2029]*$")]
 
 
 class Slurm(Section):
     """Nodes follow from a stage's layout; every other name is sbatch's own."""
 
-    processes_per_node: PositiveInt = 8
-    gpus: bool = True  # one a process; with a gres of GPUs, that instead
-    cpus_per_process: PositiveInt = 8
-    partition: Words | None = None
-    account: Words | None = None
-    qos: Words | None = None
-    reservation: Words | None = None
-    constraint: Words | None = None
-    gres: Words | None = None
-    mem: Words | None = None  # of a node
-    nodelist: Words | None = None
-    exclude: Words | None = None
-    exclusive: bool = False
-    mail_type: Words | None = None
-    mail_user: Words | None = None
-    options: tuple[Option, ...] = ()  # further ones, as on sbatch's command line: --licenses=a
-    # of one job: MINUTES, H:MM:SS, D-HH, D-HH:MM:SS; a stage that needs more takes several
-    time: str = "24:00:00"
-    stop_before: PositiveInt = 10  # minutes before that in which a stage saves and goes back
-    setup: tuple[str, ...] = ()  # shell lines before the ranks start: modules, an environment
-    container_image: Words | None = None  # pyxis, for the ranks
-    container_mounts: tuple[Words, ...] = ()  # SOURCE:TARGET; the run folder is mounted anyway
-    python: Words | None = None  # of the ranks; None: the one that writes the scripts
+    processes_per_node: PositiveInt = Field(
+        8, description="Processes of a node; the nodes follow from a stage's layout."
+    )
+    gpus: bool = Field(
+        True, description="A GPU for each process; with a gres of GPUs, that instead."
+    )
+    cpus_per_process: PositiveInt = Field(8, description="Cores of a process.")
+    partition: OneLine | None = Field(None, description="sbatch's own.")
+    account: OneLine | None = Field(None, description="sbatch's own.")
+    qos: OneLine | None = Field(None, description="sbatch's own.")
+    reservation: OneLine | None = Field(None, description="sbatch's own.")
+    constraint: OneLine | None = Field(None, description="sbatch's own.")
+    gres: OneLine | None = Field(None, description="sbatch's own.")
+    mem: OneLine | None = Field(None, description="Memory of a node; sbatch's own.")
+    nodelist: OneLine | None = Field(None, description="sbatch's own.")
+    exclude: OneLine | None = Field(None, description="sbatch's own.")
+    exclusive: bool = Field(False, description="sbatch's own.")
+    mail_type: OneLine | None = Field(None, description="sbatch's own.")
+    mail_user: OneLine | None = Field(None, description="sbatch's own.")
+    options: tuple[SbatchOption, ...] = Field(
+        (), description="Further options, as on sbatch's command line: --licenses=a."
+    )
+    time: str = Field(
+        "24:00:00",
+        description="Limit of one job: MINUTES, H:MM:SS, D-HH or D-HH:MM:SS; a stage that needs "
+        "more takes several.",
+    )
+    stop_before: PositiveInt = Field(
+        10, description="Minutes before the limit at which a stage saves and its job is requeued."
+    )
+    setup: tuple[str, ...] = Field(
+        (), description="Shell lines before the ranks start: modules, an environment."
+    )
+    container_image: OneLine | None = Field(None, description="Image of the ranks, through pyxis.")
+    container_mounts: tuple[OneLine, ...] = Field(
+        (), description="SOURCE:TARGET of each mount; the run folder is mounted anyway."
+    )
+    python: OneLine | None = Field(
+        None, description="Python of the ranks; null: the one that writes the scripts."
+    )
 
     @property
     def minutes(self) -> float:

@@ -1,292 +1,366 @@
-"""What each stage can be told: one class a stage, one line a setting, one row in `STAGES`."""
+"""What each stage can be told: one class a stage, one row in `STAGES`."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from q3mega.config.layout import Layout
-from q3mega.config.section import Free, Rounds, Section
+from q3mega.config.rl import RLSettings
+from q3mega.config.section import ChangesRounding, Section
 from q3mega.config.servers import ChatModelSpec, Fraction, RolloutServers, TeacherSettings
+from q3mega.config.stage import SFT, StageConfig
+from q3mega.config.workload import PROMPT_TOKENS, InputFiles, Sampling, Workload
 from q3mega.errors import UserError
 
-Kind = Literal[
+DocumentKind = Literal[
     "prose", "code", "science", "facts", "worked", "direct", "chat", "retrieval", "retrieval_long",
 ]  # fmt: skip
-Curated = Annotated[str, Field(pattern="^curated:.")]  # a folder that q3mega curate has written
-Momentum = Annotated[float, Field(ge=0, lt=1)]
-
-
-class StageConfig(Section):
-    """What every stage has: where it starts, how it is laid out, saved and optimized."""
-
-    trains: ClassVar[Literal["model", "student"]] = "model"
-
-    layout: Rounds[Layout]
-    init: str | None = None  # a Hugging Face folder; None: the stage that comes before
-    save_every: Free[PositiveInt] = 50  # optimizer steps
-    micro_batch_tokens: Rounds[PositiveInt] = 4096  # a rank's packed micro-batch holds at most
-    fp8: bool = False  # pre-training's linear layers, through Transformer Engine
-    sample_batch: Rounds[PositiveInt] = 512  # sequences that a sampling rank decodes at once
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: PositiveFloat
-    adam_lr: PositiveFloat | None = None  # with muon: embeddings and norms; None: lr
-    min_lr: NonNegativeFloat = 0.0
-    warmup_steps: NonNegativeInt = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: NonNegativeFloat = 0.0
-    clip_grad: NonNegativeFloat = 1.0
-    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
-    max_skipped: Free[NonNegativeInt] = 10  # steps in a row whose loss or gradient is not finite
-    # whose choices balance a mixture: "step" counts its own first, by a forward pass more
-    expert_shares: Literal["step", "last_step"] = "step"
-
-    @model_validator(mode="after")
-    def _rates(self) -> Self:
-        if self.min_lr > self.lr:
-            raise UserError(f"min_lr={self.min_lr} must not exceed lr={self.lr}")
-        return self
+CuratedFolder = Annotated[str, Field(pattern="^curated:.")]  # what q3mega curate has written
 
 
 class PretrainSettings(Section):
     """One pass over a mixture of documents (kinds: q3mega.corpus.documents)."""
 
-    steps: PositiveInt
-    tokens_per_step: PositiveInt
-    sequence: PositiveInt  # longest document, tokens
-    mixture: dict[Kind | Curated, PositiveFloat]  # share of the tokens
+    steps: PositiveInt = Field(description="Optimizer steps.")
+    tokens_per_step: PositiveInt = Field(description="Tokens of an optimizer step.")
+    sequence: PositiveInt = Field(description="Tokens of the longest document.")
+    mixture: dict[DocumentKind | CuratedFolder, PositiveFloat] = Field(
+        description="Kind of document, or curated:FOLDER -> share of the tokens."
+    )
 
 
 class Extension(Section):
-    """Beyond the training length: YaRN and dual-chunk attention, at inference."""
+    """Beyond the trained length: YaRN and dual-chunk attention, at inference."""
 
-    factor: PositiveFloat = 4.0
-    chunk_size: PositiveInt
-    local_size: PositiveInt
-    documents: PositiveInt = 400  # of the retrieval evaluation, one pass key each
+    factor: PositiveFloat = Field(4.0, description="Tokens of a sequence, in trained lengths.")
+    chunk_size: PositiveInt = Field(description="Tokens of a chunk of dual-chunk attention.")
+    local_size: PositiveInt = Field(
+        description="Tokens of a chunk that the next one attends to at their own distance."
+    )
+    documents: PositiveInt = Field(
+        400, description="Documents of the retrieval evaluation, one pass key each."
+    )
 
 
 class Pretrain(StageConfig, PretrainSettings):
     """One of the three pre-training stages."""
 
-    rope_base: PositiveFloat | None = None  # ABF: another base from here on
-    extension: Extension | None = None
+    program = "q3mega.stages.pretrain:run"
+    may_use_fp8 = True
 
+    rope_base: PositiveFloat | None = Field(
+        None, description="RoPE's base from this stage on (ABF); null: the one before."
+    )
+    extension: Extension | None = Field(
+        None, description="An evaluation beyond the trained length; null: none."
+    )
 
-class SFT(StageConfig):
-    """What the supervised stages share."""
+    @property
+    def document_kinds(self) -> Sequence[str]:
+        """See `StageConfig`."""
+        return tuple(self.mixture)
 
-    epochs: PositiveInt
-    batch_samples: PositiveInt  # samples an optimizer step
+    def workload(self) -> Workload:
+        """See `StageConfig`."""
+        return Workload(self.sequence, batch=max(1, self.tokens_per_step // self.sequence))
 
 
 class ColdStart(SFT):
     """Supervised fine-tuning on long chains of thought that passed two filters."""
 
-    queries: PositiveInt  # before the filters
-    keep: PositiveInt | None = None  # queries for the teacher; None: all that balance allows
-    candidates: PositiveInt  # answers a query, from the teacher
-    samples: PositiveInt  # the refined subset that is trained on
-    # of problems from files; the generated families have a scripted teacher
-    teacher: ChatModelSpec | None = None
-    judge: ChatModelSpec | None = None  # None: rules, and the teacher without thinking
-    # what the judge sorts queries into
-    domains: tuple[str, ...] = ("mathematics", "code", "logical reasoning", "science")
+    program = "q3mega.stages.cold_start:run"
 
-
-# What each paper prints; what is not here keeps its default or is not used by the variant. The
-# correction is none in all of them: it is for the sampler at hand, not part of an algorithm.
-PRESETS: dict[str, dict[str, Any]] = {
-    # DeepSeekMath 2402.03300; the clip is PPO's
-    "grpo": {"variant": "grpo", "clip_low": 0.2, "clip_high": 0.2, "aggregate": "sequence",
-             "kl_coef": 0.04},
-    # 2503.14476
-    "dapo": {"variant": "dapo", "clip_low": 0.2, "clip_high": 0.28, "aggregate": "token",
-             "kl_coef": 0.0, "overlong": "penalty"},
-    # 2503.20783: no standard deviation, a constant divisor
-    "dr_grpo": {"variant": "dr_grpo", "clip_low": 0.2, "clip_high": 0.2, "aggregate": "constant",
-                "kl_coef": 0.0},
-    # 2507.18071
-    "gspo": {"variant": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "aggregate": "sequence",
-             "kl_coef": 0.0},
-    "gspo_token": {"variant": "gspo_token", "clip_low": 3e-4, "clip_high": 4e-4,
-                   "aggregate": "sequence", "kl_coef": 0.0},
-    # MiniMax-M1 2506.13585, which does not print its cap on the ratio: ScaleRL's and TRL's
-    "cispo": {"variant": "cispo", "clip_high": 5.0, "aggregate": "token", "kl_coef": 0.0},
-    # 2511.20347
-    "sapo": {"variant": "sapo", "aggregate": "sequence", "kl_coef": 0.0},
-}  # fmt: skip
-
-
-class RLSettings(Section):
-    """Rollouts and policy updates; `preset` fills in what is not given (docs/rl.md)."""
-
-    preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
-    steps: PositiveInt  # rollout batches
-    prompts: PositiveInt  # a rollout batch
-    rollouts: Annotated[int, Field(ge=2)]  # a prompt
-    updates: PositiveInt  # optimizer steps a rollout batch
-    max_tokens: PositiveInt
-    temperature: PositiveFloat = 1.0
-    # one_step_off: a batch is sampled from the weights before the updates of the one before it;
-    # asynchronous: servers sample in the background, up to `staleness` batches ahead
-    schedule: Literal["synchronous", "one_step_off", "asynchronous"] = "synchronous"
-    staleness: PositiveInt = 1
-    variant: Literal["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "gspo_token", "cispo", "sapo"] = (
-        "dapo"
+    queries: PositiveInt = Field(description="Queries before the filters.")
+    keep: PositiveInt | None = Field(
+        None, description="Queries that the teacher answers; null: all that the balance allows."
     )
-    clip_low: PositiveFloat = 0.2
-    clip_high: PositiveFloat = 0.28
-    aggregate: Literal["token", "sequence", "constant"] | None = None  # None: the variant's own
-    kl_coef: NonNegativeFloat = 0.0
-    # penalty: to -1 over the last fifth of max_tokens; mask: truncated completions carry no loss
-    overlong: Literal["none", "penalty", "mask"] = "none"
-    # between sampler and trainer, from their log-probabilities at the start of a batch's updates
-    rollout_correction: Literal["none", "tis", "mis", "sequence_mask"] = "none"
-    tis_cap: PositiveFloat = 2.0  # highest importance weight of a token
-    mis_band: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)  # weights outside of it become 0
-    sequence_delta: PositiveFloat = 0.5  # nats a token; bad completions further off are masked
-    # the experts of a batch's updates: those of the trainer before them (r2), of the sampler (r3)
-    routing_replay: Literal["none", "r2", "r3"] = "none"
-    entropy_target_ratio: NonNegativeFloat = (
-        0.7  # the controller's target, of the first batch's entropy
+    candidates: PositiveInt = Field(description="Answers of the teacher to each query.")
+    samples: PositiveInt = Field(description="Samples of the refined subset that is trained on.")
+    teacher: ChatModelSpec | None = Field(
+        None,
+        description="Who answers the problems of files; the generated families have a scripted "
+        "teacher.",
     )
-    entropy_coef_step: NonNegativeFloat = 0.001
-    entropy_coef_max: NonNegativeFloat = 0.02
+    judge: ChatModelSpec | None = Field(
+        None, description="Who judges queries and answers; null: rules, and the teacher itself."
+    )
+    domains: tuple[str, ...] = Field(
+        ("mathematics", "code", "logical reasoning", "science"),
+        description="What the judge sorts queries into.",
+    )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, given: Any) -> Any:
-        row = PRESETS.get(str(given.get("preset"))) if isinstance(given, dict) else None
-        return given if row is None else row | given
-
-    @model_validator(mode="after")
-    def _band(self) -> Self:
-        low, high = self.mis_band
-        if low >= high:
-            raise UserError(f"mis_band={[low, high]} must rise: the published one is [0.5, 2.0]")
-        return self
-
-    @model_validator(mode="after")
-    def _beside(self) -> Self:
-        beside = isinstance(self, ReasoningRL) and self.rollout_servers is not None
-        if self.schedule == "asynchronous" and not beside:
+    def check_problems(self, files: Sequence[str]) -> None:
+        """See `StageConfig`."""
+        if bool(files) != bool(self.teacher):
             raise UserError(
-                "schedule=asynchronous is for reasoning_rl with servers that sample beside the "
-                "training processes: name them in its `engine`, or take one_step_off"
+                "stages.cold_start.teacher answers the problems of files: give it together with "
+                f"problems={list(files)}"
             )
-        return self
 
 
 class Selection(Section):
     """Which problems RL trains on: unused, learnable, as hard as possible, of every family."""
 
-    pool: PositiveInt
-    tries: Annotated[int, Field(ge=2)] = 4  # rollouts that measure a problem's pass rate
-    band: tuple[Fraction, Fraction] = (0.0, 1.0)  # pass rates between these are kept
-    keep: PositiveInt
+    pool: PositiveInt = Field(description="Problems that are tried.")
+    tries: Annotated[int, Field(ge=2)] = Field(
+        4, description="Rollouts that measure a problem's pass rate."
+    )
+    band: tuple[Fraction, Fraction] = Field(
+        (0.0, 1.0), description="Pass rates between these are kept, the ends not."
+    )
+    keep: PositiveInt = Field(description="Problems that are kept, the hardest of each domain.")
 
 
 class ReasoningRL(StageConfig, RLSettings):
     """Reinforcement learning on verifiable problems."""
 
-    selection: Selection
-    rollout_servers: Rounds[RolloutServers | None] = None  # None: the training processes sample
+    program = "q3mega.stages.reasoning_rl:run"
+
+    selection: Selection = Field(description="Which problems are trained on.")
+    rollout_servers: ChangesRounding[RolloutServers | None] = Field(
+        None, description="Servers that sample; null: the training processes do."
+    )
+
+    @property
+    def samples_in_background(self) -> bool:
+        """See `RLSettings`."""
+        return self.rollout_servers is not None
+
+    @property
+    def rl(self) -> RLSettings:
+        """See `StageConfig`."""
+        return self
+
+    @property
+    def sampling_servers(self) -> RolloutServers | None:
+        """See `StageConfig`."""
+        return self.rollout_servers
+
+    @property
+    def longest_answer(self) -> int:
+        """See `StageConfig`."""
+        return self.max_tokens
+
+    def workload(self) -> Workload:
+        """See `StageConfig`."""
+        load = self.rl_workload(in_process=self.rollout_servers is None)
+        return replace(load, frozen={"reference": 1} if self.kl_coef else {})
 
 
 class ModeFusion(SFT):
     """Supervised fine-tuning that puts thinking and direct answers into one model."""
 
-    thinking_queries: PositiveInt  # answered by the RL model itself, kept when right
-    direct: NonNegativeInt = 0  # non-thinking answers to generated reasoning queries
-    general: NonNegativeInt = 0  # non-thinking samples of the generated general tasks
+    program = "q3mega.stages.mode_fusion:run"
+
+    thinking_queries: PositiveInt = Field(
+        description="Queries that the RL model answers itself; right answers are kept."
+    )
+    direct: NonNegativeInt = Field(
+        0, description="Non-thinking answers to generated reasoning queries."
+    )
+    general: NonNegativeInt = Field(
+        0, description="Non-thinking samples of the generated general tasks."
+    )
     non_thinking: dict[str, PositiveInt] = Field(
-        {}
-    )  # file of answered chats -> samples drawn from it
-    judge: ChatModelSpec | None = None  # holds the responses of those to checklists
-    skill: Fraction = 0.5  # share of general samples that do their task
-    max_tokens: PositiveInt
-    budgets: tuple[PositiveInt, ...]  # of the thinking-budget curve, tokens
-    stop_thinking: str | None = None  # closes the block at the budget; None: the report's sentence
+        {}, description="File of answered chats -> samples that are drawn from it."
+    )
+    judge: ChatModelSpec | None = Field(
+        None, description="Who holds the responses of those chats to checklists; null: nobody."
+    )
+    skill: Fraction = Field(0.5, description="Share of the general samples that do their task.")
+    max_tokens: PositiveInt = Field(description="Most tokens of a thinking answer.")
+    budgets: tuple[PositiveInt, ...] = Field(
+        description="Tokens of thinking at each point of the thinking-budget curve."
+    )
+    stop_thinking: str | None = Field(
+        None, description="Text that closes the block at the budget; null: the report's sentence."
+    )
+
+    @property
+    def longest_answer(self) -> int:
+        """See `StageConfig`."""
+        return self.max_tokens
+
+    def workload(self) -> Workload:
+        """See `StageConfig`."""
+        return replace(
+            super().workload(), sampling=Sampling(self.thinking_queries, self.max_tokens)
+        )
+
+    def inputs(self) -> InputFiles:
+        """See `StageConfig`."""
+        return replace(super().inputs(), answered_chats=tuple(self.non_thinking))
+
+    def check_problems(self, files: Sequence[str]) -> None:
+        """See `StageConfig`."""
+        if files and self.direct:
+            raise UserError(
+                f"stages.mode_fusion.direct={self.direct}: problems of files have no scripted "
+                "answers; set it to 0 and give answered chats in non_thinking"
+            )
 
 
-class PreferenceModel(Section):
+class PreferenceSettings(Section):
     """The Bradley-Terry model that scores open queries."""
 
-    file: str | None = None  # rows of question or messages, chosen, rejected; None: generated
-    steps: PositiveInt = 60
-    pairs: PositiveInt = 32  # a step
-    lr: PositiveFloat = 1e-3
+    file: str | None = Field(
+        None, description="Rows of question or messages, chosen, rejected; null: generated ones."
+    )
+    steps: PositiveInt = Field(60, description="Optimizer steps.")
+    pairs: PositiveInt = Field(32, description="Pairs of an optimizer step.")
+    lr: PositiveFloat = Field(1e-3, description="Peak learning rate.")
 
 
-class JudgeModel(Section):
+class JudgeSettings(Section):
     """The model that compares a reply with the reference answer."""
 
-    steps: PositiveInt = 300
-    questions: PositiveInt = 32  # a step
-    lr: PositiveFloat = 3e-3
+    steps: PositiveInt = Field(300, description="Optimizer steps.")
+    questions: PositiveInt = Field(32, description="Questions of an optimizer step.")
+    lr: PositiveFloat = Field(3e-3, description="Peak learning rate.")
 
 
 class GeneralRL(StageConfig, RLSettings):
     """Reinforcement learning over five capabilities, with three kinds of reward."""
 
-    reasoning_share: Fraction  # of the prompts: reasoning problems, so that thinking is kept
-    # file or set -> share of the other prompts; none: the generated tasks
-    problems: dict[str, PositiveFloat] = Field({})
-    judge: JudgeModel = JudgeModel()  # trained here
-    judge_model: ChatModelSpec | None = None  # asked instead of one trained here
-    judge_examples: str | None = None  # rows of messages, answer, response, right: its calibration
-    preference: PreferenceModel = PreferenceModel()
-    rollout_servers: Rounds[RolloutServers | None] = None
+    program = "q3mega.stages.general_rl:run"
+
+    reasoning_share: Fraction = Field(
+        description="Share of the prompts that are reasoning problems, so that thinking is kept."
+    )
+    problems: dict[str, PositiveFloat] = Field(
+        {},
+        description="File or set of problems -> share of the other prompts; none: generated tasks.",
+    )
+    judge: JudgeSettings = Field(JudgeSettings(), description="The judge that is trained here.")
+    judge_model: ChatModelSpec | None = Field(
+        None, description="The judge that is asked instead of one trained here."
+    )
+    judge_examples: str | None = Field(
+        None,
+        description="Rows of messages, answer, response, right that calibrate judge_model.",
+    )
+    preference: PreferenceSettings = Field(
+        PreferenceSettings(), description="The preference model that is trained here."
+    )
+    rollout_servers: ChangesRounding[RolloutServers | None] = Field(
+        None, description="Servers that sample; null: the training processes do."
+    )
+
+    @property
+    def rl(self) -> RLSettings:
+        """See `StageConfig`."""
+        return self
+
+    @property
+    def sampling_servers(self) -> RolloutServers | None:
+        """See `StageConfig`."""
+        return self.rollout_servers
+
+    @property
+    def longest_answer(self) -> int:
+        """See `StageConfig`."""
+        return self.max_tokens
+
+    def workload(self) -> Workload:
+        """See `StageConfig`. The reference policy counts among the judges."""
+        trained_judge = not self.problems and not self.judge_model
+        trained_preference = not self.problems or self.preference.file is not None
+        models = (self.kl_coef > 0) + trained_judge + trained_preference
+        load = self.rl_workload(in_process=self.rollout_servers is None)
+        return replace(load, frozen={"judges": models})
+
+    def inputs(self) -> InputFiles:
+        """See `StageConfig`."""
+        return replace(
+            super().inputs(),
+            problems=tuple(self.problems),
+            reward_models={
+                "judge": ("judge_model", self.judge_model is not None),
+                "preference": ("preference.file", self.preference.file is not None),
+            },
+            preference_pairs=self.preference.file,
+            judge_examples=self.judge_examples,
+            runs_programs=not self.problems,  # one of the generated tasks does
+        )
 
 
 class DistillOffPolicy(SFT, TeacherSettings):
     """The student learns from the teacher's samples, in both modes; with teacher_topk, from its
     best tokens at each of their positions."""
 
-    trains = "student"
+    program = "q3mega.stages.distill_off_policy:run"
+    trains: ClassVar[Literal["model", "student"]] = "student"
 
-    student_pretraining: PretrainSettings | None = None  # before distillation; needs no init
-    student_lr: PositiveFloat = 0.02
-    queries: PositiveInt
-    max_tokens: PositiveInt
+    student_pretraining: PretrainSettings | None = Field(
+        None, description="Pre-training of a student that has no init."
+    )
+    student_lr: PositiveFloat = Field(0.02, description="Peak learning rate of that pre-training.")
+    queries: PositiveInt = Field(description="Queries that the teacher answers.")
+    max_tokens: PositiveInt = Field(description="Most tokens of an answer.")
 
     @model_validator(mode="after")
     def _teacher_writes(self) -> Self:
         if self.teacher_url is not None and not self.teacher_serves:
             raise UserError(
-                f"teacher_url={self.teacher_url}: a q3mega serve-teacher (tcp) writes no text, and "
-                "the student learns from it here: give teacher, or a server (http)"
+                f"teacher_url={self.teacher_url}: a q3mega serve-teacher (tcp) writes no text, "
+                "and the student learns from it here: give teacher, or a server (http)"
             )
         return self
+
+    @property
+    def teacher_elsewhere(self) -> bool:
+        """See `StageConfig`."""
+        return self.teacher_url is not None
+
+    @property
+    def longest_answer(self) -> int:
+        """See `StageConfig`."""
+        return self.max_tokens
+
+    def workload(self) -> Workload:
+        """See `StageConfig`."""
+        sampling = Sampling(self.queries, self.max_tokens, by_teacher=True)
+        return replace(
+            super().workload(),
+            sampling=None if self.teacher_elsewhere else sampling,
+            teacher=not self.teacher_elsewhere,
+        )
+
+    def inputs(self) -> InputFiles:
+        """See `StageConfig`."""
+        return _with_teacher(super().inputs(), self.teacher)
 
 
 class DistillOnPolicy(StageConfig, TeacherSettings):
     """The student learns from the teacher's distribution on its own samples: from the whole of it,
     or with teacher_topk from its best tokens."""
 
-    trains = "student"
+    program = "q3mega.stages.distill_on_policy:run"
+    trains: ClassVar[Literal["model", "student"]] = "student"
 
-    steps: PositiveInt
-    prompts: PositiveInt  # a step, one sample each
-    max_tokens: PositiveInt
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
-    temperature: PositiveFloat = 1.0
-    compare_rl: RLSettings | None = None  # Table 21: RL from the same start
-    compare_rl_lr: PositiveFloat = 3e-4
-    compare_sft_samples: NonNegativeInt = 0  # and more off-policy data from the same start
+    steps: PositiveInt = Field(description="Optimizer steps.")
+    prompts: PositiveInt = Field(description="Prompts of a step, with one sample each.")
+    max_tokens: PositiveInt = Field(description="Most tokens of an answer.")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "reverse_kl", description="What is minimised between teacher and student."
+    )
+    temperature: PositiveFloat = Field(
+        1.0, description="Temperature of both distributions in the divergence."
+    )
+    compare_rl: RLSettings | None = Field(
+        None, description="RL from the same start, for the report's Table 21; null: none."
+    )
+    compare_rl_lr: PositiveFloat = Field(3e-4, description="Peak learning rate of that RL.")
+    compare_sft_samples: NonNegativeInt = Field(
+        0, description="Samples of more off-policy data from the same start; 0: none."
+    )
 
     @model_validator(mode="after")
     def _teacher_can(self) -> Self:
         if self.teacher_serves and self.temperature != 1:
             raise UserError(
-                f"temperature={self.temperature}: a server tells log-probabilities at temperature "
+                f"temperature={self.temperature}: a server gives log-probabilities at temperature "
                 "1; leave it there, or run the teacher by q3mega serve-teacher"
             )
         if self.teacher_url and not self.teacher_serves and self.compare_sft_samples:
@@ -295,6 +369,41 @@ class DistillOnPolicy(StageConfig, TeacherSettings):
                 "writes no text; set it to 0"
             )
         return self
+
+    @property
+    def teacher_elsewhere(self) -> bool:
+        """See `StageConfig`."""
+        return self.teacher_url is not None
+
+    @property
+    def rl(self) -> RLSettings | None:
+        """See `StageConfig`."""
+        return self.compare_rl
+
+    @property
+    def longest_answer(self) -> int:
+        """See `StageConfig`."""
+        return self.max_tokens
+
+    def workload(self) -> Workload:
+        """See `StageConfig`."""
+        return Workload(
+            longest=self.max_tokens + PROMPT_TOKENS,
+            batch=self.prompts,
+            sampling=Sampling(self.prompts, self.max_tokens, every_step=True),
+            teacher=not self.teacher_elsewhere,
+            teacher_forward=not self.teacher_elsewhere,
+        )
+
+    def inputs(self) -> InputFiles:
+        """See `StageConfig`."""
+        return _with_teacher(super().inputs(), self.teacher)
+
+
+def _with_teacher(inputs: InputFiles, folder: str | None) -> InputFiles:
+    if folder is None:
+        return inputs
+    return replace(inputs, checkpoints={**inputs.checkpoints, "teacher": folder})
 
 
 STAGES: dict[str, type[StageConfig]] = {

@@ -22,7 +22,7 @@ from q3mega.data.tool_schemas import MAX_STEPS, WORKS_ON, Schema, arguments_of, 
 from q3mega.errors import UserError
 from q3mega.problems import Problem
 from q3mega.rewards import reward_of
-from q3mega.sandbox import sandbox
+from q3mega.sandbox import confined
 from q3mega.sandbox.worker import Worker
 
 MAX_CALLS = 4  # of one turn are answered
@@ -38,10 +38,10 @@ SQL_SECONDS = 5.0  # of a query, then its process is ended
 _SQL_MAIN = str(Path(__file__).with_name("sql_worker.py"))
 _SQL = Worker(
     "SQL",
-    (sandbox.interpreter(), "-I", "-S", "-B", "-X", "utf8", _SQL_MAIN),
+    (confined.interpreter(), "-I", "-S", "-B", "-X", "utf8", _SQL_MAIN),
     (_SQL_MAIN,),
     # It sees to its own CPU time and writes nothing.
-    sandbox.Limits(cpu=10**9, wall=1e9, memory=1 << 30, output=0, scratch=1 << 12),
+    confined.Limits(cpu=10**9, wall=1e9, memory=1 << 30, output=0, scratch=1 << 12),
     SQL_SECONDS,
 )
 _EXPRESSION = re.compile(r"[0-9+\-*/() ]{1,60}")
@@ -127,10 +127,10 @@ def lookup(table: Mapping[str, str]) -> Run:
 
 def python() -> Run:
     """What a program prints, in the sandbox. Raises UserError where nothing confines it."""
-    sandbox.confinement()
+    confined.confinement()
 
     def run(code: str) -> str:
-        found = sandbox.run(code)
+        found = confined.run(code)
         printed = found.stdout.strip()
         if found.status == "ok":
             return printed

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from q3mega.config.layout import check_layout
 from q3mega.config.recipe import Recipe
-from q3mega.config.stages import GeneralRL, ModeFusion
+from q3mega.config.workload import InputFiles
 from q3mega.environments.tools import environment
 from q3mega.errors import UserError
 from q3mega.model.config import shape_of
@@ -21,7 +21,7 @@ from q3mega.rewards import (
     reward_of,
     score_problem,
 )
-from q3mega.sandbox.sandbox import confinement
+from q3mega.sandbox import confinement
 
 LONGEST = 131_072  # tokens of a prompt: Qwen3's context, with YaRN
 _PIECE = re.compile(r"\d|[^\W\d_]+")  # each is a token or more: a digit, a run of letters
@@ -46,43 +46,40 @@ def check_files(recipe: Recipe) -> None:
         _check_sandbox(problem)
         _try_reward(problem)
     check_checkpoints(recipe)
-    for stage in recipe.stages.values():
-        if isinstance(stage, ModeFusion):
-            for name in stage.non_thinking:
-                files.answered(name)
-        if isinstance(stage, GeneralRL):
-            _check_tasks(stage)
+    for name, stage in recipe.stages.items():
+        _check_inputs(name, stage.inputs())
 
 
 def check_checkpoints(recipe: Recipe) -> None:
     """UserError for a named folder whose config.json asks for what is not computed here, or whose
     model the stage's layout cannot split."""
     for stage in recipe.stages.values():
-        for folder in (stage.init, getattr(stage, "teacher", None)):
-            if isinstance(folder, str) and (Path(folder) / "config.json").exists():
+        for folder in stage.inputs().checkpoints.values():
+            if (Path(folder) / "config.json").exists():
                 check_layout(stage.layout, shape_of(folder))
 
 
-def _check_tasks(stage: GeneralRL) -> None:
-    """The same of general RL's own tasks and of what its models learn from."""
-    models = {"judge": stage.judge_model, "preference": stage.preference.file}
-    needs = {"judge": "judge_model", "preference": "preference.file"}
-    if not stage.problems:
-        confinement()  # which one of the generated tasks needs
-    for problem in itertools.chain.from_iterable(Pool([name]) for name in stage.problems):
+def _check_inputs(stage: str, inputs: InputFiles) -> None:
+    """UserError for what a stage reads besides the recipe's problems."""
+    for name in inputs.answered_chats:
+        files.answered(name)
+    if inputs.runs_programs:
+        confinement()
+    for problem in itertools.chain.from_iterable(Pool([name]) for name in inputs.problems):
         _check_length(problem)
         _check_sandbox(problem)
         _try_reward(problem)
         environment(problem)  # which its tools must be able to work on
         for name in model_rewards_of(problem):
-            if not models[name]:
+            field, given = inputs.reward_models[name]
+            if not given:
                 raise UserError(
-                    f"general_rl.{needs[name]}: reward={name} of {problem.question[:60]!r} needs it"
+                    f"{stage}.{field}: reward={name} of {problem.question[:60]!r} needs it"
                 )
-    if stage.preference.file:
-        files.pairs(stage.preference.file)
-    if stage.judge_examples:
-        files.judged(stage.judge_examples)
+    if inputs.preference_pairs:
+        files.pairs(inputs.preference_pairs)
+    if inputs.judge_examples:
+        files.judged(inputs.judge_examples)
 
 
 def _check_length(problem: Problem) -> None:
@@ -107,15 +104,14 @@ def _try_reward(problem: Problem) -> None:
 
 def _check_folders(recipe: Recipe) -> None:
     """Weights and tokenizers that are there before the run; a stage's hf/ may be this run's own."""
-    wanted = {"tokenizer.path": (recipe.tokenizer.path, "tokenizer.json")}
+    expected = {"tokenizer.path": (recipe.tokenizer.path, "tokenizer.json")}
     for name, stage in recipe.stages.items():
-        for field in ("init", "teacher"):
-            folder = getattr(stage, field, None)
-            if isinstance(folder, str) and Path(folder).parent.name[3:] not in recipe.stages:
-                wanted[f"stages.{name}.{field}"] = (folder, "config.json")
-    for field, (folder, file) in wanted.items():
-        if folder is not None and not (Path(folder) / file).is_file():
-            raise UserError(f"{field}={folder}: there is no {file}; name a Hugging Face folder")
+        for field, folder in stage.inputs().checkpoints.items():
+            if Path(folder).parent.name[3:] not in recipe.stages:
+                expected[f"stages.{name}.{field}"] = (folder, "config.json")
+    for field, (path, file) in expected.items():
+        if path is not None and not (Path(path) / file).is_file():
+            raise UserError(f"{field}={path}: there is no {file}; name a Hugging Face folder")
 
 
 def _check_sandbox(problem: Problem) -> None:

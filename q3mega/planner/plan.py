@@ -5,19 +5,10 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from q3mega.config.layout import Layout, Recompute, check_layout
 from q3mega.config.recipe import Recipe
-from q3mega.config.stages import (
-    SFT,
-    DistillOffPolicy,
-    DistillOnPolicy,
-    GeneralRL,
-    ModeFusion,
-    Pretrain,
-    RLSettings,
-)
+from q3mega.config.workload import PROMPT_TOKENS
 from q3mega.errors import UserError
 from q3mega.model.sizes import QWEN3, Qwen3Shape
 from q3mega.planner.cost import (
@@ -52,9 +43,6 @@ class Planned:
         return [sum(part.values()) for part in self.memory]
 
 
-PROMPT = 256  # tokens of a question: a recipe does not know
-
-
 def stages(recipe: Recipe, card: Card) -> list[Planned]:
     """Every stage at the longest sequences that its settings allow.
 
@@ -64,62 +52,33 @@ def stages(recipe: Recipe, card: Card) -> list[Planned]:
 
 
 def _planned(recipe: Recipe, name: str, card: Card) -> Planned:
-    config: Any = recipe.stages[name]
+    config = recipe.stages[name]
+    load, layout = config.workload(), config.layout
     vocab = recipe.tokenizer.vocab_size or Qwen3Shape.vocab
-    spec = recipe.model if config.trains == "model" else recipe.student
-    assert spec is not None  # a recipe whose stage trains a student has one
-    longest = getattr(config, "sequence", None) or getattr(config, "max_tokens", 0) + PROMPT
-    if isinstance(config, SFT):
-        longest, batch = config.micro_batch_tokens, config.batch_samples
-    elif isinstance(config, Pretrain):
-        batch = max(1, config.tokens_per_step // longest)
-    elif isinstance(config, RLSettings):
-        batch = math.ceil(config.prompts * config.rollouts / config.updates)
-    else:
-        batch = config.prompts
-    layout = config.layout
     if config.optimizer == "muon":  # whose state no rank shares with another
         layout = layout.model_copy(update={"distributed_optimizer": False})
     job = Job(
-        spec.shape(vocab), layout, card, longest, batch,
-        max(1, config.micro_batch_tokens // longest), "fp8" if config.fp8 else "bf16",
+        recipe.trained_by(config).shape(vocab), layout, card, load.longest, load.batch,
+        max(1, config.micro_batch_tokens // load.longest), "fp8" if config.fp8 else "bf16",
         layout.recompute, "all_to_all",
     )  # fmt: skip
-    takes, more = {"train": step(job).seconds}, {}
-    sampled = Rollouts(
-        job.shape, layout.processes, layout.tensor, batch, PROMPT,
-        getattr(config, "max_tokens", 0), layout.expert * layout.expert_tensor,
-        config.sample_batch, card,
-    )  # fmt: skip
-    if isinstance(config, ModeFusion):
-        sampled = replace(sampled, sequences=config.thinking_queries)
-    if isinstance(config, DistillOffPolicy):
-        sampled = replace(sampled, shape=recipe.model.shape(vocab), sequences=config.queries)
-    if isinstance(config, RLSettings):
-        takes["train"] *= config.updates
-        sampled = replace(sampled, sequences=config.prompts * config.rollouts)
-    elsewhere = getattr(config, "teacher_url", None) is not None
-    # a student samples for itself, and off-policy its teacher, who may be a server
-    in_process = getattr(config, "rollout_servers", None) is None and not (
-        isinstance(config, DistillOffPolicy) and elsewhere
-    )
-    if sampled.tokens and in_process:
-        more["kv_cache"] = sampled.cache()
-    if isinstance(config, RLSettings | DistillOnPolicy) and in_process:  # every step
-        takes["sample"] = sampled.seconds()
-    if isinstance(config, GeneralRL):  # the start, the judge, the preference model
-        judge = not config.problems and not config.judge_model
-        liked = not config.problems or config.preference.file is not None
-        models = (config.kl_coef > 0) + judge + liked
-        more["judges"] = models * memory(job)["weights"]
-    elif isinstance(config, RLSettings) and config.kl_coef:
-        more["reference"] = memory(job)["weights"]
     teacher = replace(job, shape=recipe.model.shape(vocab))
-    if isinstance(config, DistillOffPolicy | DistillOnPolicy) and not elsewhere:
-        more["teacher"] = memory(teacher)["weights"]
-    if isinstance(config, DistillOnPolicy) and not elsewhere:
-        takes["teacher"] = step(teacher).seconds / 3
-    return Planned(name, job, [part | more for part in by_stage(job)], takes)
+    seconds = {"train": step(job).seconds * load.updates}
+    held = {name: count * memory(job)["weights"] for name, count in load.frozen.items()}
+    if load.sampling:
+        rollouts = Rollouts(
+            teacher.shape if load.sampling.by_teacher else job.shape, layout.processes,
+            layout.tensor, load.sampling.sequences, PROMPT_TOKENS, load.sampling.tokens,
+            layout.expert * layout.expert_tensor, config.sample_batch, card,
+        )  # fmt: skip
+        held = {"kv_cache": rollouts.cache(), **held}
+        if load.sampling.every_step:
+            seconds["sample"] = rollouts.seconds()
+    if load.teacher:
+        held["teacher"] = memory(teacher)["weights"]
+    if load.teacher_forward:
+        seconds["teacher"] = step(teacher).seconds / 3
+    return Planned(name, job, [part | held for part in by_stage(job)], seconds)
 
 
 # -- search ----------------------------------------------------------------------------------------
@@ -250,7 +209,9 @@ def table_of_schedules(
 
     lengths = [[length() for _ in range(sequences)] for _ in range(BATCHES)]
     mean = sum(map(sum, lengths)) / (BATCHES * sequences)
-    packed = math.ceil(sequences * (mean + PROMPT) / longest / updates)  # whole micro-batches
+    packed = math.ceil(
+        sequences * (mean + PROMPT_TOKENS) / longest / updates
+    )  # whole micro-batches
     head = [
         "GPUs that train", "that sample", "layout", "seconds of updates",
         *(f"a batch, staleness {n}" for n in STALENESS), "best, times all in turn",
@@ -288,9 +249,11 @@ def _serving(job: Job, gpus: int, mean: float) -> Rates | None:
             break
     else:
         return None
-    rollouts = Rollouts(job.shape, gpus, tensor, job.batch, PROMPT, int(mean), tensor, 0, job.card)
+    rollouts = Rollouts(
+        job.shape, gpus, tensor, job.batch, PROMPT_TOKENS, int(mean), tensor, 0, job.card
+    )
     room = 0.9 * job.card.memory * tensor - weights
-    slots = int(room / ((PROMPT + mean) * kv_bytes(job.shape)))
+    slots = int(room / ((PROMPT_TOKENS + mean) * kv_bytes(job.shape)))
     # every server takes all weights over its network
     handed = weights / tensor / (job.card.network_bandwidth / 2)
     return Rates(rollouts.decode, gpus // tensor, min(slots, 512), 0.0, handed)

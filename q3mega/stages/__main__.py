@@ -10,22 +10,10 @@ from pathlib import Path
 
 import torch
 
+from q3mega.config.stage import StageConfig
 from q3mega.errors import EXIT_STOPPED, Stopped, UserError, naming_missing_packages
 from q3mega.io import exclusive_lock, explaining
 from q3mega.train import stopping
-
-FILES = {
-    "pretrain_general": "pretrain",
-    "pretrain_reasoning": "pretrain",
-    "pretrain_long": "pretrain",
-    "cold_start": "cold_start",
-    "reasoning_rl": "reasoning_rl",
-    "mode_fusion": "mode_fusion",
-    "general_rl": "general_rl",
-    "distill_off_policy": "distill",
-    "distill_on_policy": "distill",
-}
-
 
 _HANDOVER_SECONDS = 60.0  # in which a file system notices that a killed process holds no lock
 
@@ -40,9 +28,10 @@ def main() -> int:
         with explaining(), naming_missing_packages("q3mega run"), _alone(run_dir, name):
             from q3mega.stages.common.stage import Stage
 
-            module = import_module(f"q3mega.stages.{FILES[name]}")
-            run: Callable[[Stage], None] = getattr(module, name, None) or module.run
-            run(Stage(run_dir, name))
+            stage: Stage[StageConfig] = Stage(run_dir, name)
+            module, _, function = stage.config.program.partition(":")
+            run: Callable[[Stage[StageConfig]], None] = getattr(import_module(module), function)
+            run(stage)
             torch.distributed.destroy_process_group()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

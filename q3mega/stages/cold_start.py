@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from q3mega.chat_models import judge_prompts
+from q3mega.config.stages import ColdStart
 from q3mega.data.chat import parse
 from q3mega.data.sft import chat_sample, reply_text
 from q3mega.data.tagged import TaggedText
@@ -36,7 +37,7 @@ GUESSED = "answered without thinking"
 Answered = tuple[Problem, Candidate]
 
 
-def run(stage: Stage) -> None:
+def run(stage: Stage[ColdStart]) -> None:
     source = stage.start()
     if not stage.prepared("samples.json"):
         curate(stage, Generated(stage, source) if stage.pool.generated else FromFiles(stage))
@@ -55,7 +56,7 @@ def run(stage: Stage) -> None:
     stage.finish(engine, results)
 
 
-def curate(stage: Stage, helpers: "Helpers") -> None:
+def curate(stage: Stage[ColdStart], helpers: "Helpers") -> None:
     """Both filters; leaves samples.json, queries.json and the filter_report in data/."""
     config, filter_report, held = stage.config, FilterReport(_described), stage.held_out()
 
@@ -139,7 +140,7 @@ class Helpers(Protocol):
 class Generated:
     """At laptop scale: a scripted teacher, who errs in every way that the filters exist for."""
 
-    def __init__(self, stage: Stage, source: Path) -> None:
+    def __init__(self, stage: Stage[ColdStart], source: Path) -> None:
         self.stage, self.base = stage, stage.engine(source)
 
     def queries(self) -> list[Problem]:
@@ -176,8 +177,9 @@ class Generated:
 class FromFiles:
     """The recipe's teacher and judge; without a judge, rules alone decide."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage[ColdStart]) -> None:
         self.stage, config = stage, stage.config
+        assert config.teacher is not None  # the recipe gives one with files of problems
         self.teacher = Asked(stage, config.teacher, "teacher")
         self.judge = Asked(stage, config.judge, "judge") if config.judge else None
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from q3mega.algorithms.entropy_control import EntropyController
+from q3mega.config.stages import GeneralRL
 from q3mega.data.chat import last_flag, render
 from q3mega.engine import parallel
 from q3mega.environments.tools import environment
@@ -23,10 +24,10 @@ from q3mega.problems.pool import Pool
 from q3mega.rewards import reward_names, reward_of
 from q3mega.rollout import Sampler, SamplingParams
 from q3mega.rollout.episodes import run_episodes
+from q3mega.stages.common.modes import both_modes
+from q3mega.stages.common.rl import policy, scored_rollout
 from q3mega.stages.common.scorer import Episode, Scorer
 from q3mega.stages.common.stage import Stage
-from q3mega.stages.mode_fusion import both_modes
-from q3mega.stages.reasoning_rl import judged, policy
 from q3mega.train import rl
 from q3mega.train.rollouts import Rollout
 from q3mega.train.schedule import SynchronousSchedule
@@ -39,7 +40,7 @@ _THINKS: dict[str, Mode] = {"reasoning": "think"}  # capability -> mode, else no
 AUDITED = 5  # problems of each task that every known cheat is tried on
 
 
-def run(stage: Stage) -> None:
+def run(stage: Stage[GeneralRL]) -> None:
     config = stage.config
     source = stage.start()
     tasks = Tasks(stage)
@@ -57,7 +58,7 @@ def run(stage: Stage) -> None:
         episodes = played(stage, sampler, problems, params)
         verdicts = scorer(problems, episodes, config.max_tokens)
         return [
-            judged(prompt, c, groups[i // config.rollouts], p, v, "\n\n".join(turns))
+            scored_rollout(prompt, c, groups[i // config.rollouts], p, v, "\n\n".join(turns))
             for i, ((prompt, c, turns), v, p) in enumerate(
                 zip(episodes, verdicts, problems, strict=True)
             )
@@ -85,7 +86,7 @@ def run(stage: Stage) -> None:
 class Tasks:
     """What the stage trains on: reasoning problems, and general tasks mostly without thinking."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage[GeneralRL]) -> None:
         self.stage = stage
         self.pools = {name: Pool([name]) for name in stage.config.problems}
 
@@ -131,7 +132,7 @@ class Tasks:
 
 
 def played(
-    stage: Stage, sampler: Sampler, problems: Sequence[Problem], params: SamplingParams
+    stage: Stage[GeneralRL], sampler: Sampler, problems: Sequence[Problem], params: SamplingParams
 ) -> list[Episode]:
     """(prompt, completion, the assistant's turns) of an episode of each problem."""
     texts = (render(p.messages, tools=p.tools, add_generation_prompt=True) for p in problems)
@@ -142,7 +143,7 @@ def played(
 
 
 def own_tasks(
-    stage: Stage, sampler: Sampler, tasks: Tasks, scorer: Scorer
+    stage: Stage[GeneralRL], sampler: Sampler, tasks: Tasks, scorer: Scorer
 ) -> dict[str, dict[str, float]]:
     """The mean score of each file or set, on its held-out problems in the mode that they ask."""
     rank, size = parallel.data_rank(), parallel.data_size()

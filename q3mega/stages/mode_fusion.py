@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from q3mega.chat_models import judge_prompts
+from q3mega.config.stages import ModeFusion
 from q3mega.data.batch import Sample
 from q3mega.data.sft import chat_sample, reply_text
 from q3mega.engine import Engine
@@ -27,6 +28,7 @@ from q3mega.rollout import STOP_THINKING, SamplingParams
 from q3mega.stages.common.asking import Asked
 from q3mega.stages.common.filter_report import FilterReport
 from q3mega.stages.common.fine_tune import fine_tune
+from q3mega.stages.common.modes import both_modes
 from q3mega.stages.common.stage import Stage
 
 FLAGS = ("think", "no_think")
@@ -37,7 +39,7 @@ PREFILLED = 0.25  # of the non-thinking samples have the empty block in the prom
 Turn = dict[str, Any]
 
 
-def run(stage: Stage) -> None:
+def run(stage: Stage[ModeFusion]) -> None:
     source = stage.start()
     if not stage.prepared("samples.json"):
         build(stage, stage.engine(source))
@@ -46,7 +48,7 @@ def run(stage: Stage) -> None:
     stage.finish(engine, both_modes(stage, engine) | budgets(stage, engine))
 
 
-def build(stage: Stage, model: Engine) -> None:
+def build(stage: Stage[ModeFusion], model: Engine) -> None:
     """The mixed set, as samples.json in data/, and its filter_report."""
     rng, filter_report = random.Random(stage.seed("mix")), FilterReport(lambda row: row)
     samples = rejection_samples(stage, model, filter_report)
@@ -60,7 +62,9 @@ def build(stage: Stage, model: Engine) -> None:
     stage.barrier()
 
 
-def rejection_samples(stage: Stage, model: Engine, filter_report: FilterReport) -> list[Sample]:
+def rejection_samples(
+    stage: Stage[ModeFusion], model: Engine, filter_report: FilterReport
+) -> list[Sample]:
     """The RL model's own right answers to the cold start's queries."""
     config, rng = stage.config, random.Random(stage.seed("thinking"))
     queries = stage.cold_start_queries()
@@ -118,7 +122,9 @@ def _sum_turns(rng: random.Random) -> list[Turn]:
     ]
 
 
-def chat_samples(stage: Stage, rng: random.Random, filter_report: FilterReport) -> list[Sample]:
+def chat_samples(
+    stage: Stage[ModeFusion], rng: random.Random, filter_report: FilterReport
+) -> list[Sample]:
     """Non-thinking chats from files, whose responses a judge holds to checklists."""
     rows = []
     for name, n in stage.config.non_thinking.items():
@@ -164,20 +170,20 @@ def unmet(
     ]  # fmt: skip
 
 
-def direct_samples(stage: Stage, rng: random.Random) -> list[Sample]:
+def direct_samples(stage: Stage[ModeFusion], rng: random.Random) -> list[Sample]:
     """Reasoning questions answered at once, without a line of work."""
     queries = stage.problems(stage.config.direct // len(stage.pool.domains), "direct")
     return [_silent(stage, rng, q, response_text(solve(q), rng)) for q in queries]
 
 
-def _silent(stage: Stage, rng: random.Random, query: Problem, response: str) -> Sample:
+def _silent(stage: Stage[ModeFusion], rng: random.Random, query: Problem, response: str) -> Sample:
     prefilled = rng.random() < PREFILLED
     turns = list(query.messages) if prefilled else with_flag(rng, query.messages, "no_think")
     reply = reply_text("", response)
     return chat_sample(stage.tokenizer, turns, reply, tools=query.tools, prefilled=prefilled)
 
 
-def general_samples(stage: Stage, rng: random.Random) -> list[Sample]:
+def general_samples(stage: Stage[ModeFusion], rng: random.Random) -> list[Sample]:
     """The general tasks at half skill, and the second turn of those with tools."""
     families = [f for f in general.GENERAL if f != "think_follow"]
     out = []
@@ -195,7 +201,7 @@ def general_samples(stage: Stage, rng: random.Random) -> list[Sample]:
     return out
 
 
-def follow_samples(stage: Stage, rng: random.Random, n: int) -> list[Sample]:
+def follow_samples(stage: Stage[ModeFusion], rng: random.Random, n: int) -> list[Sample]:
     """Conversations of several turns with random flags; the last flag decides."""
     out = []
     for _ in range(n):
@@ -212,29 +218,7 @@ def follow_samples(stage: Stage, rng: random.Random, n: int) -> list[Sample]:
     return out
 
 
-def both_modes(stage: Stage, engine: Engine) -> dict[str, Any]:
-    """Accuracy in each mode and without a flag; with the generated tasks also obedience to flags,
-    and the five capabilities."""
-    sampler, tokenizer, problems = stage.sampler(engine), stage.tokenizer, stage.held_out()
-    results: dict[str, Any] = evaluate.thinking(
-        sampler, tokenizer, problems, stage.seed("eval"), mode="think",
-        max_tokens=stage.answer_tokens,
-    )  # fmt: skip
-    params = SamplingParams(stage.answer_tokens, 0.6, seed=stage.seed("modes"))
-    results["default_accuracy"] = evaluate.accuracy(
-        evaluate.answers(sampler, tokenizer, problems, params)
-    )
-    silent = evaluate.answers(sampler, tokenizer, problems, params, "no_think")
-    results["no_think_accuracy"] = evaluate.accuracy(silent)
-    if stage.pool.generated:
-        results |= evaluate.capabilities(
-            sampler, tokenizer, stage.seed("capabilities"), stage.answer_tokens,
-            per_family=stage.recipe.eval_problems // 2,
-        )  # fmt: skip
-    return results
-
-
-def budgets(stage: Stage, engine: Engine) -> dict[str, Any]:
+def budgets(stage: Stage[ModeFusion], engine: Engine) -> dict[str, Any]:
     """The thinking-budget curve; nothing was trained for it."""
     config = stage.config
     stop_thinking = config.stop_thinking or STOP_THINKING

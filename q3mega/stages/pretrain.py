@@ -8,35 +8,38 @@ YaRN and dual-chunk attention against plain RoPE (Qwen3 report, section 3).
 from dataclasses import replace
 from typing import Any
 
-from q3mega.config.stages import PretrainSettings
+from q3mega.config.stages import Pretrain
 from q3mega.corpus import documents
 from q3mega.data.tokenizer import train_tokenizer
 from q3mega.engine import Engine
 from q3mega.evaluation import evaluate
+from q3mega.stages.common.pretraining import pretrain
 from q3mega.stages.common.stage import Stage, extended
-from q3mega.train import supervised
 
 TOKENIZER_DOCUMENTS = 300  # of each kind
 
 
-def run(stage: Stage) -> None:
+def run(stage: Stage[Pretrain]) -> None:
+    """Train on the mixture from the stage before, or from fresh weights; then evaluate."""
     config = stage.config
     ensure_tokenizer(stage)
     source = stage.start() if config.init or stage.latest(model="model") else None
     engine = stage.engine(source, shape=stage.shape(stage.recipe.model), steps=config.steps)
     if config.rope_base:
         engine.positions = replace(engine.positions, base=config.rope_base)
-    learn(stage, engine, config)
+    pretrain(stage, engine, config)
     stage.finish(engine, evaluation(stage, engine))
 
 
-def ensure_tokenizer(stage: Stage) -> None:
+def ensure_tokenizer(stage: Stage[Pretrain]) -> None:
     """Train the run's tokenizer if the recipe asks for one and none is there yet."""
     spec = stage.recipe.tokenizer
     folder = stage.run_dir / "tokenizer"
     if spec.vocab_size and stage.leads and not (folder / "tokenizer_config.json").exists():
         stages = stage.recipe.stages.values()
-        kinds = dict.fromkeys(k for s in stages for k in getattr(s, "mixture", {}))
+        kinds = dict.fromkeys(
+            kind for stage_config in stages for kind in stage_config.document_kinds
+        )
         texts = []
         for kind in kinds:
             drawn = documents.documents(kind, seed=stage.recipe.seed)
@@ -45,40 +48,7 @@ def ensure_tokenizer(stage: Stage) -> None:
     stage.barrier()
 
 
-def learn(stage: Stage, engine: Engine, settings: PretrainSettings, part: str = "") -> None:
-    """One pass over the mixture; `part` keeps a student's apart from the stage's own."""
-    folder = stage.data / part
-    tokens = settings.steps * settings.tokens_per_step
-    if not stage.prepared(f"{part}/READY"):
-        if stage.leads:
-            folder.mkdir(exist_ok=True)
-            seed = stage.seed("corpus", part)
-            held_out = [problem.question for problem in stage.held_out()]
-            books = documents.build(
-                settings.mixture, tokens, settings.sequence, stage.tokenizer, seed, folder, held_out
-            )
-            stage.write(f"data/{part}/filter_report.json", books.steps)
-            stage.write(f"data/{part}/drops.json", books.drops)
-            (folder / "READY").touch()
-        stage.barrier()
-    supervised.train(
-        engine,
-        documents.Mixture(
-            settings.mixture,
-            folder,
-            settings.steps,
-            settings.tokens_per_step,
-            stage.seed("order", part),
-        ),
-        steps=settings.steps,
-        capacity=stage.config.micro_batch_tokens,
-        folder=stage.dir / "checkpoints" / part,
-        log=stage.log(settings.steps, part),
-        save_every=stage.config.save_every,
-    )
-
-
-def evaluation(stage: Stage, engine: Engine) -> dict[str, Any]:
+def evaluation(stage: Stage[Pretrain], engine: Engine) -> dict[str, Any]:
     """Held-out loss by kind; after the long step, retrieval in and beyond the trained length."""
     config = stage.config
     results: dict[str, Any] = evaluate.loss_by_kind(

@@ -8,31 +8,19 @@ off-policy updates a rollout batch, groups without a signal dropped, entropy hel
 import json
 import random
 import statistics
-from collections.abc import Callable
-from pathlib import Path
 
-from q3mega.algorithms.entropy_control import EntropyController
-from q3mega.algorithms.rollout_correction import RolloutCorrection
-from q3mega.config.servers import RolloutServers
-from q3mega.config.stages import RLSettings
-from q3mega.data.chat import render
-from q3mega.engine import Engine, parallel
+from q3mega.config.stages import ReasoningRL
 from q3mega.errors import UserError
 from q3mega.evaluation import evaluate
 from q3mega.problems import Problem
-from q3mega.rewards import Verdict, score_problem
-from q3mega.rollout import Completion, Sampler, SamplingParams
-from q3mega.rollout.base import text_of
-from q3mega.rollout.weight_sync.sampler import Interruptible, SyncedSampler
+from q3mega.rollout import Sampler, SamplingParams
 from q3mega.stages.common.filter_report import FilterReport
+from q3mega.stages.common.rl import learn
 from q3mega.stages.common.stage import Stage
-from q3mega.train import rl
-from q3mega.train.rl import PolicySettings
-from q3mega.train.rollouts import Rollout
-from q3mega.train.schedule import AsynchronousSchedule, Schedule, SynchronousSchedule
 
 
-def run(stage: Stage) -> None:
+def run(stage: Stage[ReasoningRL]) -> None:
+    """Select problems, learn from their rollouts, evaluate."""
     config = stage.config
     source = stage.start()
     engine = stage.engine(source, steps=config.steps * config.updates)
@@ -47,143 +35,7 @@ def run(stage: Stage) -> None:
     stage.finish(engine, results | evaluate.entropy_ratio(stage.dir / "metrics.jsonl"))
 
 
-def learn(
-    stage: Stage,
-    engine: Engine,
-    source: Path,
-    problems: list[Problem],
-    config: RLSettings,
-    part: str = "",
-    watch: Callable[[int], None] | None = None,
-) -> None:
-    """The loop, on prompts that walk through `problems` in order; `part` names a comparison run.
-
-    source: the weights that the engine started from, the reference of the KL.
-    """
-
-    def prompts(step: int) -> list[Problem]:
-        """In order, and from the beginning again."""
-        first = (step - 1) * config.prompts
-        return [problems[(first + i) % len(problems)] for i in range(config.prompts)]
-
-    rl.train(
-        engine,
-        schedule(stage, stage.sampler(engine), prompts, config),
-        policy(stage, config),
-        EntropyController(
-            config.entropy_target_ratio, config.entropy_coef_step, config.entropy_coef_max
-        ),
-        prompts=prompts,
-        steps=config.steps,
-        folder=stage.dir / "checkpoints" / part,
-        log=stage.log(config.steps, part),
-        save_every=max(1, stage.config.save_every // config.updates),
-        reference=stage.engine(source) if config.kl_coef else None,
-        watch=watch,
-    )
-
-
-def schedule(
-    stage: Stage,
-    sampler: Sampler,
-    prompts: Callable[[int], list[Problem]],
-    config: RLSettings,
-) -> Schedule:
-    """How the prompts of a step are sampled and scored, and when."""
-
-    def batch(step: int) -> list[tuple[int, Problem]]:
-        return list(enumerate(prompts(step)))
-
-    def own_share(step: int) -> list[Rollout]:
-        rank, size = parallel.data_rank(), parallel.data_size()
-        seed = stage.seed("rollout", step, rank)
-        return answered(stage, sampler, batch(step)[rank::size], config, seed)
-
-    if config.schedule != "asynchronous":
-        return SynchronousSchedule(own_share, staleness=int(config.schedule == "one_step_off"))
-    assert isinstance(sampler, SyncedSampler)  # the recipe names servers
-    beside = Interruptible(sampler)
-
-    def whole(step: int) -> list[Rollout]:
-        return answered(stage, beside, batch(step), config, stage.seed("rollout", step))
-
-    return AsynchronousSchedule(beside, whole, config.staleness)
-
-
-def policy(stage: Stage, config: RLSettings) -> PolicySettings:
-    loss = {
-        "variant": config.variant,
-        "clip_low": config.clip_low,
-        "clip_high": config.clip_high,
-        "kl_coef": config.kl_coef,
-    }
-    own = {"dr_grpo": "constant", "dapo": "token", "bnpo": "token", "cispo": "token"}
-    correction = None
-    if config.rollout_correction != "none":
-        caps = config.tis_cap, config.mis_band, config.sequence_delta
-        correction = RolloutCorrection(config.rollout_correction, *caps)
-    engine: RolloutServers | None = getattr(stage.config, "rollout_servers", None)
-    return PolicySettings(
-        updates=config.updates,
-        capacity=stage.config.micro_batch_tokens,
-        max_tokens=config.max_tokens,
-        aggregate=config.aggregate or own.get(config.variant, "sequence"),
-        scale_by_std=config.variant != "dr_grpo",
-        loss=loss,
-        overlong=config.overlong,
-        correction=correction,
-        temperature=config.temperature,
-        max_logprob_mismatch=engine.max_logprob_mismatch if engine else None,
-        routing_replay=config.routing_replay,
-    )
-
-
-def answered(
-    stage: Stage,
-    sampler: Sampler,
-    batch: list[tuple[int, Problem]],
-    config: RLSettings,
-    seed: int,
-) -> list[Rollout]:
-    """(group, problem) pairs: sampled in thinking mode, scored by the rules."""
-    prompts = [
-        stage.tokenizer.encode(render(p.messages, tools=p.tools, add_generation_prompt=True))
-        for _, p in batch
-    ]
-    params = SamplingParams(
-        config.max_tokens, config.temperature, n=config.rollouts, seed=seed,
-        routes=config.routing_replay == "r3",
-    )  # fmt: skip
-    rollouts = []
-    for (group, p), prompt, tries in zip(
-        batch, prompts, sampler.generate(prompts, params), strict=True
-    ):
-        for c in tries:
-            text = text_of(c, stage.tokenizer)
-            verdict = score_problem(p, text, tokens=len(c.tokens), max_tokens=config.max_tokens)
-            rollouts.append(judged(prompt, c, group, p, verdict, text))
-    return rollouts
-
-
-def judged(
-    prompt: list[int], completion: Completion, group: int, problem: Problem, verdict: Verdict,
-    text: str,
-) -> Rollout:  # fmt: skip
-    """A completion with what its problem's reward says of it."""
-    return Rollout(
-        prompt=prompt,
-        completion=completion,
-        group=group,
-        reward=verdict.score,
-        task=problem.family,
-        reason=verdict.reason,
-        parts=verdict.parts,
-        problem=problem.id,
-        text=text,
-    )
-
-
-def select(stage: Stage, sampler: Sampler) -> None:
+def select(stage: Stage[ReasoningRL], sampler: Sampler) -> None:
     """The four rules; leaves problems.json and the filter_report in data/."""
     rules, filter_report = stage.config.selection, FilterReport(vars)
     used = {query.id for query in stage.cold_start_queries()}

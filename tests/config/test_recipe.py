@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from q3mega.config.layout import Layout, check_layout
 from q3mega.config.recipe import ModelSpec, Recipe
-from q3mega.config.section import parse_yaml
-from q3mega.config.stages import PRESETS, STAGES
+from q3mega.config.rl import PRESETS
+from q3mega.config.section import RENAMED_KEYS, parse_yaml
+from q3mega.config.servers import ChatModelSpec, RolloutServers
+from q3mega.config.stages import STAGES
 from q3mega.errors import UserError
 from q3mega.model.sizes import QWEN3
 
@@ -341,8 +343,8 @@ def test_policy_settings_are_refused_in_one_line(tiny: Path) -> None:
     band = refusal(tiny, "reasoning_rl.mis_band=[2.0, 0.5]")
     assert "mis_band=[2.0, 0.5] must rise: the published one is [0.5, 2.0]" in band
     assert "reasoning_rl.tis_cap=0" in refusal(tiny, "reasoning_rl.tis_cap=0")
-    said = refusal(tiny, "reasoning_rl.schedule=asynchronous")  # without servers
-    assert "name them in its `engine`, or take one_step_off" in said
+    message = refusal(tiny, "reasoning_rl.schedule=asynchronous")  # without servers
+    assert "name them in its `rollout_servers`, or take one_step_off" in message
     dense = refusal(tiny, "reasoning_rl.routing_replay=r2")
     assert "reasoning_rl: routing_replay=r2 needs a model with experts, this is dense" in dense
 
@@ -360,7 +362,7 @@ def test_policy_settings_are_refused_in_one_line(tiny: Path) -> None:
         ),
         (
             ["teacher_url=http://node9:8000", "teacher_topk=8", "temperature=2"],
-            "temperature=2.0: a server tells log-probabilities at temperature 1",
+            "temperature=2.0: a server gives log-probabilities at temperature 1",
         ),
         (["teacher_url=tcp://node9:1"], "compare_sft_samples=.*writes no text; set it to 0"),
     ],
@@ -484,3 +486,33 @@ def test_a_size_takes_the_numbers_under_it_along(tmp_path: Path) -> None:
     by_override = Recipe.load(EXAMPLES / "laptop.yaml", ["model.size=qwen3-0.6b"]).model
     assert (over_base.hidden, over_base.layers) == (small.hidden, 4)
     assert (by_override.hidden, by_override.layers) == (small.hidden, small.layers)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("evaluated=3", "evaluated is called eval_problems now"),
+        ("model.balance=0.1", "model.balance is called router_aux_loss_coef now"),
+        ("reasoning_rl.engine={kind: vllm}", "reasoning_rl.engine is called rollout_servers now"),
+        ("reasoning_rl.entropy_hold=1", "entropy_hold is called entropy_target_ratio now"),
+        (
+            "reasoning_rl.rollout_servers={kind: vllm, urls: [http://a], sync: folder}",
+            "rollout_servers.sync is called weight_sync now",
+        ),
+        (
+            "reasoning_rl.rollout_servers={kind: vllm, urls: [http://a], timeout: 9}",
+            "rollout_servers.timeout is called timeout_s now",
+        ),
+        (
+            "cold_start.teacher={path: x, switch: false}",
+            "switch is called send_enable_thinking now",
+        ),
+    ],
+)
+def test_an_old_key_is_answered_with_its_name_today(tiny: Path, override: str, words: str) -> None:
+    assert words in refusal(tiny, override)
+
+
+def test_no_old_key_is_a_field() -> None:
+    for section in (Recipe, ModelSpec, ChatModelSpec, RolloutServers, *STAGES.values()):
+        assert not RENAMED_KEYS.keys() & section.model_fields.keys()

@@ -10,7 +10,7 @@ from q3mega import device  # noqa: F401
 # isort: split
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from q3mega.config.stages import Kind
+from q3mega.config.stages import DocumentKind
 from q3mega.corpus import documents
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -67,7 +67,9 @@ def test_a_document_has_one_pass_key_and_asks_for_it_again_and_again():
 
 
 def test_a_recipe_may_name_the_kinds_that_there_are():
-    assert sorted(get_args(Kind)) == sorted([*documents.TEXTS, *documents.KINDS, "retrieval_long"])
+    assert sorted(get_args(DocumentKind)) == sorted(
+        [*documents.TEXTS, *documents.KINDS, "retrieval_long"]
+    )
 
 
 def test_a_document_with_a_held_out_question_is_dropped_and_counted(built, tmp_path):

@@ -16,13 +16,14 @@ from q3mega.algorithms.losses import distillation_topk
 from q3mega.data.batch import Sample, collate
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.distillation.served_teacher import ServedTeacher
+from q3mega.distillation.teaching import taught_by
 from q3mega.distillation.topk import TeacherTopK
 from q3mega.engine import Engine
 from q3mega.errors import UserError
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.logprobs import top_logprobs
 from q3mega.rollout.servers import sampler
-from q3mega.stages.distill import keep_topk, taught_by
+from q3mega.stages.common.teachers import keep_topk
 
 SHAPE = SHAPES["dense"]
 TOKENIZER = SimpleNamespace(

@@ -22,7 +22,7 @@ from q3mega.distillation.service.client import RemoteTeacher
 from q3mega.distillation.service.server import serve
 from q3mega.engine import Engine
 from q3mega.errors import UserError
-from q3mega.inference import teach
+from q3mega.inference import serve_teacher
 from q3mega.io import whole_records
 from q3mega.model.config import dtype_of
 
@@ -48,7 +48,7 @@ def taught(folder: Path, processes: int, *words: str, port: int = 0):
     log = folder / f"log-{port}"
     launcher = [] if processes == 1 else ["torch.distributed.run", f"--nproc-per-node={processes}",
                                           f"--master-port={free_port()}", "-m"]  # fmt: skip
-    command = [sys.executable, "-m", *launcher, "q3mega.cli", "serve-teacher", str(folder),
+    command = [sys.executable, "-m", *launcher, "q3mega", "serve-teacher", str(folder),
                f"--port={port}", "--idle=120", *words]  # fmt: skip
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
@@ -166,9 +166,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(folder, monkey
 
 def test_a_network_needs_a_key(folder):
     with pytest.raises(UserError, match=r"--network .* --key-env"):
-        teach(folder("dense"), LAYOUT(), 0, network=True, key_env=None, idle=1.0)
+        serve_teacher(folder("dense"), LAYOUT(), 0, network=True, key_env=None, idle=1.0)
     with pytest.raises(UserError, match="--key-env=NOT_THERE: the environment has no such"):
-        teach(folder("dense"), LAYOUT(), 0, network=True, key_env="NOT_THERE", idle=1.0)
+        serve_teacher(folder("dense"), LAYOUT(), 0, network=True, key_env="NOT_THERE", idle=1.0)
 
 
 def test_a_teacher_that_nobody_asks_ends(folder):

@@ -19,13 +19,13 @@ from q3mega.config.layout import Layout, check_layout
 from q3mega.config.recipe import ModelSpec
 from q3mega.data.batch import pack
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
+from q3mega.distillation.teaching import hidden_of_teacher
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.errors import UserError
 from q3mega.model.sizes import rows_for
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import token_logprobs, top_logprobs
-from q3mega.stages.distill import hidden_of_teacher
 
 IDS, ROWS = 50, 64
 SHAPE = SHAPES["dense"]

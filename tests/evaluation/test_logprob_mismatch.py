@@ -48,7 +48,7 @@ def test_another_layout_is_rounding_apart_and_other_weights_are_not(
     words = ["--problems", "6"]
     assert main(["logprob-mismatch", str(folder), *words, "--record", str(record)]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]
-    command += ["q3mega.cli", "logprob-mismatch", str(folder), *SHAPES[kind][1], *words]
+    command += ["q3mega", "logprob-mismatch", str(folder), *SHAPES[kind][1], *words]
     done = subprocess.run(
         [*command, "--against", str(record), "--threshold", "1e-5"],
         capture_output=True, text=True, timeout=120,

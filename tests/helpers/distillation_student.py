@@ -17,10 +17,10 @@ import torch.distributed as dist
 from helpers.tiny_models import LAYOUT, SHAPE, documents, run_cases, weights
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.distillation.service.client import RemoteTeacher
+from q3mega.distillation.teaching import taught_by
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.engine.parallel import initialise
 from q3mega.io import whole_records
-from q3mega.stages.distill import taught_by
 from q3mega.train import supervised
 from q3mega.train.log import Log
 

@@ -134,7 +134,7 @@ def test_what_a_script_does_at_its_end(tmp_path: Path, ranks: str, code: int, wo
     stand_in(bin, "srun", "trap '' USR1; " + ranks.format(folder=quoted))
     stand_in(bin, "scontrol", f'echo "$@" >> {tmp_path}/asked; echo node')
     text = slurm.script(recipe, run_dir, "cold_start")
-    text = "\n".join(line for line in text.splitlines() if "q3mega.cli report" not in line)
+    text = "\n".join(line for line in text.splitlines() if "q3mega report" not in line)
     environment = {"PATH": f"{bin}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     environment["SLURM_JOB_NODELIST"] = "node"
     done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True)

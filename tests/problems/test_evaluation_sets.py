@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 
-from q3mega.cli import _parser
+from q3mega.cli import command_parser
 from q3mega.data import package_text
 from q3mega.data.chat import EMPTY_THINKING, last_flag, render
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
@@ -276,7 +276,7 @@ def test_a_length_that_cannot_be_is_named(length, tokenizer):
 
 
 def test_the_help_names_every_set():
-    commands = _parser()._subparsers._group_actions[0].choices
+    commands = command_parser()._subparsers._group_actions[0].choices
     told = " ".join(commands["eval"].format_help().split())
     assert all(name in told for name in files.NAMES)
     with pytest.raises(UserError, match="n=0"):

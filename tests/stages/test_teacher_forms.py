@@ -15,11 +15,12 @@ from helpers.tiny_models import LAYOUT, SHAPES
 from q3mega.algorithms.losses import distillation_topk
 from q3mega.data.batch import Sample, collate
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
+from q3mega.distillation.teaching import hidden_of_teacher, topk_of_teacher
 from q3mega.distillation.topk import TeacherTopK, TopKWriter, WithTeacher
 from q3mega.engine import Engine
 from q3mega.errors import UserError
 from q3mega.rollout.logprobs import top_logprobs
-from q3mega.stages.distill import hidden_of_teacher, teacher_folder, topk_of_teacher
+from q3mega.stages.common.teachers import teacher_folder
 
 VOCABULARY = SHAPES["tied"].vocab
 

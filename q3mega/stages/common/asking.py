@@ -9,6 +9,7 @@ from q3mega.chat_models import judge_prompts
 from q3mega.chat_models.base import ChatModel, LocalChat
 from q3mega.chat_models.endpoint import Endpoint
 from q3mega.config.servers import ChatModelSpec
+from q3mega.config.stage import StageConfig
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import parallel
 from q3mega.errors import NoReply, UserError
@@ -30,7 +31,7 @@ class Asked:
     Raises UserError before anything is computed for an endpoint that does not have the model.
     """
 
-    def __init__(self, stage: Stage, spec: ChatModelSpec, name: str) -> None:
+    def __init__(self, stage: Stage[StageConfig], spec: ChatModelSpec, name: str) -> None:
         self.spec, self.field = spec, f"stages.{stage.name}.{name}"
         self.leads, self.remote = stage.leads, spec.url is not None
         self.asked = self.failed = 0

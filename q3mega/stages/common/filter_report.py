@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from q3mega.config.stage import StageConfig
 from q3mega.io import to_json
 from q3mega.stages.common.stage import Stage
 
@@ -37,7 +38,7 @@ class FilterReport:
                 self.dropped.append({"rule": f"{kind}: {rule}", **self.describe(item)})
         return kept
 
-    def write(self, stage: Stage) -> None:
+    def write(self, stage: Stage[StageConfig]) -> None:
         """filter_report.json, drops.json and dropped.jsonl in data/."""
         stage.write("data/filter_report.json", self.steps)
         stage.write("data/drops.json", dict(self.drops))

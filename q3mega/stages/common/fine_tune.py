@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from q3mega.algorithms import losses
+from q3mega.config.stage import SFT
 from q3mega.data.batch import Sample
 from q3mega.data.sft import epochs, steps_of
 from q3mega.engine import Engine, LossFn
@@ -12,9 +13,9 @@ from q3mega.train import supervised
 
 
 def fine_tune(
-    stage: Stage, source: Path, samples: Sequence[Sample], loss_fn: LossFn = losses.supervised
+    stage: Stage[SFT], source: Path, samples: Sequence[Sample], loss_fn: LossFn = losses.supervised
 ) -> Engine:
-    """The weights of `source`, trained on `samples` by the stage's settings (settings.SFT)."""
+    """The weights of `source`, trained on `samples` by the stage's settings (config.stage.SFT)."""
     config = stage.config
     steps = steps_of(samples, config.batch_samples, config.epochs)
     engine = stage.engine(source, steps=steps)

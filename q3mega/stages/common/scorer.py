@@ -16,6 +16,8 @@ import torch
 from q3mega.algorithms.losses import normalise, scalar, supervised
 from q3mega.algorithms.losses import preference as preference_loss
 from q3mega.chat_models.reference_judge import ReferenceJudge
+from q3mega.config.servers import ChatModelSpec
+from q3mega.config.stages import GeneralRL
 from q3mega.data.batch import Batch, Sample, collate
 from q3mega.data.chat import parse, render
 from q3mega.data.sft import chat_sample, reply_text
@@ -49,7 +51,7 @@ class Scorer:
     tasks: problems of every task; none for the generated ones, which ask both models.
     """
 
-    def __init__(self, stage: Stage, tasks: Sequence[Problem] = ()) -> None:
+    def __init__(self, stage: Stage[GeneralRL], tasks: Sequence[Problem] = ()) -> None:
         self.stage = stage
         asked = {name for p in tasks for name in model_rewards_of(p)} if tasks else set(MODELS)
         self.judge = _judge(stage) if "judge" in asked else None
@@ -137,14 +139,15 @@ def _verdict(problem: Problem, turns: list[str], **facts: Any) -> Verdict:
 # -- the judge -------------------------------------------------------------------------------------
 
 
-def _judge(stage: Stage) -> "TrainedJudge | AskedJudge":
-    return AskedJudge(stage) if stage.config.judge_model else TrainedJudge(stage)
+def _judge(stage: Stage[GeneralRL]) -> "TrainedJudge | AskedJudge":
+    spec = stage.config.judge_model
+    return AskedJudge(stage, spec) if spec else TrainedJudge(stage)
 
 
 class TrainedJudge:
     """A small model that was taught to compare a short answer with the reference."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage[GeneralRL]) -> None:
         self.stage, self.tokenizer = stage, stage.tokenizer
         self.ids = [self.tokenizer.encode(word)[0] for word in ("yes", "no")]
         self.model = _trained_once(stage, "judge_model", train_judge)
@@ -177,8 +180,8 @@ class TrainedJudge:
 class AskedJudge:
     """The recipe's judge, which grades against the reference (`rewards.reference_judge`)."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.asked = Asked(stage, stage.config.judge_model, "judge_model")
+    def __init__(self, stage: Stage[GeneralRL], spec: ChatModelSpec) -> None:
+        self.asked = Asked(stage, spec, "judge_model")
         self.judge = ReferenceJudge(self.asked.opinion, self.asked.count)
         self.found: dict[str, float] = {}
         if stage.config.judge_examples:
@@ -200,7 +203,7 @@ class AskedJudge:
         return {f"judge_{name}": {"value": value} for name, value in found.items()}
 
 
-def train_judge(stage: Stage) -> Engine:
+def train_judge(stage: Stage[GeneralRL]) -> Engine:
     """SFT on the judge's question, each step's examples drawn anew."""
     config = stage.config.judge
     model = stage.engine(
@@ -227,7 +230,7 @@ def train_judge(stage: Stage) -> Engine:
 class PreferenceModel:
     """Bradley-Terry on Qwen3 with a scalar, made a score by what typical replies get."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage[GeneralRL]) -> None:
         self.stage, self.tokenizer = stage, stage.tokenizer
         self.model = _trained_once(stage, "preference_model", train_preference)
         pairs = preference_pairs(stage, 64, "calibrate")
@@ -265,7 +268,9 @@ def preference_text(problem: Problem, reply: str) -> str:
     return render([*before, asked, {"role": "assistant", "content": reply}])
 
 
-def preference_pairs(stage: Stage, n: int, *purpose: object, heldout: bool = False) -> Pairs:
+def preference_pairs(
+    stage: Stage[GeneralRL], n: int, *purpose: object, heldout: bool = False
+) -> Pairs:
     """n pairs for one purpose: generated ones, or those of the recipe's file, one in ten of which
     is held out."""
     seed, name = stage.seed(*purpose), stage.config.preference.file
@@ -280,7 +285,7 @@ def _pairs_of(name: str) -> Pairs:
     return files.pairs(name)
 
 
-def train_preference(stage: Stage) -> Engine:
+def train_preference(stage: Stage[GeneralRL]) -> Engine:
     """Bradley-Terry on pairs, each step's drawn anew."""
     config = stage.config.preference
     model = stage.engine(
@@ -296,7 +301,9 @@ def train_preference(stage: Stage) -> Engine:
     return model
 
 
-def _trained_once(stage: Stage, name: str, train: Callable[[Stage], Engine]) -> Engine:
+def _trained_once(
+    stage: Stage[GeneralRL], name: str, train: Callable[[Stage[GeneralRL]], Engine]
+) -> Engine:
     """The model of data/<name>; the first time `train` makes it."""
     folder = stage.data / name
     if not stage.prepared(f"{name}/DONE"):

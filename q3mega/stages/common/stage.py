@@ -6,13 +6,13 @@ import zlib
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from q3mega.config.recipe import ModelSpec, Recipe
-from q3mega.config.servers import RolloutServers
+from q3mega.config.stage import StageConfig
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, OptimizerSpec, parallel
 from q3mega.errors import UserError
@@ -34,14 +34,17 @@ from q3mega.train.log import Log
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Stage:
-    """One stage of one run, in one of its processes."""
+_Config = TypeVar("_Config", bound=StageConfig, covariant=True)
+
+
+class Stage(Generic[_Config]):
+    """One stage of one run, in one of its processes; `config` holds the stage's settings."""
 
     def __init__(self, run_dir: Path, name: str) -> None:
         self.recipe = Recipe.load(run_dir / "recipe.yaml")
         plugins.load(self.recipe.rewards)
         self.run_dir, self.name = run_dir, name
-        self.config: Any = self.recipe.stages[name]
+        self.config = cast(_Config, self.recipe.stages[name])
         self.dir = self.recipe.stage_dir(run_dir, name)
         self.data = self.dir / "data"
         self.data.mkdir(parents=True, exist_ok=True)
@@ -144,17 +147,17 @@ class Stage:
 
     def sampler(self, engine: Engine) -> Sampler:
         """Samples from the engine's weights, in process or on the servers that the recipe names."""
-        spec: RolloutServers | None = getattr(self.config, "rollout_servers", None)
-        if spec is None:
+        spec, reinforcement = self.config.sampling_servers, self.config.rl
+        if spec is None or reinforcement is None:
             return InProcessSampler(engine, self.tokenizer, max_batch=self.config.sample_batch)
         callers = parallel.data_size()
-        if self.config.schedule == "asynchronous":  # rank 0, for so many batches at once
-            callers = self.config.staleness + 1
+        if reinforcement.schedule == "asynchronous":  # rank 0, for so many batches at once
+            callers = reinforcement.staleness + 1
         servers = ServerSampler(
             spec.urls, self.tokenizer, kind=spec.kind, timeout=spec.timeout_s, retries=spec.retries,
             concurrency=max(1, spec.concurrency // callers), key_env=spec.key_env,
         )  # fmt: skip
-        if getattr(self.config, "routing_replay", None) == "r3":  # do they tell their experts?
+        if reinforcement.routing_replay == "r3":  # do they tell their experts?
             servers.generate([[self.tokenizer.eos]], SamplingParams(1, routes=True))
         self.write("rollout_servers.json", servers.engines)
         folder = (
@@ -167,7 +170,7 @@ class Stage:
     @property
     def answer_tokens(self) -> int:
         """The longest answer of an evaluation."""
-        return max(MAX_TOKENS, getattr(self.config, "max_tokens", 0))
+        return max(MAX_TOKENS, self.config.longest_answer)
 
     def log(self, total: int, part: str = "") -> Log:
         folder = self.dir / part

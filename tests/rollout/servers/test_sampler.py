@@ -525,9 +525,11 @@ def test_the_command_fails_above_its_threshold(tmp_path, capsys):
     wrong = Engine(replace(SHAPES["tied"], vocab=512), LAYOUT(), seed=1)
     for engine, code in ((right, 0), (wrong, 1)):
         with token_server(engine) as server:
-            words = ["--engine", server.url, "--problems", "3", "--max-tokens", "4"]
+            words = ["--servers", server.url, "--problems", "3", "--max-tokens", "4"]
             assert main(["logprob-mismatch", str(tmp_path), *words, "--threshold", "1e-4"]) == code
         said = capsys.readouterr()
         assert "mean |delta log p|" in said.out
         assert ("above --threshold 0.0001" in said.err) == bool(code)
-    assert main(["logprob-mismatch", str(tmp_path), "--engine", server.url, "--problems", "0"]) == 2
+    assert (
+        main(["logprob-mismatch", str(tmp_path), "--servers", server.url, "--problems", "0"]) == 2
+    )
