@@ -15,7 +15,7 @@ from functools import partial
 
 from q3mega.rewards import score
 from q3mega.rewards.math.algebra import Algebra
-from q3mega.sandbox import sandbox
+from q3mega.sandbox import confined
 
 FUNCTION = {"entry_point": "f", "calls": [{"arguments": [3], "result": 9}]}
 OUTPUT = {"cases": [{"stdin": "3", "stdout": "9"}]}
@@ -45,10 +45,10 @@ def main() -> None:
     print(f"{os.cpu_count()} cores\n\n| what | a second |\n|---|---|")
     for level in ("namespaces", "landlock"):
         with contextlib.suppress(RuntimeError):  # not on this machine
-            run = partial(sandbox.run, "print(6 * 7)", level=level)
+            run = partial(confined.run, "print(6 * 7)", level=level)
             run()
             print(f"| programs, {level} | {rate(run, seconds):.0f} |")
-    for level in sandbox.LEVELS:
+    for level in confined.LEVELS:
         with contextlib.suppress(RuntimeError), Algebra(level=level).session() as same:
             same("x", "x")  # the worker has started
             judged = rate(partial(same, "2x+2", "2(x+1)"), seconds, threads=1)

@@ -1,7 +1,8 @@
 """Which backend serves which operator, and why not the others.
 
-An operator's front in this package is its definition, the "reference"; faster backends register
-here, each with a test of what it can serve. Asking for one that cannot raises with the reason.
+An operator's front in this package is its definition, the "reference". Faster backends register
+here, each with a test of what it can serve. A call that names one which cannot serve raises
+RuntimeError with the reason.
 """
 
 import os
@@ -14,8 +15,9 @@ from torch import Tensor
 
 OPERATORS = ("dual_chunk_attention", "linear_logprob", "grpo_loss", "distill_loss")
 NAMES = ("reference", "cpu", "triton", "cuda")
-# The order of choice. The CUDA kernels have not run on a card yet: they are for who names them.
-BEST = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+# Order of choice by device. The CUDA kernels have not run on a GPU yet, so only a call that names
+# them gets them.
+PREFERRED = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 Serves = Callable[[Tensor], str | None]
 _BACKENDS: dict[tuple[str, str], tuple[Callable[..., Any], Serves]] = {}
 
@@ -25,19 +27,19 @@ def register(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: this function is `backend`'s implementation of `op`.
 
-    serves(the first operand) says why it cannot take it, or None.
+    serves(the first operand): why the backend cannot take it, or None.
     """
 
     def add(fn: Callable[..., Any]) -> Callable[..., Any]:
-        _BACKENDS[op, backend] = partial(_run, fn), serves
+        _BACKENDS[op, backend] = partial(_without_autocast, fn), serves
         return fn
 
     return add
 
 
 def own_precision(x: Tensor) -> torch.autocast:
-    """Out of torch.autocast: an operator itself says which of its sums are fp32, and a product that
-    came in another precision would not fit its buffers."""
+    """A context without torch.autocast: every operator chooses its own fp32 sums, and a product in
+    another precision would not fit its buffers."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -46,8 +48,8 @@ def backends(op: str) -> dict[str, str]:
     machine's best device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.empty(0, 1, 128, device=device, dtype=torch.bfloat16)
-    found = {name: _reason(op, name, x) or "ok" for name in NAMES}
-    return found | {next(name for name in BEST[device] if found[name] == "ok"): "default"}
+    states = {name: _reason(op, name, x) or "ok" for name in NAMES}
+    return states | {next(name for name in PREFERRED[device] if states[name] == "ok"): "default"}
 
 
 def _reason(op: str, name: str, x: Tensor) -> str | None:
@@ -59,18 +61,18 @@ def _reason(op: str, name: str, x: Tensor) -> str | None:
 
 
 def resolve(op: str, backend: str | None, x: Tensor) -> Callable[..., Any]:
-    """The implementation that `backend` names; None picks the best one that can take `x`.
+    """The implementation that `backend` names; None picks the preferred one that can take `x`.
 
-    The environment's Q3MEGA_BACKEND stands for a name wherever none is given.
+    The environment variable Q3MEGA_BACKEND stands for a name wherever none is given.
     """
     reason, backend = None, backend or os.environ.get("Q3MEGA_BACKEND")
-    for name in BEST["cuda" if x.is_cuda else "cpu"] if backend is None else (backend,):
+    for name in PREFERRED["cuda" if x.is_cuda else "cpu"] if backend is None else (backend,):
         reason = _reason(op, name, x)
         if reason is None:
             return _BACKENDS[op, name][0]
     raise RuntimeError(f"backend={backend!r} of {op} is not available: {reason}")
 
 
-def _run(fn: Callable[..., Any], x: Tensor, *operands: Any, **options: Any) -> Any:
+def _without_autocast(fn: Callable[..., Any], x: Tensor, *operands: Any, **options: Any) -> Any:
     with own_precision(x):
         return fn(x, *operands, **options)

@@ -20,9 +20,9 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 class DistillOutput(NamedTuple):
-    """loss: differentiable sum of per_token times loss_weights.
+    """loss (): differentiable sum of per_token times loss_weights.
 
-    per_token (N,): detached, 0 at tokens without weight.
+    per_token (N,), nats times temperature squared: detached, 0 at tokens without weight.
     """
 
     loss: Tensor
@@ -45,19 +45,50 @@ def distill_loss(
     tp_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> DistillOutput:
-    """Divergences at `temperature` times its square, summed with loss_weights (N,), default ones.
+    """Sum over tokens of loss_weights times a divergence, times temperature squared.
 
-    student_hidden (N, H), student_weight (V, H) or the rank's shard; the teacher either as
-    hidden (N, H_t) with its own weight (V, H_t), cut like the student's, or as teacher_topk =
-    (ids (N, K) int64, distinct in a row, and log-probabilities (N, K) at this temperature). tail:
-    one bucket holds the rest of the vocabulary; without it both sides are renormalised on the K
-    ids. beta in (0, 1), for jsd. Raises UserError for a missing or double teacher, an unknown
-    divergence or shapes that do not fit.
+    student_hidden (N, H): hidden states before the lm_head
+    student_weight (V, H): the lm_head, or with tp_group this rank's equal shard of its rows
+    teacher_hidden (N, H_t), teacher_weight (V, H_t): the teacher's, cut like the student's; or
+    teacher_topk: ids (N, K) int64, distinct in a row, and log-probabilities (N, K) at `temperature`
+    divergence, beta: see the module's text; beta in (0, 1), for jsd
+    loss_weights (N,) fp32: default ones
+    tail: with teacher_topk, one bucket holds the rest of the vocabulary; without it both sides are
+        renormalised on the K ids
+    valid_vocab: ids from here on are padding rows of the lm_head and have no mass
+    backend: see `q3mega.ops.dispatch`
+
+    Raises UserError for a missing or double teacher, an unknown divergence or shapes that do not
+    fit.
     """
     rows: dict[str, Tensor | None] = {"teacher_hidden": teacher_hidden}
     if teacher_topk is not None:
         rows |= {"teacher_ids": teacher_topk[0], "teacher_logprobs": teacher_topk[1]}
     vocab.check(student_hidden, student_weight, temperature, loss_weights=loss_weights, **rows)
+    _check(student_weight, teacher_hidden, teacher_weight, teacher_topk, divergence, beta, tp_group)
+    if loss_weights is None:
+        loss_weights = student_hidden.new_ones(len(student_hidden), dtype=torch.float32)
+    if teacher_topk is not None:
+        ids, logprobs = teacher_topk
+        # a token without weight may have anything for ids
+        teacher_topk = torch.where(loss_weights[:, None] != 0, ids, 0), logprobs
+    output: DistillOutput = resolve("distill_loss", backend, student_hidden)(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_topk,
+        divergence, beta, temperature, loss_weights, tail, valid_vocab, tp_group,
+    )  # fmt: skip
+    return output
+
+
+def _check(
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_topk: tuple[Tensor, Tensor] | None,
+    divergence: Divergence,
+    beta: float,
+    tp_group: dist.ProcessGroup | None,
+) -> None:
+    """Raise UserError for an unknown divergence, or a teacher that is missing or does not fit."""
     if divergence not in get_args(Divergence):
         raise UserError(f"divergence={divergence!r}: choose forward_kl, reverse_kl or jsd")
     if divergence == "jsd" and not 0 < beta < 1:
@@ -69,22 +100,14 @@ def distill_loss(
             f"teacher_weight has {len(teacher_weight)} rows, student_weight {len(student_weight)}: "
             "cut both to their common vocabulary"
         )
-    if loss_weights is None:
-        loss_weights = student_hidden.new_ones(len(student_hidden), dtype=torch.float32)
     if teacher_topk is not None:
         ids, logprobs = teacher_topk
-        size = vocab.vocabulary_size(student_weight, tp_group)
-        if ids.shape != logprobs.shape or ids.shape[1] > size:
+        vocabulary = vocab.vocabulary_size(student_weight, tp_group)
+        if ids.shape != logprobs.shape or ids.shape[1] > vocabulary:
             raise UserError(
                 f"teacher_topk {tuple(ids.shape)}, {tuple(logprobs.shape)}: must both be (N, K), K "
-                f"at most the vocabulary's {size}"
+                f"at most the vocabulary's {vocabulary}"
             )
-        # a token without weight may have anything for ids
-        teacher_topk = torch.where(loss_weights[:, None] != 0, ids, 0), logprobs
-    return resolve("distill_loss", backend, student_hidden)(
-        student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_topk,
-        divergence, beta, temperature, loss_weights, tail, valid_vocab, tp_group,
-    )  # fmt: skip
 
 
 @register("distill_loss", "reference")
@@ -113,11 +136,11 @@ def _reference(
 
     def top(h: Tensor, ids: Tensor, teacher: Tensor) -> Tensor:
         logp = vocab.log_probs(h, weight, temperature, valid_vocab, group)
-        column, here = vocab.shard_index(ids, weight, valid_vocab, group)
-        student = vocab.reduce_from_tp_region(logp.gather(1, column) * here, group)
+        column, held = vocab.shard_index(ids, weight, valid_vocab, group)
+        student = vocab.reduce_from_tp_region(logp.gather(1, column) * held, group)
         teacher = bucketed(teacher.to(student.dtype), tail)
         if tail:
-            student = torch.cat([student, _rest(logp, column, here, group)], 1)
+            student = torch.cat([student, _tail(logp, column, held, group)], 1)
         else:
             student = student.log_softmax(1)
         return _divergence(student, teacher, divergence, beta).sum(-1)
@@ -132,11 +155,11 @@ def _reference(
 
 
 def bucketed(teacher: Tensor, tail: bool) -> Tensor:
-    """(n, K) log-probabilities as a whole distribution: with a bucket for the rest, or rescaled."""
+    """(n, K) log-probabilities as a distribution: (n, K + 1) with the tail, or (n, K)."""
     if not tail:
         return teacher.log_softmax(1)
-    rest = -teacher.exp().sum(1, keepdim=True).clamp(max=1 - 1e-7)
-    return torch.cat([teacher, rest.log1p()], 1)
+    minus_topk_mass = -teacher.exp().sum(1, keepdim=True).clamp(max=1 - 1e-7)
+    return torch.cat([teacher, minus_topk_mass.log1p()], 1)
 
 
 def bucket_terms(
@@ -159,14 +182,14 @@ def bucket_terms(
     return value, by_mass - (q * by_mass).sum(-1, keepdim=True)
 
 
-def _rest(logp: Tensor, column: Tensor, here: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _tail(logp: Tensor, column: Tensor, held: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """(n, 1) log of the student's mass outside the K ids.
 
     Summed over those ids, not taken as one minus the K: a confident student has less there than
     fp32 resolves next to 1, and a rounded or clamped tail would lose its gradient.
     """
     inside = torch.zeros_like(logp, dtype=torch.bool)
-    rows, picks = here.nonzero(as_tuple=True)
+    rows, picks = held.nonzero(as_tuple=True)
     inside[rows, column[rows, picks]] = True
     mass = vocab.reduce_from_tp_region(
         logp.exp().masked_fill(inside, 0.0).sum(1, keepdim=True), group
@@ -181,5 +204,5 @@ def _divergence(student: Tensor, teacher: Tensor, kind: Divergence, beta: float)
     if kind == "reverse_kl":
         return student.exp() * (student - teacher)
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-    first = beta * teacher.exp() * (teacher - mixture)
-    return first + (1 - beta) * student.exp() * (student - mixture)
+    of_teacher = beta * teacher.exp() * (teacher - mixture)
+    return of_teacher + (1 - beta) * student.exp() * (student - mixture)

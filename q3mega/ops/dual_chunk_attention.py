@@ -16,7 +16,7 @@ from q3mega.errors import UserError
 from q3mega.ops import rotary
 from q3mega.ops.dispatch import register, resolve
 
-SCORES = 1 << 22  # attention scores held at once by the chunked path: 16 MiB in fp32
+MAX_SCORES = 1 << 22  # attention scores that `_chunked` holds at once: 16 MiB in fp32
 
 
 def dual_chunk_attention(
@@ -38,13 +38,51 @@ def dual_chunk_attention(
 ) -> Tensor:
     """Causal attention of packed sequences, positions included.
 
-    q (T, Hq, D), k and v (T, Hkv, D), un-rotated; Hq a multiple of Hkv. cu_seqlens (B + 1,) int32
-    document borders (None: one sequence). inv_freq (D / 2,) overrides rope_theta. q_scale, k_scale
-    (T,) fp32 factors on rotated queries and keys. clamp_at: largest distance, default chunk_size.
-    q_offset: queries are tokens q_offset, q_offset + 1, ... of the one sequence that k holds whole.
+    q (T, Hq, D), k and v (T, Hkv, D): un-rotated; Hq a multiple of Hkv
+    chunk_size, local_size: tokens, see the module's text
+    inv_freq (D / 2,), radians a token: overrides rope_theta
+    cu_seqlens (B + 1,) int32: document borders; None is one sequence
+    q_scale, k_scale (T,) fp32: factors on rotated queries and keys
+    clamp_at: largest distance between a query and a key of an earlier chunk, default chunk_size
+    q_offset: queries are tokens q_offset, q_offset + 1, ... of the one sequence that k holds whole
+    backend: see `q3mega.ops.dispatch`
+
     Returns (T, Hq, D) in q's dtype. Raises UserError on arguments that do not fit, RuntimeError on
     a backend that is not there.
     """
+    _check(q, k, v, chunk_size, local_size, cu_seqlens, q_offset, clamp_at)
+    _check_rows(q, k, inv_freq, q_scale, k_scale)
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, len(k)], dtype=torch.int32, device=q.device)
+    if inv_freq is None:
+        inv_freq = rotary.inv_freq(q.shape[-1], rope_theta).to(q.device)
+    out: Tensor = resolve("dual_chunk_attention", backend, q)(
+        q,
+        k,
+        v,
+        chunk=chunk_size - local_size,
+        clamp=chunk_size if clamp_at is None else clamp_at,
+        inv_freq=inv_freq,
+        cu_seqlens=cu_seqlens,
+        scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        q_offset=q_offset,
+    )
+    return out
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    local_size: int,
+    cu_seqlens: Tensor | None,
+    q_offset: int,
+    clamp_at: int | None,
+) -> None:
+    """Raise UserError on operands or sizes that do not fit each other."""
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.dim() != 3 or x.dtype != q.dtype or x.device != q.device or not x.is_floating_point():
             raise UserError(
@@ -63,7 +101,6 @@ def dual_chunk_attention(
             raise UserError(
                 f"q_offset={q_offset}: {len(q)} queries must lie within the {len(k)} keys"
             )
-        cu_seqlens = torch.tensor([0, len(k)], dtype=torch.int32, device=q.device)
     elif q_offset or len(q) != len(k):
         raise UserError(
             f"q_offset={q_offset}, {len(q)} queries, {len(k)} keys: cu_seqlens takes whole "
@@ -71,26 +108,17 @@ def dual_chunk_attention(
         )
     if clamp_at is not None and clamp_at < 1:
         raise UserError(f"clamp_at={clamp_at}: must be at least 1")
+
+
+def _check_rows(
+    q: Tensor, k: Tensor, inv_freq: Tensor | None, q_scale: Tensor | None, k_scale: Tensor | None
+) -> None:
+    """Raise UserError on scales or frequencies of another shape."""
     for name, scales, tokens in (("q_scale", q_scale, len(q)), ("k_scale", k_scale, len(k))):
         if scales is not None and scales.shape != (tokens,):
             raise UserError(f"{name} {tuple(scales.shape)}: must be ({tokens},)")
     if inv_freq is not None and inv_freq.shape != (q.shape[2] // 2,):
         raise UserError(f"inv_freq {tuple(inv_freq.shape)}: must be ({q.shape[2] // 2},)")
-    if inv_freq is None:
-        inv_freq = rotary.inv_freq(q.shape[-1], rope_theta).to(q.device)
-    return resolve("dual_chunk_attention", backend, q)(
-        q,
-        k,
-        v,
-        chunk=chunk_size - local_size,
-        clamp=chunk_size if clamp_at is None else clamp_at,
-        inv_freq=inv_freq,
-        cu_seqlens=cu_seqlens,
-        scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        q_scale=q_scale,
-        k_scale=k_scale,
-        q_offset=q_offset,
-    )
 
 
 def check_borders(cu_seqlens: Tensor, tokens: int) -> None:
@@ -136,9 +164,11 @@ def _reference(
         tokens.append(token[real])
         outs.append(out[real])
     for i in (~plain).nonzero()[:, 0].tolist():
-        one = slice(borders[i], borders[i + 1])
-        tokens.append(index[one])
-        outs.append(_chunked(q[one], k[one], v[one], inv_freq, chunk, clamp, scale, 0))
+        document = slice(borders[i], borders[i + 1])
+        tokens.append(index[document])
+        outs.append(
+            _chunked(q[document], k[document], v[document], inv_freq, chunk, clamp, scale, 0)
+        )
     return torch.empty_like(q).index_copy_(0, torch.cat(tokens), torch.cat(outs))
 
 
@@ -178,14 +208,14 @@ def _chunked(
     q_offset: int,
 ) -> Tensor:
     """One sequence in blocks of queries, none across chunks; each is recomputed in the backward."""
-    work = torch.promote_types(q.dtype, torch.float32)
+    dtype = torch.promote_types(q.dtype, torch.float32)
     position = torch.arange(len(k), device=k.device) % chunk
-    key, value = rotary.rotate(k.to(work), position, inv_freq), v.to(work)
-    step = max(1, SCORES // (q.shape[1] * len(k)))
+    key, value = rotary.rotate(k.to(dtype), position, inv_freq), v.to(dtype)
+    step = max(1, MAX_SCORES // (q.shape[1] * len(k)))
     outs, start, end = [], q_offset, q_offset + len(q)
     while start < end:
         stop = min(start + step, (start // chunk + 1) * chunk, end)
-        query = q[start - q_offset : stop - q_offset].to(work)
+        query = q[start - q_offset : stop - q_offset].to(dtype)
         outs.append(
             checkpoint(
                 _block,
@@ -208,18 +238,18 @@ def _block(
     q: Tensor, key: Tensor, value: Tensor, inv_freq: Tensor, chunk: int, clamp: int, scale: float
 ) -> Tensor:
     """The last len(q) tokens of `key`, all in its last chunk: three rotations, one softmax."""
-    now = torch.arange(len(key) - len(q), len(key), device=q.device)
-    own = (len(key) - 1) // chunk * chunk  # first token of the queries' chunk
-    previous = max(0, own - chunk)
-    offset = now - own
+    token = torch.arange(len(key) - len(q), len(key), device=q.device)
+    chunk_start = (len(key) - 1) // chunk * chunk  # of the queries
+    previous = max(0, chunk_start - chunk)
+    offset = token - chunk_start
     scores = []
     for low, high, angle in (
         (0, previous, torch.full_like(offset, min(2 * chunk - 1, clamp))),
-        (previous, own, (chunk + offset).clamp(max=clamp)),
-        (own, len(key), offset),
+        (previous, chunk_start, (chunk + offset).clamp(max=clamp)),
+        (chunk_start, len(key), offset),
     ):
         query = rotary.rotate(q, angle, inv_freq).unflatten(1, (key.shape[1], -1))
         scores.append(torch.einsum("qhgd,khd->hgqk", query * scale, key[low:high]))
-    future = torch.arange(len(key), device=q.device) > now[:, None]
+    future = torch.arange(len(key), device=q.device) > token[:, None]
     weights = torch.cat(scores, -1).masked_fill(future, -torch.inf).softmax(-1)
     return torch.einsum("hgqk,khd->qhgd", weights, value).flatten(1, 2)

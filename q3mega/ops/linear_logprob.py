@@ -56,7 +56,8 @@ def linear_logprob(
 
 @register("linear_logprob", "reference")
 def _reference(*operands: Any) -> tuple[Tensor, Tensor]:
-    return _LinearLogprob.apply(*operands)
+    logprob, entropy = _LinearLogprob.apply(*operands)
+    return logprob, entropy
 
 
 class _LinearLogprob(torch.autograd.Function):

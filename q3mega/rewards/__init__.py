@@ -9,152 +9,56 @@ A bare number will do for a verdict, and None where it cannot judge. `row` holds
 general RL have said: row["scored"].
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import inf, isfinite, prod
-from numbers import Real
-from typing import Any, TypeVar
+from importlib import import_module
+from typing import Any
 
-from q3mega.errors import UserError
 from q3mega.problems import Problem
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A finite score, 1 for full marks, or None for what cannot be judged; and the reason in a few
-    words. numpy's and torch's scalars become the numbers they hold; all else is a ValueError.
-
-    parts: each reward's own score, where several make one.
-    """
-
-    score: float | None
-    reason: str
-    parts: Mapping[str, float] = field(default_factory=dict, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.score is not None:
-            object.__setattr__(self, "score", _finite(self.score))
-
-
-def _finite(value: Any) -> float:
-    scalar = value.item() if getattr(value, "ndim", None) == 0 else value
-    if isinstance(scalar, Real) and isfinite(number := float(scalar)):
-        return number
-    raise ValueError(f"score={value!r:.80} must be a finite number, or None")
-
-
-Reward = Callable[[str, Mapping[str, Any]], Verdict | float | None]
-_Reward = TypeVar("_Reward", bound=Reward)
-Needs = Callable[[Mapping[str, Any]], object]
-# One registered reward; several, whose product counts; or several with weights.
-RewardSpec = str | Sequence[str] | Mapping[str, float]
-_REWARDS: dict[str, tuple[Reward, Needs | None]] = {}
-RENAMED = {"found": "string_match", "grounded": "groundedness", "premise": "false_premise"}
-
-
-def reward(name: str, needs: Needs | None = None) -> Callable[[_Reward], _Reward]:
-    """Decorator: register `f(completion, row) -> Verdict | float | None` under `name`.
-
-    completion: the assistant's raw text, think tags and tool calls included, stop token not.
-    needs(row): raises ValueError for a row that the reward cannot judge by, which then is refused
-    before anything computes; a pydantic model's `model_validate` will do.
-    """
-
-    def register(fn: _Reward) -> _Reward:
-        _REWARDS[name] = fn, needs
-        return fn
-
-    return register
-
-
-def reward_names(names: RewardSpec) -> list[str]:
-    """The rewards that make one."""
-    return [names] if isinstance(names, str) else list(names)
-
-
-def score(names: RewardSpec, completion: str, row: Mapping[str, Any]) -> Verdict:
-    """The verdict of one registered reward; of several the product, or with weights their mean.
-
-    The reason is the lowest one's. Where one cannot judge there is no score. A product with a
-    negative factor is the lowest one: two penalties make no reward.
-    Raises UserError for an unknown name, a weight of no use, and a reward that breaks.
-    """
-    weights = names if isinstance(names, Mapping) else None
-    for name in reward_names(names):
-        if name not in _REWARDS:
-            if name in RENAMED:
-                raise UserError(f"reward={name!r} is called {RENAMED[name]} now")
-            raise UserError(f"reward={name!r} is unknown: use one of {', '.join(sorted(_REWARDS))}")
-    if weights and not all(isinstance(w, int | float) and 0 < w < inf for w in weights.values()):
-        raise UserError(f"reward={dict(weights)}: weights must be numbers above 0")
-    verdicts = {name: _verdict(name, completion, row) for name in reward_names(names)}
-    parts = {name: v.score for name, v in verdicts.items() if v.score is not None}
-    for verdict in verdicts.values():
-        if verdict.score is None:
-            return Verdict(None, verdict.reason, parts)
-    lowest = min(parts, key=parts.__getitem__)
-    if weights:
-        mean = sum(weights[name] * part for name, part in parts.items()) / sum(weights.values())
-        value = min(max(mean, parts[lowest]), max(parts.values()))  # rounding
-    else:
-        value = parts[lowest] if parts[lowest] < 0 else prod(parts.values())
-    return Verdict(value, verdicts[lowest].reason, parts)
-
-
-def _verdict(name: str, completion: str, row: Mapping[str, Any]) -> Verdict:
-    """What one reward gives, as a verdict. Raises UserError that names it and the row."""
-    fn, needs = _REWARDS[name]
-    try:
-        if needs:
-            needs(row)
-        given = fn(completion, row)
-        if isinstance(given, Verdict):
-            return given
-        return Verdict(given, f"{name} cannot judge it" if given is None else f"of {name}")
-    except UserError as error:
-        raise UserError(f"reward={name} of {_asked(row)}: {error}") from error
-    except Exception as error:
-        if isinstance(error, KeyError) and error.args and error.args[0] not in row:
-            wrong = f"needs the field {error}"
-        else:
-            wrong = f"failed with {type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"reward={name} of {_asked(row)} {wrong}") from error
-
-
-def _asked(row: Mapping[str, Any]) -> str:
-    """How an error names a row: its line in a file, and how its question begins."""
-    question = repr(row["messages"][-1]["content"][:60]) if row.get("messages") else "a row"
-    return f"{question} ({row['where']})" if "where" in row else question
-
-
-def reference(row: Mapping[str, Any]) -> str:
-    """The row's reference answer. Raises UserError for a row without one."""
-    text = row.get("answer")
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"answer={text!r:.80} must be the reference, a text or a number: add it")
-    return text
-
-
-from q3mega.rewards import (  # noqa: E402  (they register)
-    false_premise,  # noqa: F401
-    groundedness,  # noqa: F401
-    language,  # noqa: F401
-    length,  # noqa: F401
-    mode,  # noqa: F401
-    repetition,  # noqa: F401
-    string_match,  # noqa: F401
-    tool_call,  # noqa: F401
-    tool_calls,  # noqa: F401
+from q3mega.rewards.registry import (
+    Needs,
+    Reward,
+    RewardSpec,
+    Verdict,
+    reference,
+    reward,
+    reward_names,
+    score,
 )
-from q3mega.rewards.instructions import (  # noqa: E402
-    constraint_counts,  # noqa: F401
-    constraint_forms,  # noqa: F401
-    exact,  # noqa: F401
-    length_control,  # noqa: F401
+
+__all__ = [
+    "MODELS",
+    "TASK_REWARD",
+    "Needs",
+    "Reward",
+    "RewardSpec",
+    "Verdict",
+    "model_rewards_of",
+    "reference",
+    "reward",
+    "reward_names",
+    "reward_of",
+    "score",
+    "score_problem",
+]
+_BUILT_IN = (  # the modules that register a reward, or a kind of constraint
+    "false_premise",
+    "groundedness",
+    "instructions.constraint_counts",
+    "instructions.constraint_forms",
+    "instructions.exact_match",
+    "instructions.length_control",
+    "language",
+    "math.answer",
+    "mode",
+    "models.judge",
+    "models.preference",
+    "overlong",
+    "programs.code",
+    "repetition",
+    "string_match",
+    "tool_calls",
 )
-from q3mega.rewards.math import answer  # noqa: E402, F401
-from q3mega.rewards.models import judge, preference  # noqa: E402, F401
-from q3mega.rewards.programs import code  # noqa: E402, F401
+for _module in _BUILT_IN:
+    import_module(f"{__name__}.{_module}")
 
 MODELS = ("judge", "preference")  # what needs a model, which general RL has
 # family -> its reward; the reasoning families' is `answer`

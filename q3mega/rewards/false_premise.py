@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from q3mega.errors import UserError
-from q3mega.rewards import Verdict, reward
 from q3mega.rewards.instructions.text_units import fold, occurrences, sentences, visible, words
 from q3mega.rewards.mode import reply
+from q3mega.rewards.registry import Verdict, reward
 from q3mega.rewards.string_match import texts
 
 MAX_WORDS = 60  # of a reply that was asked for in one sentence: a longer one may say everything

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from q3mega.problems.generated.synthetic_documents import NOT_FOUND
-from q3mega.rewards import Verdict, reference, reward
 from q3mega.rewards.math.answer import boxes
 from q3mega.rewards.mode import reply
+from q3mega.rewards.registry import Verdict, reference, reward
 
 MAX_WORDS = 12  # of a reply without a box: a longer one is no short answer
 _LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is)?(?::| ) ?|(?:最终)?答案(?:是|为)?[::]? ?")

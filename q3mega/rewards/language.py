@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from q3mega.data.language import READ, identify, prose, script, scripts
-from q3mega.rewards import Verdict, reward
+from q3mega.rewards.registry import Verdict, reward
 
 # code -> its name, its script
 _LANGUAGES = {

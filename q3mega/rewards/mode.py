@@ -8,7 +8,7 @@ from typing import Any
 
 from q3mega.data.chat import last_flag, parse
 from q3mega.errors import UserError
-from q3mega.rewards import Verdict, reward
+from q3mega.rewards.registry import Verdict, reward
 
 
 def mode_of(completion: str) -> str | None:

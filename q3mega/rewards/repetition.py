@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from q3mega.data.language import IDEOGRAPHS
-from q3mega.rewards import Verdict, reward
+from q3mega.rewards.registry import Verdict, reward
 
 WORDS = 3
 # Han and kana stand alone, and no piece is longer than a word: a loop without spaces is one, too.

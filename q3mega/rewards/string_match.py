@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from q3mega.errors import UserError
-from q3mega.rewards import Verdict, reward
 from q3mega.rewards.instructions.text_units import fold, occurrences, visible
 from q3mega.rewards.mode import reply
+from q3mega.rewards.registry import Verdict, reward
 
 MAX_CHARACTERS = 500  # of a reply, some 128 tokens: who needs more says the context again
 

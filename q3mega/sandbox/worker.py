@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from q3mega.sandbox import sandbox
+from q3mega.sandbox import confined
 
 START_SECONDS = 60.0  # it imports its packages, from a slow disk perhaps
 
@@ -26,8 +26,8 @@ class Worker:
     """One process, started when first needed. Any thread may ask; a forked child gets its own.
 
     name: what errors call it. command: how it starts. read: what it reads besides the standard
-    library. seconds: for all questions of one `asking`. level: one of sandbox.LEVELS, by default
-    `sandbox.confinement()`.
+    library. seconds: for all questions of one `asking`. level: one of confined.LEVELS, by default
+    `confined.confinement()`.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Worker:
         name: str,
         command: Sequence[str],
         read: Sequence[str],
-        limits: sandbox.Limits,
+        limits: confined.Limits,
         seconds: float,
         level: str | None = None,
     ) -> None:
@@ -57,7 +57,7 @@ class Worker:
         twice; all questions share the limit. Waiting for other threads does not count.
 
         Raises RuntimeError when the worker cannot start, UserError where nothing confines it
-        (`sandbox.confinement`).
+        (`confined.confinement`).
         """
         with self._lock:
             left = self._seconds
@@ -90,7 +90,8 @@ class Worker:
         if self._process and self._process.poll() is None:
             return self._process
         self.close()
-        launcher = sandbox.launcher(self._level or sandbox.confinement(), self._limits, self._read)
+        level = self._level or confined.confinement()
+        launcher = confined.launcher(level, self._limits, self._read)
         pipe = subprocess.PIPE
         try:
             self._process = subprocess.Popen(

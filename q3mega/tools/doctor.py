@@ -51,10 +51,10 @@ def findings() -> Iterator[tuple[str, str]]:
             if device.HAS_TRANSFORMER_ENGINE
             else "megatron-core's own; fp8 needs a GPU and Transformer Engine",
         )
-    from q3mega.sandbox import sandbox
+    from q3mega.sandbox import confined
 
     try:
-        yield "sandbox", sandbox.LEVELS[sandbox.confinement()]
+        yield "sandbox", confined.LEVELS[confined.confinement()]
     except UserError as error:
         yield "sandbox", str(error)
     built = importlib.util.find_spec("q3mega._data")

@@ -20,7 +20,7 @@ from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
 from q3mega.model.routing import ROUTED_EXPERTS, as_column, differing
 from q3mega.problems import Problem
-from q3mega.rewards.length import overlong_penalty
+from q3mega.rewards.overlong import overlong_penalty
 from q3mega.rollout.logprobs import routed_logprobs, token_logprobs
 from q3mega.train import stopping
 from q3mega.train.ledger import FILE as LEDGER

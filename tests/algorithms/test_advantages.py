@@ -12,7 +12,7 @@ from q3mega.algorithms.advantages import group_advantages
 from q3mega.algorithms.entropy_control import EntropyController
 from q3mega.algorithms.losses import normalise
 from q3mega.data.batch import Sample
-from q3mega.rewards.length import overlong_penalty
+from q3mega.rewards.overlong import overlong_penalty
 
 rewards = st.lists(st.floats(0, 1), min_size=2, max_size=16)
 

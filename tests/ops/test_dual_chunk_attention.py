@@ -156,7 +156,7 @@ def test_small_query_blocks_change_nothing(chunk_size: int, monkeypatch) -> None
     kw = {"chunk_size": chunk_size, "local_size": 3}
     out = ops.dual_chunk_attention(q[5:], k, v, q_offset=5, **kw)
     module = import_module("q3mega.ops.dual_chunk_attention")  # the name in ops is the function
-    monkeypatch.setattr(module, "SCORES", 3 * 4 * 33)
+    monkeypatch.setattr(module, "MAX_SCORES", 3 * 4 * 33)
     agree(ops.dual_chunk_attention(q[5:], k, v, q_offset=5, **kw), out, [q, k, v])
 
 

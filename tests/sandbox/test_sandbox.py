@@ -19,8 +19,7 @@ from helpers.hostile_programs import PROGRAMS
 
 from q3mega.errors import UserError
 from q3mega.rewards import score
-from q3mega.sandbox import sandbox
-from q3mega.sandbox.sandbox import Limits, confinement, limits_of, run, started
+from q3mega.sandbox import Limits, confined, confinement, limits_of, run, started
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox stands on Linux")
 SHORT = Limits(cpu=1, wall=2.5, memory=256 << 20, output=64 << 10, scratch=1 << 20)
@@ -297,7 +296,7 @@ def test_from_several_threads_at_once():
 
 
 def test_a_killed_caller_leaves_no_program_behind():
-    program = "from q3mega.sandbox import sandbox as s\ns.confinement(); print(flush=True)\n"
+    program = "from q3mega.sandbox import confined as s\ns.confinement(); print(flush=True)\n"
     program += "s.run('import time; time.sleep(99)', limits=s.Limits(wall=3))"
     caller = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     caller.stdout.read(1)  # from here on there is but one program
@@ -315,13 +314,13 @@ def forbidden(tmp_path, monkeypatch):
     """A machine that allows neither user namespaces nor Landlock."""
     launcher = tmp_path / "confine"
     launcher.write_text(
-        f'#!/bin/sh\n[ "$2" = none ] && exec {sandbox.CONFINE} "$@"\n'
+        f'#!/bin/sh\n[ "$2" = none ] && exec {confined.CONFINE} "$@"\n'
         'while [ "$1" != --report ]; do shift; done\n'
         'echo "refused user namespaces: not permitted" > /proc/self/fd/$2\n'
     )
     launcher.chmod(0o755)
-    monkeypatch.setattr(sandbox, "CONFINE", launcher)
-    monkeypatch.delenv(sandbox.UNCONFINED, raising=False)
+    monkeypatch.setattr(confined, "CONFINE", launcher)
+    monkeypatch.delenv(confined.UNCONFINED, raising=False)
     confinement.cache_clear()
     yield
     confinement.cache_clear()
@@ -330,13 +329,13 @@ def forbidden(tmp_path, monkeypatch):
 def test_nothing_runs_unconfined_unless_told_so(forbidden, monkeypatch):
     with pytest.raises(UserError, match=r"not permitted; .*Q3MEGA_UNCONFINED=1 to"):
         run("print(1)")
-    monkeypatch.setenv(sandbox.UNCONFINED, "1")
+    monkeypatch.setenv(confined.UNCONFINED, "1")
     assert run("print(1)").stdout == "1\n" and confinement() == "none"
     assert "not permitted" in run("import os; os.fork()").reason
 
 
 def test_without_the_launcher_there_is_an_error_that_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(sandbox, "CONFINE", tmp_path / "confine")
+    monkeypatch.setattr(confined, "CONFINE", tmp_path / "confine")
     confinement.cache_clear()
     with pytest.raises(UserError, match="is missing, without which no program runs"):
         run("print(1)")

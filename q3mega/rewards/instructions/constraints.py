@@ -14,9 +14,9 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple, NewType, get_type_hints
 
 from q3mega.errors import UserError
-from q3mega.rewards import Verdict, reward
 from q3mega.rewards.instructions.text_units import fold, visible, words
 from q3mega.rewards.mode import reply
+from q3mega.rewards.registry import Verdict, reward
 
 Constraint = Mapping[str, Any]
 Letter = NewType("Letter", str)

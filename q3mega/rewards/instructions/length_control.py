@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from q3mega.errors import UserError
-from q3mega.rewards import Verdict, reward
 from q3mega.rewards.instructions.constraint_counts import words
 from q3mega.rewards.instructions.text_units import fold, sentences, visible
 from q3mega.rewards.mode import reply
+from q3mega.rewards.registry import Verdict, reward
 
 NEAR = 0.05  # of the words: "about" is met within it
 

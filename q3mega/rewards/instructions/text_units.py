@@ -151,7 +151,8 @@ def is_question(sentence: str) -> bool:
     """Whether it ends in a question mark; Armenian has it within the last word, Greek writes ;."""
     if _QUESTION_MARKS.intersection(sentence[-4:]) or "՞" in sentence:
         return True
-    return ";" in sentence[-4:] and scripts(sentence[-100:]).most_common(1)[0][0] == "GREEK"
+    commonest_script = [name for name, _ in scripts(sentence[-100:]).most_common(1)]
+    return ";" in sentence[-4:] and commonest_script == ["GREEK"]
 
 
 def _blocks(text: str) -> list[str]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from q3mega.sandbox import sandbox
+from q3mega.sandbox import confined
 from q3mega.sandbox.worker import Worker
 
 SECONDS = 5.0  # for one answer, all of its pieces; the worker's start comes on top
@@ -26,9 +26,9 @@ _PACKAGES = tuple(
 # By path, so that nothing of this package is imported. -P: this folder is not on its path, -s and
 # -S: nor are the user's packages and the environment's, but for those named.
 _FLAGS = "-P", "-s", "-S", "-B", "-X", "utf8"
-COMMAND = (sandbox.interpreter(), *_FLAGS, str(_MAIN), *_PACKAGES)
+COMMAND = (confined.interpreter(), *_FLAGS, str(_MAIN), *_PACKAGES)
 # It writes nothing and sees to its own CPU time (algebra_worker.py); the other limits never cut.
-_LIMITS = sandbox.Limits(cpu=10**9, wall=1e9, memory=2 << 30, output=0, scratch=1 << 12)
+_LIMITS = confined.Limits(cpu=10**9, wall=1e9, memory=2 << 30, output=0, scratch=1 << 12)
 
 Same = Callable[[str, str], bool]
 

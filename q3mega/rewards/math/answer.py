@@ -4,11 +4,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from q3mega.rewards import Verdict, reference, reward
 from q3mega.rewards.math.equality import equal
 from q3mega.rewards.math.notation import normal
 from q3mega.rewards.math.quantities import number
 from q3mega.rewards.mode import reply
+from q3mega.rewards.registry import Verdict, reference, reward
 
 MAX_WAYS = 8  # in which one answer is boxed: each may cost the time of a comparison
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from q3mega.problems.generated.general import NAMES, NOT_FOUND
-from q3mega.rewards import Verdict, reference, reward
 from q3mega.rewards.mode import reply
+from q3mega.rewards.registry import Verdict, reference, reward
 
 MAX_CHARACTERS = 60  # of an answer: a longer one says too much to be the short reference
 PHRASED = 0.25  # of the examples hold the answer in a sentence

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from q3mega.rewards import Verdict, reward
+from q3mega.rewards.registry import Verdict, reward
 
 WIDEST = 30.0  # standard deviations; beyond them the logistic is 0 or 1 and exp would overflow
 

@@ -15,12 +15,12 @@ from decimal import Decimal
 from typing import Any
 
 from q3mega.errors import UserError
-from q3mega.rewards import Verdict, reward
 from q3mega.rewards.mode import reply
 from q3mega.rewards.programs import harness, row_tests
 from q3mega.rewards.programs.extraction import program
 from q3mega.rewards.programs.row_tests import Calls, Case, Cases, Check, Tests, Tolerance, literal
-from q3mega.sandbox.sandbox import Limits, Outcome, limits_of, run, started
+from q3mega.rewards.registry import Verdict, reward
+from q3mega.sandbox import Limits, Outcome, limits_of, run, started
 
 MAX_CHARACTERS = 100_000  # of a program
 TOLERANCE = Tolerance(1e-6, 1e-6)  # of fractions, where a row does not say: contests' usual one

@@ -153,6 +153,7 @@ def test_lists_have_the_marks_of_their_script(text, numbered, bulleted):
         ("لماذا؟", 1),
         ("Γιατί;", 1),
         ("So; yes;", 0),
+        ("0;", 0),
         ("Ինչո՞ւ։", 1),
         ("ለምን፧", 1),
     ],

@@ -16,9 +16,9 @@ import pytest
 from q3mega.errors import UserError
 from q3mega.rewards.math import algebra, equality
 from q3mega.rewards.math.algebra import Algebra
-from q3mega.sandbox import sandbox
+from q3mega.sandbox import confined
 
-PYTHON = sandbox.interpreter(), "-S", "-c"
+PYTHON = confined.interpreter(), "-S", "-c"
 RUNAWAY = "9^{9^{9^{9}}}x"  # a power in one C call, which no signal handler interrupts
 
 
@@ -189,7 +189,7 @@ space["main"]()
 def test_what_gets_out_of_the_parsers_is_shut_in(level, tmp_path):
     """Each deed ends in an error of the system where the worker is confined, and not where not."""
     try:
-        sandbox.run("", level=level)
+        confined.run("", level=level)
     except RuntimeError as error:
         pytest.skip(str(error))
     kept = tmp_path / "kept.txt"
@@ -217,7 +217,7 @@ def test_without_confinement_nothing_is_parsed(monkeypatch):
     def refused():
         raise UserError("nothing here confines what a model writes")
 
-    monkeypatch.setattr(sandbox, "confinement", refused)
+    monkeypatch.setattr(confined, "confinement", refused)
     worker = Algebra()
     with pytest.raises(UserError, match="nothing here confines"):
         ask(worker)

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from q3mega.errors import UserError
-from q3mega.rewards import Verdict, reference, reward
 from q3mega.rewards.mode import reply
+from q3mega.rewards.registry import Verdict, reference, reward
 
 
 @reward("exact", needs=reference)

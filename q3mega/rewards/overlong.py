@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from q3mega.rewards import Verdict, reward
+from q3mega.rewards.registry import Verdict, reward
 
 
 @reward("length")
