@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-import megatron.core
 import pytest
 import torch
 
@@ -29,7 +28,7 @@ def test_importing_the_engine_leaves_torch_alone():
 
 
 def test_another_megatron_is_told(monkeypatch, caplog):
-    assert megatron.core.__version__ == megatron_patches.VERSION
-    monkeypatch.setattr(megatron.core, "__version__", "0.20.0")
+    assert megatron_patches.megatron.core.__version__ == megatron_patches.VERSION
+    monkeypatch.setattr(megatron_patches.megatron.core, "__version__", "0.20.0")
     megatron_patches._check_version()
     assert "megatron-core is 0.20.0, and its patches are for 0.19.2" in caplog.text
