@@ -43,7 +43,7 @@ def apply() -> None:
 
 def _check_version() -> None:
     """Warn of a release whose internals may be other ones."""
-    if megatron.core.__version__ != VERSION:
+    if megatron.core.__version__.partition("+")[0] != VERSION:
         _LOG.warning(
             "megatron-core is %s, and its patches are for %s: pip install megatron-core==%s",
             megatron.core.__version__, VERSION, VERSION,
