@@ -4,14 +4,15 @@ from pathlib import Path
 
 from q3mega.environments.tool import RunText
 from q3mega.errors import UserError
-from q3mega.sandbox import Limits, Worker, confined
+from q3mega.sandbox import Limits, Worker, WorkerProgram, confined
 
 QUERY_TIMEOUT_S = 5.0  # then its process is ended
 _WORKER_PATH = str(Path(__file__).with_name("worker.py"))
 _WORKER = Worker(
     "SQL",
-    (confined.interpreter(), "-I", "-S", "-B", "-X", "utf8", _WORKER_PATH),
-    (_WORKER_PATH,),
+    lambda: WorkerProgram(
+        (confined.interpreter(), "-I", "-S", "-B", "-X", "utf8", _WORKER_PATH), (_WORKER_PATH,)
+    ),
     # It limits its own CPU time and writes nothing.
     Limits(cpu=10**9, wall=1e9, memory=1 << 30, output=0, scratch=1 << 12),
     QUERY_TIMEOUT_S,
