@@ -136,26 +136,28 @@ class Endpoint:
         """
         settings = self._settings(max_tokens, temperature, thinking)
         keys = [_key(self.url, chat, settings) for chat in chats]
-        asked = {
+        questions = {
             key: _Question(chat, self.cache.replies(key))
             for key, chat in dict(zip(keys, chats, strict=True)).items()
         }
-        self.replied |= any(question.replies for question in asked.values())
-        self._ask_all(asked, settings, n)
-        answers = {key: question.first(n) for key, question in asked.items()}
+        self.replied |= any(question.replies for question in questions.values())
+        self._ask_all(questions, settings, n)
+        answers = {key: question.first(n) for key, question in questions.items()}
         lost = [reply for some in answers.values() for reply in some if isinstance(reply, NoReply)]
         if lost:
-            few = sum(bool(question.failures) for question in asked.values())
+            few = sum(bool(question.failures) for question in questions.values())
             detail = lost[-1].detail
-            _log.warning("%d of %d chats lack a reply, the last: %s", few, len(asked), detail)
+            _log.warning("%d of %d chats lack a reply, the last: %s", few, len(questions), detail)
             if not self.replied:
                 raise EndpointFailed(detail)
         return [answers[key] for key in keys]
 
-    def _ask_all(self, asked: Mapping[str, _Question], settings: Mapping[str, Any], n: int) -> None:
+    def _ask_all(
+        self, questions: Mapping[str, _Question], settings: Mapping[str, Any], n: int
+    ) -> None:
         """Until each question has n replies or failures."""
         spent, failures = self.cache.spent(), 0
-        waiting = [key for key, question in asked.items() if len(question.replies) < n]
+        waiting = [key for key, question in questions.items() if len(question.replies) < n]
         under_way: dict[Future[Answer], str] = {}
 
         def take(future: Future[Answer]) -> list[str]:
@@ -165,11 +167,11 @@ class Endpoint:
             texts = [reply for reply in answer.replies if isinstance(reply, str)]
             tokens = answer.tokens or 0
             if texts or tokens:
-                self.cache.add(key, len(asked[key].replies), texts, tokens)
-            asked[key].replies += texts
-            asked[key].failures += [r for r in answer.replies if isinstance(r, NoReply)]
+                self.cache.add(key, len(questions[key].replies), texts, tokens)
+            questions[key].replies += texts
+            questions[key].failures += [r for r in answer.replies if isinstance(r, NoReply)]
             spent += tokens
-            if asked[key].tries < n:  # a server that gives one choice at a time
+            if questions[key].tries < n:  # a server that gives one choice at a time
                 waiting.append(key)
             return texts
 
@@ -180,10 +182,10 @@ class Endpoint:
                     while waiting and len(under_way) < self.concurrency:
                         self._check_budget(spent)
                         key = waiting.pop(0)
-                        job = pool.submit(self._request, key, asked[key], settings, n)
+                        job = pool.submit(self._request, key, questions[key], settings, n)
                         under_way[job] = key
                     for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                        question = asked[under_way[future]]
+                        question = questions[under_way[future]]
                         texts = take(future)
                         self.replied |= bool(texts)
                         failures = 0 if texts else failures + 1
@@ -265,9 +267,9 @@ class Endpoint:
         turns = json.dumps([dict(turn) for turn in chat], ensure_ascii=False)
         messages = cast(Any, json.loads(clean(turns)))
         create = self.client.chat.completions.with_raw_response.create
-        rest = {name: value for name, value in body.items() if name != "model"}
+        fields = {name: value for name, value in body.items() if name != "model"}
         return read(
-            *self._sent(lambda: create(model=self.model, messages=messages, extra_body=rest)),
+            *self._sent(lambda: create(model=self.model, messages=messages, extra_body=fields)),
             sent=body,
         )
 
@@ -283,8 +285,8 @@ class Endpoint:
             cause = type(error.__cause__).__name__
             down = "Connect" in cause or "Proxy" in cause
             slow = isinstance(error, openai.APITimeoutError) and not down
-            said, remedy = f"{error} {cause}: {error.__cause__}", "slow" if slow else "down"
-            raise Fault(BROKEN, said, REMEDIES[remedy], passes=True, ends=down) from None
+            reason, remedy = f"{error} {cause}: {error.__cause__}", "slow" if slow else "down"
+            raise Fault(BROKEN, reason, REMEDIES[remedy], passes=True, ends=down) from None
         except openai.OpenAIError as error:
             raise Fault(BROKEN, f"{type(error).__name__}: {error}", REMEDIES["log"]) from None
         return response.status_code, response.headers, response.text
@@ -297,8 +299,8 @@ class Endpoint:
                 return attempt()
             except Fault as fault:
                 if fault.wait is not None and fault.wait > LONGEST_WAIT:
-                    said = f"{fault.said}; it asks to wait {fault.wait:.0f} s"
-                    raise Fault(fault.rule, said, REMEDIES["later"], ends=True) from None
+                    message = f"{fault.said}; it asks to wait {fault.wait:.0f} s"
+                    raise Fault(fault.rule, message, REMEDIES["later"], ends=True) from None
                 slow = fault.remedy == REMEDIES["slow"]  # twice its timeout is long enough
                 if not fault.passes or tries >= min(self.retries, 1 if slow else self.retries):
                     raise

@@ -104,8 +104,8 @@ class ReferenceJudge:
 
     def _raw(self, pairs: Sequence[tuple[Mapping[str, Any], str]]) -> list[float | NoReply]:
         """Mean grade of both orders, in [0, 1], or why there is none."""
-        asked = [(row["messages"][-1]["content"], row["answer"], text) for row, text in pairs]
-        both = grades(asked, self.ask, self.count) if asked else []
+        triples = [(row["messages"][-1]["content"], row["answer"], text) for row, text in pairs]
+        both = grades(triples, self.ask, self.count) if triples else []
         self._differences += [abs(g[0] - g[1]) / 10 for g in both if not isinstance(g, NoReply)]
         return [g if isinstance(g, NoReply) else (g[0] + g[1]) / 20 for g in both]
 

@@ -55,8 +55,8 @@ def topk_of_teacher(teacher: Engine | ServedTeacher, config: DistillOnPolicy) ->
     """The teacher's best tokens join the batch."""
 
     def prepare(batches: list[Batch]) -> None:
-        found = best_of(teacher, batches, config.teacher_topk, config.temperature)
-        for batch, (ids, logprobs) in zip(batches, found, strict=True):
+        candidates = best_of(teacher, batches, config.teacher_topk, config.temperature)
+        for batch, (ids, logprobs) in zip(batches, candidates, strict=True):
             batch.columns |= {"teacher_ids": ids.float(), "teacher_logprobs": logprobs}
 
     return distillation_topk(config.divergence, config.temperature), prepare

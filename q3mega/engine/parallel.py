@@ -157,18 +157,18 @@ def shard_for_context_parallel(
     filled = (lengths + document - 1) // document * document
     end = torch.cat([filled.new_zeros(1), filled.cumsum(0)])
     row = torch.repeat_interleave(end[:-1] - batch.cu_seqlens[:-1], lengths)
-    place = row + torch.arange(len(batch), device=row.device)
-    rest = -int(end[-1]) % math.lcm(document, size * ways * multiple)
-    if rest:
-        end = torch.cat([end, end[-1:] + rest])
+    positions = row + torch.arange(len(batch), device=row.device)
+    padding = -int(end[-1]) % math.lcm(document, size * ways * multiple)
+    if padding:
+        end = torch.cat([end, end[-1:] + padding])
     end = end.to(batch.cu_seqlens.dtype)
-    spread = batch.at(place, int(end[-1]))
+    spread = batch.at(positions, int(end[-1]))
     rank = ps.get_context_parallel_rank()
     held = context_parallel.zigzag(end, rank, size) if size > 1 else torch.arange(len(spread))
-    held = held.to(place.device)
-    real = torch.zeros(len(spread), dtype=torch.bool, device=place.device)
-    real[place] = not batch.filler
-    return ContextShard(batch, spread.take(held, end // size), end, place, real[held])
+    held = held.to(positions.device)
+    real = torch.zeros(len(spread), dtype=torch.bool, device=positions.device)
+    real[positions] = not batch.filler
+    return ContextShard(batch, spread.take(held, end // size), end, positions, real[held])
 
 
 @dataclass

@@ -56,10 +56,10 @@ class SynchronousSchedule:
         missing = [s for s in _window(step, self.staleness, last) if s not in ready]
         for s in missing:
             begin(s)
-        found = {s: parallel.gather_over_data(self.roll_out(s)) for s in missing}
-        for rollout in (r for batch in found.values() for r in batch):
+        batches = {s: parallel.gather_over_data(self.roll_out(s)) for s in missing}
+        for rollout in (r for batch in batches.values() for r in batch):
             rollout.versions = [updates]
-        return found
+        return batches
 
     def drain(self) -> Batches:
         """See `Schedule`."""
@@ -97,8 +97,8 @@ class AsynchronousSchedule:
 
     def _collect(self, awaited: int | None) -> Batches:
         done = [s for s, batch in self.under_way.items() if s == awaited or batch.done()]
-        found = [(s, self.under_way.pop(s).result()) for s in sorted(done)]
-        batches = dict(parallel.gather_over_all(found))
+        finished = [(s, self.under_way.pop(s).result()) for s in sorted(done)]
+        batches = dict(parallel.gather_over_all(finished))
         for rollout in (r for batch in batches.values() for r in batch):
             sampled_by = (version for version, _ in rollout.completion.weights)
             rollout.versions = sorted({self.updates[version] for version in sampled_by})

@@ -17,15 +17,15 @@ def shard(samples: Sequence[Sample], capacity: int) -> list[Batch]:
     ranks (few groups of a rollout batch may carry a signal) the others get a filler.
     """
     size, rank = parallel.data_size(), parallel.data_rank()
-    loads, mine = [0] * size, []
+    loads, local_samples = [0] * size, []
     for sample in sorted(samples, key=len, reverse=True):
         lightest = loads.index(min(loads))
         loads[lightest] += len(sample)
         if lightest == rank:
-            mine.append(sample)
-    if samples and not mine:
+            local_samples.append(sample)
+    if samples and not local_samples:
         return [collate([min(samples, key=len)]).as_filler()]
-    return pack(mine, capacity)
+    return pack(local_samples, capacity)
 
 
 def train(

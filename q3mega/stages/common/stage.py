@@ -70,8 +70,8 @@ class Stage(Generic[_Config]):
     def latest(self, *, model: str) -> Path | None:
         """The weights of the nearest stage before this one that trains `model`."""
         before = list(self.recipe.stages)[: list(self.recipe.stages).index(self.name)]
-        found = [s for s in before if self.recipe.stages[s].trains == model]
-        return self.hf(found[-1]) if found else None
+        stages = [s for s in before if self.recipe.stages[s].trains == model]
+        return self.hf(stages[-1]) if stages else None
 
     @cached_property
     def pool(self) -> Pool:
@@ -194,9 +194,9 @@ class Stage(Generic[_Config]):
 
     def prepared(self, name: str) -> bool:
         """Did an earlier try of this stage finish preparing `data/<name>`? (same on every rank)"""
-        found = (self.data / name).exists()
+        exists = (self.data / name).exists()
         dist.barrier()
-        return found
+        return exists
 
     def save_hf(self, engine: Engine, folder: Path | None = None) -> None:
         """A folder that transformers loads, tokenizer and chat template included."""
