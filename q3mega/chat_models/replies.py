@@ -163,14 +163,14 @@ def _reply(choice: Mapping[str, Any]) -> str | NoReply:
     end = str(choice.get("finish_reason") or "").lower()
     refusal = _text(message.get("refusal"))
     if end in _FILTERED or (refusal and not content):
-        said = f"a reply without text, or cut, which ended by {end or 'a refusal'}: {refusal}"
-        return NoReply(REFUSED, f"{excerpt(said)}: {REMEDIES['refused']}")
+        reason = f"a reply without text, or cut, which ended by {end or 'a refusal'}: {refusal}"
+        return NoReply(REFUSED, f"{excerpt(reason)}: {REMEDIES['refused']}")
     if end in _STOPPED:
         raise Fault(BROKEN, f"broke a reply off ({end})", REMEDIES["log"], passes=True)
     if not content.strip() and not (thinking.strip() and (end in _CUT or not end)):
         what = "calls of tools" if message.get("tool_calls") else "a reply without text"
-        said = f"{what}, which ended by {excerpt(end) or 'nothing it says'}: {REMEDIES['empty']}"
-        return NoReply(EMPTY, said, again=True)
+        reason = f"{what}, which ended by {excerpt(end) or 'nothing it says'}: {REMEDIES['empty']}"
+        return NoReply(EMPTY, reason, again=True)
     if thinking.strip() and "</think>" not in content:
         closed = f"\n</think>\n\n{content.lstrip()}" if content.strip() else ""
         content = f"<think>\n{thinking.strip() if closed else thinking}{closed}"

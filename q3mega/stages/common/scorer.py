@@ -22,6 +22,7 @@ from q3mega.data.batch import Batch, Sample, collate
 from q3mega.data.chat import parse, render
 from q3mega.data.sft import chat_sample, reply_text
 from q3mega.engine import Engine, LMHead, parallel
+from q3mega.engine.parallel import shard_by_length
 from q3mega.evaluation import evaluate
 from q3mega.evaluation.reward_probes import probes
 from q3mega.problems import FAMILIES, Problem, files
@@ -32,9 +33,8 @@ from q3mega.rewards.models.judge import judge, judge_examples
 from q3mega.rewards.models.preference import preference
 from q3mega.rollout import Completion
 from q3mega.rollout.logprobs import each_sequence
-from q3mega.stages.common.asking import Asked
+from q3mega.stages.common.asking import ChatModelHandle
 from q3mega.stages.common.stage import Stage
-from q3mega.train.supervised import shard
 
 CALL_SHARE = 0.3  # of a generated agent task's reward is for the call, the rest for the answer
 HELD_OUT_PAIRS = 400
@@ -181,7 +181,7 @@ class AskedJudge:
     """The recipe's judge, which grades against the reference (`rewards.reference_judge`)."""
 
     def __init__(self, stage: Stage[GeneralRL], spec: ChatModelSpec) -> None:
-        self.asked = Asked(stage, spec, "judge_model")
+        self.asked = ChatModelHandle(stage, spec, "judge_model")
         self.judge = ReferenceJudge(self.asked.opinion, self.asked.count)
         self.found: dict[str, float] = {}
         if stage.config.judge_examples:
@@ -220,7 +220,9 @@ def train_judge(stage: Stage[GeneralRL]) -> Engine:
             )
             for prompt, verdict in judge_examples(config.questions, stage.seed("judge", step))
         ]
-        model.train_step(shard(normalise(samples), stage.config.micro_batch_tokens), supervised)
+        model.train_step(
+            shard_by_length(normalise(samples), stage.config.micro_batch_tokens), supervised
+        )
     return model
 
 

@@ -28,7 +28,7 @@ from q3mega.rewards import plugins
 from q3mega.rollout import Sampler, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.servers.sampler import ServerSampler
-from q3mega.rollout.weight_sync.sampler import SyncedSampler
+from q3mega.rollout.weight_sync.sampler import WeightSyncedSampler
 from q3mega.train.log import Log
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -159,13 +159,13 @@ class Stage(Generic[_Config]):
         )  # fmt: skip
         if reinforcement.routing_replay == "r3":  # do they tell their experts?
             servers.generate([[self.tokenizer.eos]], SamplingParams(1, routes=True))
-        self.write("rollout_servers.json", servers.engines)
+        self.write("rollout_servers.json", servers.server_versions)
         folder = (
             Path(spec.weights_folder or self.dir / "weights")
             if spec.weight_sync == "folder"
             else None
         )
-        return SyncedSampler(engine, servers, folder)
+        return WeightSyncedSampler(engine, servers, folder)
 
     @property
     def answer_tokens(self) -> int:

@@ -12,7 +12,7 @@ from q3mega.data.batch import Sample, collate
 from q3mega.data.sft import chat_sample
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.distillation.served_teacher import ServedTeacher
-from q3mega.distillation.service.client import RemoteTeacher
+from q3mega.distillation.service.client import TeacherClient
 from q3mega.distillation.teaching import Teacher, best_of
 from q3mega.distillation.topk import TopKWriter
 from q3mega.engine import Engine, parallel
@@ -56,7 +56,7 @@ def teacher_of(stage: Distillation, rows: int) -> Iterator[Teacher]:
         yield served_teacher(stage)
     else:
         key = key_of("teacher_key_env", config.teacher_key_env).encode()
-        with RemoteTeacher(
+        with TeacherClient(
             config.teacher_url, vocab=stage.tokenizer.vocab_size, rows=rows,
             tokenizer=stage.tokenizer.digest(), key=key, timeout=config.teacher_timeout_s,
         ) as teacher:  # fmt: skip
