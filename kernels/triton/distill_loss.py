@@ -149,12 +149,14 @@ def divergence_gradient(
     student: Tensor, teacher: Tensor, columns: int, lse_student: Tensor, lse_teacher: Tensor,
     divergence: str, beta: float, student_part: Tensor, g: Tensor,
 ) -> None:  # fmt: skip
-    """In row_of_weight: the gradient of sum g divergence with respect to `student`; student_part (n,): the part of
-    the row's divergence whose expectation is taken under the student."""
+    """In place: the gradient of sum g divergence by the logits `student` (n, V).
+
+    student_part (n,): the part of a row's divergence whose expectation is the student's.
+    """
     block = block_columns(student.shape[1])
     divergence_gradient_kernel[len(student), triton.cdiv(student.shape[1], block)](
-        student, teacher, lse_student, lse_teacher, student_part, g, student.shape[1], columns, beta,
-        DIVERGENCES[divergence], block, num_warps=8,
+        student, teacher, lse_student, lse_teacher, student_part, g, student.shape[1], columns,
+        beta, DIVERGENCES[divergence], block, num_warps=8,
     )  # fmt: skip
 
 

@@ -91,7 +91,8 @@ def divergence_gradient(
     """
     _cpu.divergence_gradient(
         student.data_ptr(), teacher.data_ptr(), *student.shape, columns, lse_student.data_ptr(),
-        lse_teacher.data_ptr(), DIVERGENCES[divergence], beta, student_part.data_ptr(), g.data_ptr(),
+        lse_teacher.data_ptr(), DIVERGENCES[divergence], beta, student_part.data_ptr(),
+        g.data_ptr(),
     )  # fmt: skip
 
 

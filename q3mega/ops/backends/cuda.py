@@ -137,8 +137,9 @@ def _triton(kernel: str, *tensors: Tensor) -> Any:
 
 def _problem(tables: RotaryTables, q: Tensor, k: Tensor, tile_list: Tensor) -> _cuda.Attention:
     arguments = (
-        DTYPE_CODES[q.dtype], q.shape[2], q.shape[1], k.shape[1], len(q), len(k), min(tables.chunk, MAX_CHUNK),
-        min(tables.clamp, MAX_CHUNK), tables.scale, tables.cos, tables.sin, tile_list, len(tile_list),
+        DTYPE_CODES[q.dtype], q.shape[2], q.shape[1], k.shape[1], len(q), len(k),
+        min(tables.chunk, MAX_CHUNK), min(tables.clamp, MAX_CHUNK), tables.scale, tables.cos,
+        tables.sin, tile_list, len(tile_list),
     )  # fmt: skip
     return _cuda.Attention(*map(_address_or_number, arguments))
 
