@@ -267,8 +267,8 @@ def forward(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     if len(tile_list):
         forward_kernel[len(tile_list), heads](
             q, k, v, out, lse, shape.cos, shape.sin, tile_list, shape.scale, shape.chunk,
-            shape.clamp, heads, kv_heads, half, max(16, triton.next_power_of_2(half)), t.queries, t.keys,
-            num_warps=t.warps, num_stages=t.stages,
+            shape.clamp, heads, kv_heads, half, max(16, triton.next_power_of_2(half)), t.queries,
+            t.keys, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return out, lse
 
