@@ -1,1 +1,1 @@
-"""Environments of several turns: tools that run, and the problems that need them."""
+"""Environments of several turns: each has its tools and the problems that need them."""

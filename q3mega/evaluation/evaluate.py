@@ -24,7 +24,7 @@ from q3mega.data.tagged import TaggedText
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.data.tool_schemas import with_schemas
 from q3mega.engine import Engine, LMHead, parallel
-from q3mega.environments.tools import environment
+from q3mega.environments.environment import environment_of
 from q3mega.errors import UserError
 from q3mega.io import whole_records
 from q3mega.problems import Problem, files, generate
@@ -179,7 +179,7 @@ def graded(
     ]
     prompts = [tokenizer.encode(text) for text in texts]
     each = [i for i in range(len(rows)) for _ in range(params.n)]
-    environments = [environment(problems[i]) for i in each]
+    environments = [environment_of(problems[i]) for i in each]
     asked = [prompts[i] for i in each]
     episodes = run_episodes(sampler, tokenizer, asked, environments, params)
     scores = [
@@ -255,7 +255,7 @@ def capabilities(
         for _, p in mine
     ]
     params = SamplingParams(max_tokens, 0.6, seed=seed + parallel.data_rank())
-    environments = [environment(p) for _, p in mine]
+    environments = [environment_of(p) for _, p in mine]
     episodes = run_episodes(sampler, tokenizer, prompts, environments, params)
     scored = [(i, success(p, turns)) for (i, p), (_, turns) in zip(mine, episodes, strict=True)]
     found = dict(parallel.gather_over_data(scored))

@@ -7,7 +7,7 @@ from pathlib import Path
 from q3mega.config.layout import check_layout
 from q3mega.config.recipe import Recipe
 from q3mega.config.workload import InputFiles
-from q3mega.environments.tools import environment
+from q3mega.environments.environment import environment_of
 from q3mega.errors import UserError
 from q3mega.model.config import shape_of
 from q3mega.problems import Problem, files
@@ -38,7 +38,7 @@ def check_files(recipe: Recipe) -> None:
                 f"problems: reward={models[0]} of {problem.question[:60]!r} asks a model, and "
                 "reasoning RL takes rules alone: give it to general_rl.problems"
             )
-        if environment(problem):
+        if environment_of(problem):
             raise UserError(
                 f"problems: {problem.question[:60]!r} has tools to run, and reasoning RL samples "
                 "one turn: give it to general_rl.problems"
@@ -69,7 +69,7 @@ def _check_inputs(stage: str, inputs: InputFiles) -> None:
         _check_length(problem)
         _check_sandbox(problem)
         _try_reward(problem)
-        environment(problem)  # which its tools must be able to work on
+        environment_of(problem)  # which its tools must be able to work on
         for name in model_rewards_of(problem):
             field, given = inputs.reward_models[name]
             if not given:

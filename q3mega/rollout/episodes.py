@@ -12,7 +12,7 @@ from typing import Any
 from q3mega.data.chat import EMPTY_THINKING, render
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import parallel
-from q3mega.environments.tools import Environment
+from q3mega.environments.environment import Environment
 from q3mega.model.routing import continued
 from q3mega.rollout.base import Completion, Sampler, SamplingParams, joined
 

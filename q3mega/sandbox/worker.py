@@ -1,7 +1,8 @@
-"""A confined process that answers questions, which the parent starts, times and kills.
+"""A confined process that answers questions. Its parent starts, times and kills it.
 
-For what may run for hours inside one call, fill the memory or evaluate what it reads: the process
-that trains never has it inside. One line of JSON asks, one answers; the first line is "ready".
+It holds code that may run for hours inside one call, fill the memory or evaluate what it reads, so
+that the training process never does. A line of JSON asks and a line of JSON answers. The worker's
+first line is "ready".
 """
 
 import atexit
@@ -11,40 +12,49 @@ import select
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from q3mega.sandbox import confined
 
-START_SECONDS = 60.0  # it imports its packages, from a slow disk perhaps
+START_TIMEOUT_S = 60.0  # it imports its packages, from a slow disk perhaps
 
 Ask = Callable[[Any], Any]
 
 
-class Worker:
-    """One process, started when first needed. Any thread may ask; a forked child gets its own.
+@dataclass(frozen=True)
+class WorkerProgram:
+    """command: the words that start it. read: paths it reads besides the standard library."""
 
-    name: what errors call it. command: how it starts. read: what it reads besides the standard
-    library. seconds: for all questions of one `asking`. level: one of confined.LEVELS, by default
-    `confined.confinement()`.
+    command: tuple[str, ...]
+    read: tuple[str, ...]
+
+
+class Worker:
+    """One process, started when first needed. Any thread may ask. A forked child gets its own.
+
+    name: what errors call it.
+    program: gives what to run. It is called at each start.
+    limits: of the process.
+    seconds: for all questions of one `asking`.
+    level: one of confined.LEVELS, by default `confinement()`.
     """
 
     def __init__(
         self,
         name: str,
-        command: Sequence[str],
-        read: Sequence[str],
+        program: Callable[[], WorkerProgram],
         limits: confined.Limits,
         seconds: float,
         level: str | None = None,
     ) -> None:
-        self._name, self._command, self._read = name, command, read
+        self._name, self._program = name, program
         self._limits, self._seconds, self._level = limits, seconds, level
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-        atexit.register(self.close)
-        os.register_at_fork(after_in_child=self._forget)
+        self._has_hooks = False
 
     @property
     def pid(self) -> int | None:
@@ -59,6 +69,7 @@ class Worker:
         Raises RuntimeError when the worker cannot start, UserError where nothing confines it
         (`confined.confinement`).
         """
+        self._add_hooks()  # before the lock is taken: a forked child needs a free one
         with self._lock:
             left = self._seconds
 
@@ -86,16 +97,24 @@ class Worker:
             self._process.communicate()
             self._process = None
 
+    def _add_hooks(self) -> None:
+        """Once, so that a process that never asks keeps no hooks. A second time does no harm."""
+        if not self._has_hooks:
+            atexit.register(self.close)
+            os.register_at_fork(after_in_child=self._forget)
+            self._has_hooks = True
+
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process and self._process.poll() is None:
             return self._process
         self.close()
         level = self._level or confined.confinement()
-        launcher = confined.launcher(level, self._limits, self._read)
+        program = self._program()
+        launcher = confined.launcher(level, self._limits, program.read)
         pipe = subprocess.PIPE
         try:
             self._process = subprocess.Popen(
-                [*launcher, "--", *self._command],
+                [*launcher, "--", *program.command],
                 stdin=pipe,
                 stdout=pipe,
                 stderr=pipe,
@@ -105,7 +124,7 @@ class Worker:
             )
         except OSError as error:
             raise RuntimeError(f"the {self._name} worker cannot start: {error}") from error
-        if _reply(self._process, b"", START_SECONDS) != b"ready\n":
+        if _reply(self._process, b"", START_TIMEOUT_S) != b"ready\n":
             self._process.kill()
             complaint = self._process.communicate()[1].decode(errors="replace").strip()
             self._process = None

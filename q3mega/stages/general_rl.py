@@ -15,7 +15,7 @@ from q3mega.algorithms.entropy_control import EntropyController
 from q3mega.config.stages import GeneralRL
 from q3mega.data.chat import last_flag, render
 from q3mega.engine import parallel
-from q3mega.environments.tools import environment
+from q3mega.environments.environment import environment_of
 from q3mega.evaluation import evaluate
 from q3mega.evaluation.evaluate import Mode, flagged
 from q3mega.problems import FAMILIES, Problem, generate
@@ -137,7 +137,7 @@ def played(
     """(prompt, completion, the assistant's turns) of an episode of each problem."""
     texts = (render(p.messages, tools=p.tools, add_generation_prompt=True) for p in problems)
     prompts = [stage.tokenizer.encode(text) for text in texts]
-    environments = [environment(p) for p in problems]
+    environments = [environment_of(p) for p in problems]
     episodes = run_episodes(sampler, stage.tokenizer, prompts, environments, params)
     return [(prompt, c, turns) for prompt, (c, turns) in zip(prompts, episodes, strict=True)]
 

@@ -10,8 +10,9 @@ from collections import Counter
 import pytest
 
 from q3mega.data.tool_schemas import SCHEMAS
-from q3mega.environments import agent_problems, python_computations
-from q3mega.environments.tools import environment
+from q3mega.environments import agent_problems
+from q3mega.environments.environment import environment_of
+from q3mega.environments.python.computations import COMPUTATIONS
 from q3mega.errors import UserError
 from q3mega.problems import files
 from q3mega.problems.generated import synthetic_documents
@@ -30,7 +31,7 @@ def final(answer):
 def play(row, policy):
     """The score of a policy, a generator of turns that is sent the tools' replies to each."""
     problem = files.as_problem(row, "rows")
-    world, moves = environment(problem), policy(row)
+    world, moves = environment_of(problem), policy(row)
     turn = next(moves)
     while world and (messages := world.step(turn)):
         turn = moves.send([m["content"] for m in messages])
@@ -84,7 +85,7 @@ def querier(row):
 
 
 def programmer(row):
-    solve = getattr(python_computations, row["group"])
+    solve = COMPUTATIONS[row["group"]].solve
     program = "from collections import Counter\nfrom datetime import date, timedelta\n"
     program += f"{inspect.getsource(solve)}\nprint({solve.__name__}(**{row['given']!r}))"
     (printed,) = yield call("python", "code", program)
@@ -226,7 +227,7 @@ def test_databases_are_of_their_size_and_ask_for_more_than_a_row(rows):
     ],
 )
 def test_computations_of_known_value(kind, given, answer):
-    assert python_computations.COMPUTATIONS[kind].solve(**given) == answer
+    assert COMPUTATIONS[kind].solve(**given) == answer
 
 
 def test_the_sets_are_named_like_files():

@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from q3mega.data.tool_schemas import SCHEMAS
-from q3mega.environments import tools
-from q3mega.environments.tools import CUT, LATE, OVER, TOOLS, Environment, calculate, environment
+from q3mega.environments.calculator import calculate
+from q3mega.environments.environment import LATE, OVER, TOOLS, Environment, environment_of
+from q3mega.environments.sql import tool as sql_tool
+from q3mega.environments.tool import CUT
 from q3mega.errors import UserError
 from q3mega.problems import Problem, files, generate
 from q3mega.problems.generated.general import call, tool
@@ -240,11 +242,11 @@ MEGABYTE = "hex(zeroblob(120000 + 0 * n))"
     ],
 )
 def test_sql_ends_within_its_seconds_whatever_the_query(query, monkeypatch):
-    monkeypatch.setattr(tools._SQL, "_seconds", 1.0)
+    monkeypatch.setattr(sql_tool._WORKER, "_seconds", 1.0)
     world = Environment(problem_with("sql", script=CITIES), max_steps=3)
     (message,) = world.step(call("sql", "query", query))
     assert message["content"].startswith("error: ")
-    monkeypatch.setattr(tools._SQL, "_seconds", 60.0)
+    monkeypatch.setattr(sql_tool._WORKER, "_seconds", 60.0)
     (after,) = world.step(call("sql", "query", "select count(*), sum(people) from city"))
     assert after["content"] == "3 | 1007000"
 
@@ -282,7 +284,7 @@ def test_a_schema_of_one_s_own_names_the_argument():
         "type": "object", "properties": {"q": {"type": "string"}}}}}  # fmt: skip
     problem = row_with(schema, documents=CORPUS)
     assert problem.tools == (schema,) and "max_steps" not in problem.meta
-    (message,) = environment(problem).step(call("search", "q", "Stockholm"))
+    (message,) = environment_of(problem).step(call("search", "q", "Stockholm"))
     assert message["content"] == CORPUS[1]
 
 
@@ -299,7 +301,7 @@ def test_a_schema_of_one_s_own_names_the_argument():
     ],
 )
 def test_tools_that_cannot_be_run_have_no_environment(tools, fields):
-    assert environment(row_with(*tools, **fields)) is None
+    assert environment_of(row_with(*tools, **fields)) is None
 
 
 @pytest.mark.parametrize(
@@ -334,7 +336,7 @@ def test_any_tools_of_a_file_are_refused_or_can_be_shown(tools):
         problem = row_with(tools=tools)
     except UserError:
         return
-    world = environment(problem)
+    world = environment_of(problem)
     assert world is None or problem.tools
 
 

@@ -14,7 +14,7 @@ from q3mega import device  # noqa: F401
 
 from helpers.tiny_models import LAYOUT, run_cases
 from q3mega.engine import parallel
-from q3mega.environments.tools import Environment
+from q3mega.environments.environment import Environment
 from q3mega.problems import generate
 from q3mega.problems.generated.general import call
 from q3mega.rollout import Completion, SamplingParams

@@ -3,7 +3,7 @@ import random
 import pytest
 
 from q3mega.data.chat import EMPTY_THINKING, last_flag, render
-from q3mega.environments.tools import Environment
+from q3mega.environments.environment import Environment
 from q3mega.problems import FAMILIES, generate
 from q3mega.problems.generated import general
 from q3mega.problems.generated.general import GENERAL, preference_pairs, respond, rubric

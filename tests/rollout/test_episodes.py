@@ -11,7 +11,7 @@ from q3mega import device  # noqa: F401
 # isort: split
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.environments import agent_problems
-from q3mega.environments.tools import OVER, Environment, environment
+from q3mega.environments.environment import OVER, Environment, environment_of
 from q3mega.errors import UserError
 from q3mega.evaluation.evaluate import graded
 from q3mega.problems import files, generate
@@ -178,7 +178,7 @@ def test_a_tool_of_one_s_own_is_called_in_the_last_turn(tokenizer):
         "messages": [{"role": "user", "content": "Rain in Lund?"}],
         "reward": "tool_call", "tools": [weather], "meta": {"argument": "Lund"},
     }  # fmt: skip
-    assert environment(files.as_problem(row, "rows")) is None
+    assert environment_of(files.as_problem(row, "rows")) is None
     script = Script(tokenizer, lambda text: call("weather", "town", "Lund"))
     assert graded(script, tokenizer, [row], PARAMS, "think") == [[1.0]]
     full = {"type": "function", "function": {"name": "weather", "parameters": {

@@ -52,7 +52,7 @@ class _NeedsAlgebra(Exception):
 
 
 def equal(reference: str, given: str) -> bool:
-    """Equality in value; False when it cannot be told, or not within `algebra.SECONDS`.
+    """Equality in value; False when it cannot be told, or not within `algebra.TIMEOUT_S`.
 
     What counts as the same is in docs/rewards.md. Works from any thread and after a fork.
     Raises RuntimeError when math-verify is needed and its process cannot start.

@@ -16,7 +16,7 @@ import pytest
 from q3mega.errors import UserError
 from q3mega.rewards.math import algebra, equality
 from q3mega.rewards.math.algebra import Algebra
-from q3mega.sandbox import confined
+from q3mega.sandbox import WorkerProgram, confined
 
 PYTHON = confined.interpreter(), "-S", "-c"
 RUNAWAY = "9^{9^{9^{9}}}x"  # a power in one C call, which no signal handler interrupts
@@ -151,7 +151,7 @@ def test_a_fork_while_the_worker_is_busy(worker):
     ],
 )
 def test_a_worker_that_cannot_start_is_an_error(monkeypatch, command, said):
-    monkeypatch.setattr(equality, "ALGEBRA", Algebra(command))
+    monkeypatch.setattr(equality, "ALGEBRA", Algebra(lambda: WorkerProgram(tuple(command), ())))
     assert equality.equal("8", "8.0")  # needs no worker
     for _ in range(2):
         with pytest.raises(RuntimeError, match=rf"cannot start: .*{re.escape(said)}"):
@@ -194,8 +194,7 @@ def test_what_gets_out_of_the_parsers_is_shut_in(level, tmp_path):
         pytest.skip(str(error))
     kept = tmp_path / "kept.txt"
     kept.write_text("mine")
-    script = str(Path(algebra.__file__).with_name("algebra_worker.py"))
-    folders = algebra.COMMAND[algebra.COMMAND.index(script) + 1 :]
+    script, *folders = algebra.math_verify().read
     deeds = (
         f"open({str(kept)!r}, 'w').write('theirs')",
         f"open({str(kept)!r}).read()",
@@ -205,7 +204,8 @@ def test_what_gets_out_of_the_parsers_is_shut_in(level, tmp_path):
         f"import os; os.unlink({script!r})",
         "open('big', 'w').write('x' * (1 << 16))",
     )
-    worker = Algebra([*PYTHON, HOSTILE, script, *folders], level=level)
+    program = WorkerProgram((*PYTHON, HOSTILE, script, *folders), (script, *folders))
+    worker = Algebra(lambda: program, level=level)
     for deed in deeds:
         assert ask(worker, given=deed), deed
     assert not ask(worker, given="1 + 1")  # who does no harm meets no error
@@ -246,6 +246,7 @@ def test_the_worker_ends_with_its_parent():
 
 
 def test_its_command_is_this_python_and_nothing_of_the_package():
-    assert algebra.COMMAND[0] == os.path.realpath(sys.executable)
-    [script] = [word for word in algebra.COMMAND if word.endswith(".py")]
+    command = algebra.math_verify().command
+    assert command[0] == os.path.realpath(sys.executable)
+    [script] = [word for word in command if word.endswith(".py")]
     assert "q3mega" not in Path(script).read_text()

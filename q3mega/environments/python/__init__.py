@@ -1,0 +1,1 @@
+"""Programs: a tool that runs them, and computations that need one."""
