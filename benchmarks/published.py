@@ -111,8 +111,8 @@ def errors(rates: Rates = RATES) -> dict[str, float]:
 
 
 def loss(rates: Rates) -> float:
-    found = [abs(e) for e in errors(rates).values()]
-    return sum(e**1.5 for e in found) + sum(5 * max(0.0, e - 0.28) for e in found)
+    sizes = [abs(e) for e in errors(rates).values()]
+    return sum(e**1.5 for e in sizes) + sum(5 * max(0.0, e - 0.28) for e in sizes)
 
 
 def fit(rounds: int = 8000) -> Rates:

@@ -7,9 +7,7 @@ state.json. It loads under any layout.
 """
 
 import json
-import logging
 import os
-import queue
 import re
 import shutil
 import threading
@@ -27,7 +25,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -37,10 +34,6 @@ from q3mega.errors import UserError
 
 KEEP = 2
 TENSORS = "state.safetensors"  # of the stage's own state
-# writers here are threads: without this, a manager process is started for their queue
-filesystem_async._results_queue = queue.Queue()
-# of its two ways to write behind, the one that needs no further package is called deprecated
-logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
 
 
 def _metadata() -> dict[str, Any]:

@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from q3mega.config.layout import Layout
 from q3mega.data.batch import Batch, Sample, collate
 from q3mega.engine import checkpoint, parallel
 from q3mega.engine.head import LMHead
@@ -58,7 +59,7 @@ class Engine:
     def __init__(
         self,
         shape: Qwen3Shape,
-        layout: Any,
+        layout: Layout,
         *,
         seed: int,
         positions: Positions | None = None,

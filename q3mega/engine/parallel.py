@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from q3mega import device
@@ -19,8 +18,9 @@ from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from q3mega.config.layout import launched
+from q3mega.config.layout import Layout, launched
 from q3mega.data.batch import Batch
+from q3mega.engine import megatron_patches
 from q3mega.errors import UserError
 from q3mega.ops import context_parallel
 
@@ -30,13 +30,10 @@ _T = TypeVar("_T")
 PATIENCE = timedelta(hours=6)
 ARRIVAL = timedelta(minutes=15)  # of the ranks, which are started together
 
-if find_spec("transformer_engine") is None:
-    # This class takes its own default, False, for "fp8 is on", and then needs that package.
-    tensor_parallel.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
 
-
-def initialise(layout: Any, seed: int) -> None:
+def initialise(layout: Layout, seed: int) -> None:
     """Join the process group that torchrun describes (or be alone), cut it as the layout says."""
+    megatron_patches.apply()
     if not dist.is_initialized():
         _join(layout.processes)
     if not ps.model_parallel_is_initialized():
@@ -84,7 +81,7 @@ def _join(processes: int) -> None:
     )
 
 
-def config_fields(layout: Any, layers: int) -> dict[str, Any]:
+def config_fields(layout: Layout, layers: int) -> dict[str, Any]:
     """The layout in TransformerConfig's words, for a model of so many layers."""
     ends = layout.count_embedding_and_head_as_layers(layers)
     fields: dict[str, Any] = {
