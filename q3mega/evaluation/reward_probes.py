@@ -63,5 +63,5 @@ def audit() -> list[tuple[str, str, float]]:
 
 
 if __name__ == "__main__":
-    found = [f"{family}: {probe} earns {value}" for family, probe, value in audit()]
-    print("\n".join(found) or "every probe scored 0")
+    earning = [f"{family}: {probe} earns {value}" for family, probe, value in audit()]
+    print("\n".join(earning) or "every probe scored 0")

@@ -35,23 +35,23 @@ def run_episodes(
     active = list(range(len(prompts)))
     turn = 0
     while parallel.max_over_expert_group(len(active)):  # with none left other ranks may go on
-        asked = [list(prompts[i]) + done[i].tokens for i in active]
-        sampled = sampler.generate(asked, replace(params, n=1, seed=params.seed + turn))
+        contexts = [list(prompts[i]) + done[i].tokens for i in active]
+        sampled = sampler.generate(contexts, replace(params, n=1, seed=params.seed + turn))
         stopped = []
         for i, (new,) in zip(active, sampled, strict=True):
             _extend(done[i], new.tokens, new.logprobs, new.mask)
             done[i].finish_reason = new.finish_reason
             done[i].weights = joined(done[i].weights + new.weights)
             done[i].routes = continued(done[i].routes, new.routes)
-            whole = new.finish_reason == "stop"
-            turns[i].append(tokenizer.decode(new.tokens[:-1] if whole else new.tokens))
-            if whole:
+            is_finished = new.finish_reason == "stop"
+            turns[i].append(tokenizer.decode(new.tokens[:-1] if is_finished else new.tokens))
+            if is_finished:
                 stopped.append(i)
-        said = parallel.broadcast_from_leader(
+        environment_turns = parallel.broadcast_from_leader(
             partial(_step, [(environments[i], turns[i][-1]) for i in stopped])
         )
         active = []
-        for i, messages in zip(stopped, said, strict=True):
+        for i, messages in zip(stopped, environment_turns, strict=True):
             if messages:
                 filled = list(prompts[i][-len(block) :]) == block
                 think = False if filled else None

@@ -21,17 +21,17 @@ _PLACEHOLDER = re.compile(r"\[[^\[\]\n]++\](?!\()")  # [text](address) is a link
 _HEADING = re.compile(r"#{1,6} ")
 
 
-def _different(found: Sequence[str]) -> Count:
+def _different(texts: Sequence[str]) -> Count:
     """A second copy of a sentence or an item earns nothing."""
-    return Count(len(found), len({fold(f) for f in found}))
+    return Count(len(texts), len({fold(f) for f in texts}))
 
 
-def _varied(found: Sequence[str]) -> Count:
+def _varied(texts: Sequence[str]) -> Count:
     """Of d different words at most d * d count: a text repeats words, but one word is no text.
 
     Running text of n words has far more than sqrt(n) different ones (Heaps' law).
     """
-    return Count(len(found), min(len(found), len(set(found)) ** 2))
+    return Count(len(texts), min(len(texts), len(set(texts)) ** 2))
 
 
 @kind(
@@ -135,8 +135,8 @@ def sections(text: str, marker: str) -> Count:
             parts.append([])
         elif parts:
             parts[-1].append(line)
-    said = [text for part in parts if units.words(text := " ".join(part))]
-    return Count(len(parts), _different(said).credited)
+    filled = [text for part in parts if units.words(text := " ".join(part))]
+    return Count(len(parts), _different(filled).credited)
 
 
 @kind(
@@ -147,8 +147,8 @@ def sections(text: str, marker: str) -> Count:
     exactly=(2, 4),
 )
 def headings(text: str) -> Count:
-    found = [line for line in units.lines(units.prose(text)) if _HEADING.match(line)]
-    return _different([line.lstrip("#") for line in found if units.words(line)])
+    heading_lines = [line for line in units.lines(units.prose(text)) if _HEADING.match(line)]
+    return _different([line.lstrip("#") for line in heading_lines if units.words(line)])
 
 
 @kind(
@@ -157,14 +157,14 @@ def headings(text: str) -> Count:
     exactly=(2, 4),
 )
 def placeholders(text: str) -> Count:
-    found = [m[0] for m in _PLACEHOLDER.finditer(units.prose(text))]
-    return _different([f for f in found if units.words(f)])
+    marked = [m[0] for m in _PLACEHOLDER.finditer(units.prose(text))]
+    return _different([f for f in marked if units.words(f)])
 
 
 @kind("Highlight {amount:part} with *asterisks*.", uses="layout", at_least=(1, 3), exactly=(2, 4))
 def highlighted(text: str) -> Count:
-    found = [m[0].strip("*") for m in _HIGHLIGHT.finditer(units.prose(text))]
-    return _different([f for f in found if units.words(f)])
+    marked = [m[0].strip("*") for m in _HIGHLIGHT.finditer(units.prose(text))]
+    return _different([f for f in marked if units.words(f)])
 
 
 @kind(
@@ -176,8 +176,8 @@ def highlighted(text: str) -> Count:
 )
 def capital_words(text: str) -> Count:
     """Of two letters or more: I and A are capital everywhere."""
-    found = units.words(text)
-    return _different([w for w in found if w.isupper() and sum(map(str.isalpha, w)) > 1])
+    all_words = units.words(text)
+    return _different([w for w in all_words if w.isupper() and sum(map(str.isalpha, w)) > 1])
 
 
 @kind(
@@ -189,8 +189,8 @@ def capital_words(text: str) -> Count:
     word=_KEYWORDS,
 )
 def keyword(text: str, word: str) -> Count:
-    found = units.occurrences(text, word)
-    return Count(found, found)
+    times = units.occurrences(text, word)
+    return Count(times, times)
 
 
 @kind(
@@ -200,8 +200,8 @@ def keyword(text: str, word: str) -> Count:
     letter=["e", "k", "z", "ö", "я"],
 )
 def letter(text: str, letter: Letter) -> Count:
-    found = text.casefold().count(letter.casefold())
-    return Count(found, found)
+    times = text.casefold().count(letter.casefold())
+    return Count(times, times)
 
 
 @kind("Give {amount:number} in digits.", settles="digits", at_least=(1, 4), exactly=(2, 4))

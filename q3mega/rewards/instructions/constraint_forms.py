@@ -40,8 +40,8 @@ _LIST = 3  # items at least
     ],
 )
 def forbidden(text: str, words: list[str]) -> str | None:
-    found = [w for w in words if units.occurrences(text, w)]
-    return f'"{found[0]}" is there' if found else None
+    present = [w for w in words if units.occurrences(text, w)]
+    return f'"{present[0]}" is there' if present else None
 
 
 @kind(
@@ -87,23 +87,23 @@ def _case(text: str, right: bool, wrong: Callable[[str], bool]) -> str | None:
     uses="script",
 )
 def title_case(text: str) -> str | None:
-    found = units.words(text)
-    if bad := next((w for w in found if w[0].islower()), None):
+    all_words = units.words(text)
+    if bad := next((w for w in all_words if w[0].islower()), None):
         return f'"{bad}" does not'
-    fine = any(w[0].isupper() for w in found) and not text.isupper()
+    fine = any(w[0].isupper() for w in all_words) and not text.isupper()
     return None if fine else "all capitals, or no letters that have a case"
 
 
 @kind("Do not use any commas.", settles="commas")
 def no_commas(text: str) -> str | None:
-    found = sum(c in _COMMAS for c in text)
-    return f"{found} commas" if found else None
+    commas = sum(c in _COMMAS for c in text)
+    return f"{commas} commas" if commas else None
 
 
 @kind("Do not use any digits.", settles="digits")
 def no_digits(text: str) -> str | None:
-    found = sum(map(str.isdigit, text))
-    return f"{found} digits" if found else None
+    digits = sum(map(str.isdigit, text))
+    return f"{digits} digits" if digits else None
 
 
 @kind("Use no word twice.", settles="repeats length", uses="script sentences layout")
@@ -131,9 +131,9 @@ def language(text: str, code: LanguageCode) -> str | None:
     name=["LATIN", "CYRILLIC", "CJK"],
 )
 def script(text: str, name: ScriptName) -> str | None:
-    found = scripts(text)
-    others = sorted(set(found) - {name})
-    return f"{others[0].title()} letters" if others else None if found else "no letters"
+    letters_by_script = scripts(text)
+    others = sorted(set(letters_by_script) - {name})
+    return f"{others[0].title()} letters" if others else None if letters_by_script else "no letters"
 
 
 @kind(
@@ -206,10 +206,10 @@ def _cells(line: str) -> list[str]:
     language=["python", "javascript", "json", "bash"],
 )
 def code_block(text: str, language: str) -> str | None:
-    found = [_SHORT_NAMES.get(name, name) for name, _ in units.code_blocks(text)]
-    if _SHORT_NAMES.get(language.lower(), language.lower()) in found:
+    languages = [_SHORT_NAMES.get(name, name) for name, _ in units.code_blocks(text)]
+    if _SHORT_NAMES.get(language.lower(), language.lower()) in languages:
         return None
-    return f'a code block of "{found[0]}"' if found else "no code block"
+    return f'a code block of "{languages[0]}"' if languages else "no code block"
 
 
 @kind(
@@ -221,8 +221,8 @@ def code_block(text: str, language: str) -> str | None:
 def postscript(text: str, marker: str) -> str | None:
     *_, last = units.paragraphs(text)
     starts = (line for line in units.lines(last) if line.startswith(marker))
-    said = any(units.words(line.removeprefix(marker)) for line in starts)
-    return None if said and not text.startswith(marker) else "none at the end"
+    has_text = any(units.words(line.removeprefix(marker)) for line in starts)
+    return None if has_text and not text.startswith(marker) else "none at the end"
 
 
 @kind("Wrap the whole answer in quotation marks, with none inside.", settles="start end")
@@ -239,8 +239,8 @@ def quoted(text: str) -> str | None:
     uses="layout sentences",
 )
 def title(text: str) -> str | None:
-    said = any(units.words(m[1]) for m in _TITLE.finditer(text))
-    return None if said else "none"
+    has_text = any(units.words(m[1]) for m in _TITLE.finditer(text))
+    return None if has_text else "none"
 
 
 @kind(
@@ -250,10 +250,10 @@ def title(text: str) -> str | None:
     question=["What is the best way to do it?", "Wie geht das am besten?", "如何做得更好？"],
 )
 def repeat_first(text: str, question: str) -> str | None:
-    said, asked = fold(text), fold(units.visible(question))
-    if not said.startswith(asked):
+    reply, beginning = fold(text), fold(units.visible(question))
+    if not reply.startswith(beginning):
         return f'it starts with "{text[:30]}"'
-    return None if units.words(said.removeprefix(asked)) else "nothing after it"
+    return None if units.words(reply.removeprefix(beginning)) else "nothing after it"
 
 
 @kind(
@@ -285,10 +285,10 @@ def one_of(text: str, options: list[str]) -> str | None:
     word=["Finally", "Außerdem", "Ensuite", "Потом", "然后"],
 )
 def paragraph_starts(text: str, n: int, word: str) -> str | None:
-    found = units.paragraphs(text)
-    if len(found) < n:
-        return f"{len(found)} paragraphs, {n} asked"
-    word, head = fold(word), fold(found[n - 1].lstrip("#*_\"'“«„「( "))
+    paragraphs = units.paragraphs(text)
+    if len(paragraphs) < n:
+        return f"{len(paragraphs)} paragraphs, {n} asked"
+    word, head = fold(word), fold(paragraphs[n - 1].lstrip("#*_\"'“«„「( "))
     # One character more shows whether the word ends there.
     begins = head.startswith(word) and units.occurrences(head[: len(word) + 1], word)
     return None if begins else f'it starts with "{head[:30]}"'
@@ -309,8 +309,8 @@ def palindrome(text: str) -> str | None:
     order=["ascending", "descending"],
 )
 def sorted_list(text: str, order: Order) -> str | None:
-    found = units.items(text, numbered=False) or units.items(text, numbered=True)
-    keys = [_plain(item) for item in found]
+    list_items = units.items(text, numbered=False) or units.items(text, numbered=True)
+    keys = [_plain(item) for item in list_items]
     if len(set(keys)) < _LIST:
         return f"{len(set(keys))} different items"
     for before, after in pairwise(keys):
@@ -333,5 +333,5 @@ def _plain(text: str) -> str:
 )
 def acrostic(text: str, word: str) -> str | None:
     firsts = [next((c for c in fold(line) if c.isalnum()), "") for line in units.lines(text)]
-    spelt, wanted = "".join(firsts), "".join(filter(str.isalnum, fold(word)))
-    return None if spelt == wanted else f'they spell "{spelt[:30]}"'
+    spelt, target = "".join(firsts), "".join(filter(str.isalnum, fold(word)))
+    return None if spelt == target else f'they spell "{spelt[:30]}"'
