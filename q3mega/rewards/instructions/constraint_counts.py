@@ -42,6 +42,7 @@ def _varied(texts: Sequence[str]) -> Count:
     exactly=(80, 120),
 )
 def words(text: str) -> Count:
+    """Words of the reply."""
     return _varied(units.words(text.casefold()))
 
 
@@ -54,6 +55,7 @@ def words(text: str) -> Count:
     exactly=(5, 7),
 )
 def sentences(text: str) -> Count:
+    """Sentences; a second copy of one does not count towards a minimum."""
     return _different(units.sentences(text))
 
 
@@ -65,6 +67,7 @@ def sentences(text: str) -> Count:
     exactly=(2, 5),
 )
 def paragraphs(text: str) -> Count:
+    """Paragraphs, which empty lines part."""
     return _different(units.paragraphs(text))
 
 
@@ -76,6 +79,7 @@ def paragraphs(text: str) -> Count:
     exactly=(3, 8),
 )
 def lines(text: str) -> Count:
+    """Lines that are not blank."""
     return _different(units.lines(text))
 
 
@@ -86,12 +90,14 @@ def lines(text: str) -> Count:
     at_most=(1500, 2000),
 )
 def characters(text: str) -> Count:
+    """Characters, blanks included; few different triples limit what counts."""
     triples = [text[i : i + 3] for i in range(len(text))]
     return _varied(triples)
 
 
 @kind("Use {amount:different word}.", at_least=(20, 40))
 def different_words(text: str) -> Count:
+    """Different words, whatever their case."""
     different = len(set(units.words(text.casefold())))
     return Count(different, different)
 
@@ -104,6 +110,7 @@ def different_words(text: str) -> Count:
     exactly=(2, 5),
 )
 def bullets(text: str) -> Count:
+    """Bulleted items outside of code."""
     return _different(units.items(text, numbered=False))
 
 
@@ -115,6 +122,7 @@ def bullets(text: str) -> Count:
     exactly=(2, 5),
 )
 def numbered_items(text: str) -> Count:
+    """Numbered items outside of code."""
     return _different(units.items(text, numbered=True))
 
 
@@ -147,6 +155,7 @@ def sections(text: str, marker: str) -> Count:
     exactly=(2, 4),
 )
 def headings(text: str) -> Count:
+    """Markdown headings that say something."""
     heading_lines = [line for line in units.lines(units.prose(text)) if _HEADING.match(line)]
     return _different([line.lstrip("#") for line in heading_lines if units.words(line)])
 
@@ -157,12 +166,14 @@ def headings(text: str) -> Count:
     exactly=(2, 4),
 )
 def placeholders(text: str) -> Count:
+    """Texts in square brackets that are no links."""
     marked = [m[0] for m in _PLACEHOLDER.finditer(units.prose(text))]
     return _different([f for f in marked if units.words(f)])
 
 
 @kind("Highlight {amount:part} with *asterisks*.", uses="layout", at_least=(1, 3), exactly=(2, 4))
 def highlighted(text: str) -> Count:
+    """Parts between asterisks."""
     marked = [m[0].strip("*") for m in _HIGHLIGHT.finditer(units.prose(text))]
     return _different([f for f in marked if units.words(f)])
 
@@ -189,6 +200,7 @@ def capital_words(text: str) -> Count:
     word=_KEYWORDS,
 )
 def keyword(text: str, word: str) -> Count:
+    """Occurrences of `word`, whatever its case."""
     times = units.occurrences(text, word)
     return Count(times, times)
 
@@ -200,12 +212,14 @@ def keyword(text: str, word: str) -> Count:
     letter=["e", "k", "z", "ö", "я"],
 )
 def letter(text: str, letter: Letter) -> Count:
+    """Occurrences of `letter`, whatever its case."""
     times = text.casefold().count(letter.casefold())
     return Count(times, times)
 
 
 @kind("Give {amount:number} in digits.", settles="digits", at_least=(1, 4), exactly=(2, 4))
 def numbers(text: str) -> Count:
+    """Different numbers in digits."""
     return _different(_NUMBER.findall(text))
 
 
@@ -217,4 +231,5 @@ def numbers(text: str) -> Count:
     exactly=(1, 3),
 )
 def questions(text: str) -> Count:
+    """Different questions."""
     return _different([s for s in units.sentences(text) if units.is_question(s)])
