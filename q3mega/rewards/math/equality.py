@@ -54,7 +54,7 @@ class _NeedsAlgebra(Exception):
 def equal(reference: str, given: str) -> bool:
     """Equality in value; False when it cannot be told, or not within `algebra.TIMEOUT_S`.
 
-    What counts as the same is in docs/rewards.md. Works from any thread and after a fork.
+    docs/rewards/mathematics.md says what counts as the same. Any thread may call it, and a fork.
     Raises RuntimeError when math-verify is needed and its process cannot start.
     """
     if len(given) > MAX_CHARACTERS or not all(c.isprintable() or c.isspace() for c in given):
