@@ -1,7 +1,7 @@
 """distill_loss on row kernels: the forward computes the gradients too (docs/operators.md).
 
-The teacher is a second lm_head, or its K best log-probabilities with or without the rest as one
-more bucket.
+The teacher is a second lm_head, or its K best log-probabilities, with or without one more bucket
+for the rest of the vocabulary.
 """
 
 from typing import Any, cast
@@ -27,7 +27,7 @@ from q3mega.ops.fused.lm_head import (
     wants_gradients,
 )
 
-TENSORS_PER_BUCKET = 16  # tensors of (n, K) numbers that a top-k teacher's divergence holds, or so
+TENSORS_PER_BUCKET = 16  # about as many (n, K) tensors a top-k teacher's divergence holds
 
 
 @torch.library.custom_op("q3mega::distill_loss", mutates_args=())
@@ -86,9 +86,9 @@ def _distill_topk(
     beta: float, temperature: float, valid: int, group: str, backend: str,
     hidden_needs_grad: bool, weight_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Teacher (N, K + 1), the last of each row the rest: one bucket an id, and one for the rest.
+    """teacher (N, K + 1): log-probabilities of the ids, and of the tail in the last column.
 
-    Outside the ids a logit matters by its mass alone.
+    A logit outside the ids matters by its part of the tail's mass alone.
     """
     head = BlockedHead(weight, temperature, valid, group, backend, len(hidden), weight_needs_grad)
     gradients = Gradients(hidden, head, (hidden_needs_grad, weight_needs_grad))
@@ -122,7 +122,7 @@ def _distill_renormalised(
     beta: float, temperature: float, group: str, backend: str,
     hidden_needs_grad: bool, weight_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Only the ids' own rows of the lm_head are read: no GEMM over the vocabulary."""
+    """teacher (N, K). Reads the ids' rows of the lm_head alone: no GEMM over the vocabulary."""
     head = BlockedHead(weight, temperature, -1, group, backend, 1)
     gradients = Gradients(hidden, head, (hidden_needs_grad, weight_needs_grad))
     per_token, column = hidden.new_zeros(len(hidden), dtype=STATS_DTYPE), head.shard_columns(ids)
