@@ -42,12 +42,16 @@ class Case(NamedTuple):
 
 def cases() -> dict[str, Case]:
     pointers = dict.fromkeys(("Z", "S", "T", "STATS", "SUMS", "LSE", "ENTROPY"), "*fp32")
-    pointers |= dict.fromkeys(("G", "G_ENTROPY", "LSE_S", "LSE_T", "OWN"), "*fp32")
+    pointers |= dict.fromkeys(("G", "G_ENTROPY", "LSE_S", "LSE_T", "STUDENT_PART"), "*fp32")
     pointers |= {"COLUMN": "*i64", "beta": "fp32"}
     block = {"BLOCK": MAX_BLOCK_COLUMNS}
-    found = {
+    compiled_cases = {
         "row_stats": Case(
-            linear_logprob.row_stats_kernel, pointers, block | {"NONE": linear_logprob.NONE}, 8, 3
+            linear_logprob.row_stats_kernel,
+            pointers,
+            block | {"MASKED": linear_logprob.MASKED},
+            8,
+            3,
         ),
         "row_gradient": Case(
             linear_logprob.row_gradient_kernel, pointers, block | {"WITH_ENTROPY": True}, 8, 3
@@ -59,10 +63,12 @@ def cases() -> dict[str, Case]:
             distill_loss.divergence_gradient_kernel,
         ):
             name = kernel.__name__.removesuffix("_kernel")
-            found[f"{name} {kind}"] = Case(kernel, pointers, block | {"KIND": number}, 8, 3)
+            compiled_cases[f"{name} {kind}"] = Case(
+                kernel, pointers, block | {"KIND": number}, 8, 3
+            )
     for short in ("bf16", "fp32"):
         types = dict.fromkeys(("DZ", "LOGITS", "D_HIDDEN", "D_WEIGHT"), "*fp32")
-        types |= {"PLACES": "*i64", "HIDDEN": f"*{short}", "WEIGHT": f"*{short}"}
+        types |= {"PICKED": "*i64", "HIDDEN": f"*{short}", "WEIGHT": f"*{short}"}
         for kernel in (
             distill_loss.picked_logits_kernel,
             distill_loss.picked_d_hidden_kernel,
@@ -71,7 +77,7 @@ def cases() -> dict[str, Case]:
             constants = {"PICKS": distill_loss.PICKS, "LANES": distill_loss.LANES}
             constants = {n: x for n, x in constants.items() if n in kernel.arg_names}
             name = kernel.__name__.removesuffix("_kernel")
-            found[f"{name} {short}"] = Case(kernel, types, constants, 4)
+            compiled_cases[f"{name} {short}"] = Case(kernel, types, constants, 4)
     rows = {"COS": "*fp32", "SIN": "*fp32", "TILES": "*i32", "LSE": "*fp32", "DELTA": "*fp32"}
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         operands = dict.fromkeys(("Q", "K", "V", "OUT", "D_OUT", "D_V"), f"*{short}")
@@ -83,10 +89,10 @@ def cases() -> dict[str, Case]:
         ):
             name = kernel.__name__.removesuffix("_kernel")
             constants = {"HALF": 64, "M": tiles.queries, "N": tiles.keys}
-            found[f"attention {name} {short}"] = Case(
+            compiled_cases[f"attention {name} {short}"] = Case(
                 kernel, types, constants, tiles.warps, tiles.stages
             )
-    return found
+    return compiled_cases
 
 
 def compiled(case: Case) -> Compiled:
@@ -104,20 +110,20 @@ def compiled(case: Case) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
         ptx.write_text(binary.asm["ptx"])
-        said = run(TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", "-o", cubin, ptx)
+        ptxas_output = run(TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", "-o", cubin, ptx)
         sass = run(TOOLS / "nvdisasm", "-c", cubin)
-    return read(said, sass, binary.metadata.shared)
+    return read(ptxas_output, sass, binary.metadata.shared)
 
 
 def rows() -> Iterator[tuple[str, int, Compiled]]:
-    """(name, warps, what was found)"""
+    """(name, warps, what was compiled_cases)"""
     for name, case in cases().items():
         if chosen(name):
             yield name, case.warps, compiled(case)
     if tool("nvcc"):
-        for name, found in cuda_kernels().items():
+        for name, kernel in cuda_kernels().items():
             if chosen(name):
-                yield f"CUDA {name}", 12 if found.shared else 16, found
+                yield f"CUDA {name}", 12 if kernel.shared else 16, kernel
 
 
 def chosen(name: str) -> bool:

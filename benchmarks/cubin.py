@@ -53,11 +53,11 @@ def run(*command: str | Path) -> str:
     return done.stdout + done.stderr
 
 
-def read(said: str, sass: str | None, shared: int) -> Compiled:
+def read(ptxas_output: str, sass: str | None, shared: int) -> Compiled:
     """Of one kernel: ptxas -v, the disassembly, bytes of shared memory a block."""
 
     def number(pattern: str) -> int:
-        return sum(map(int, re.findall(pattern, said)))
+        return sum(map(int, re.findall(pattern, ptxas_output)))
 
     def count(pattern: str) -> int | None:
         return None if sass is None else len(re.findall(pattern, sass))
@@ -65,7 +65,7 @@ def read(said: str, sass: str | None, shared: int) -> Compiled:
     return Compiled(
         number(r"Used (\d+) registers"), number(r"(\d+) bytes spill"),
         number(r"(\d+) bytes stack frame"), shared, count(r"\bHGMMA\b"),
-        count(r"\b(?:LDL|STL)\b"), "wgmma.mma_async instructions are serialized" in said,
+        count(r"\b(?:LDL|STL)\b"), "wgmma.mma_async instructions are serialized" in ptxas_output,
     )  # fmt: skip
 
 
@@ -73,25 +73,25 @@ def cuda_kernels() -> dict[str, Compiled]:
     """The kernels of csrc/cuda, compiled for sm_90a by the nvcc that `tool` finds."""
     nvcc, disassembler = tool("nvcc"), tool("nvdisasm")
     assert nvcc is not None
-    found, shared = {}, _shared_bytes()
+    kernels_by_name, shared = {}, _shared_bytes()
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             cubin = Path(folder, f"{source.stem}.cubin")
             hopper = "-gencode", "arch=compute_90a,code=sm_90a"
-            said = run(
+            ptxas_output = run(
                 nvcc, "-O3", "-std=c++17", *hopper, "-Xptxas", "-v", "-cubin", source, "-o", cubin
             )
             sass = run(disassembler, "-c", cubin) if disassembler else ""
-            notes, *kernels = re.split(r"Compiling entry function '(\w+)'", said)
+            notes, *kernels = re.split(r"Compiling entry function '(\w+)'", ptxas_output)
             code = re.split(r"\.section\s+\.text\.(\w+),", sass)
             text = dict(zip(code[1::2], code[2::2], strict=True))
             for symbol, block in zip(kernels[::2], kernels[1::2], strict=True):
                 about = [line for line in notes.splitlines() if symbol in line]
                 name = _name(symbol)
-                found[name] = read(
+                kernels_by_name[name] = read(
                     "\n".join([*about, block]), text.get(symbol), shared.get(name, 0)
                 )
-    return found
+    return kernels_by_name
 
 
 def _name(symbol: str) -> str:
@@ -117,5 +117,9 @@ def _shared_bytes() -> dict[str, int]:
         source.write_text(f'#include "dual_chunk_attention.cu"\nint main() {{ {prints} }}\n')
         include = f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/ops/cuda_emulation'}"
         run("g++", "-std=c++17", "-w", "-DQ3MEGA_EMULATE", *include, source, "-o", binary)
-        found = zip(cases, map(int, run(binary).split()), strict=True)
-        return {f"{name} {t} {dim}": size for (name, dim), size in found for t in ("Bf16", "Fp16")}
+        sizes_by_case = zip(cases, map(int, run(binary).split()), strict=True)
+        return {
+            f"{name} {t} {dim}": size
+            for (name, dim), size in sizes_by_case
+            for t in ("Bf16", "Fp16")
+        }

@@ -41,15 +41,15 @@ Row = dict[str, str]
 
 def pools() -> dict[str, list[str]]:
     """Lines to make documents of: one pool a language, and code in pieces of some lines."""
-    found: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
     for source in package_text.sources().values():
         for document in package_text.documents(source.name):
             if source.kind == "code":
                 pieces = document.split("\n\n")
             else:
                 pieces = [p.strip() for p in document.replace(". ", ".\n").split("\n")]
-            found.setdefault(source.language, []).extend(p for p in pieces if len(p) > 20)
-    return found
+            texts.setdefault(source.language, []).extend(p for p in pieces if len(p) > 20)
+    return texts
 
 
 def documents(rng: random.Random, counts: Counter[str]) -> Iterator[str]:

@@ -60,7 +60,7 @@ def teacher(form: str, n: int, hidden: int, pipe: Connection) -> None:
 
 
 def student(form: str, n: int, sizes: tuple[int, int], train: bool, at: str, pipe: Any) -> None:
-    own, weight = operand(n, sizes[0], 0).requires_grad_(train), head(sizes[0], 1)
+    hidden, weight = operand(n, sizes[0], 0).requires_grad_(train), head(sizes[0], 1)
     wire = connect(at, KEY, 600.0)
     theirs = torch.empty(0)
     before = resident("VmRSS")
@@ -77,20 +77,20 @@ def student(form: str, n: int, sizes: tuple[int, int], train: bool, at: str, pip
     with torch.set_grad_enabled(train):
         if form == "hidden":
             how = {"teacher_hidden": sent, "teacher_weight": theirs, "divergence": "forward_kl"}
-            loss = ops.distill_loss(own, weight, **how).loss
+            loss = ops.distill_loss(hidden, weight, **how).loss
         else:
-            ours = (own @ weight.T).log_softmax(-1)
+            ours = (hidden @ weight.T).log_softmax(-1)
             loss = F.kl_div(ours, sent.log_softmax(-1), reduction="sum", log_target=True)
     if train:
         loss.backward()
-    found = {
+    result_row = {
         "kl": float(loss.detach()) / n, "extra": resident("VmHWM") - held, "held": held - before,
         "bytes": sent.nbytes, "received": received, "computed": time.perf_counter() - started,
     }  # fmt: skip
     if train:
-        found["gradient"] = own.grad
+        result_row["gradient"] = hidden.grad
     wire.send_tensor(torch.zeros(1, dtype=torch.int32))
-    pipe.send(found)
+    pipe.send(result_row)
 
 
 def resident(key: str) -> int:
@@ -109,10 +109,10 @@ def run(form: str, n: int, sizes: tuple[int, int], train: bool) -> dict[str, Any
     learning.start()
     while not result.poll(1.0):
         assert learning.is_alive() or result.poll(), "the student's process died"
-    found = result.recv()
+    result_row = result.recv()
     learning.join()
     teaching.join()
-    return found
+    return result_row
 
 
 def exact(n: int, sizes: tuple[int, int]) -> None:
@@ -129,12 +129,12 @@ def exact(n: int, sizes: tuple[int, int]) -> None:
         by_hidden, by_logits = runs.values()
         apart = abs(by_hidden["kl"] - by_logits["kl"])
         ratio = by_hidden["extra"] / by_logits["extra"]
-        whole = (by_hidden["extra"] + by_hidden["held"]) / by_logits["extra"]
-        told = f"apart {apart:.1e}; extra memory {ratio:.3f}, with the lm_head {whole:.3f}"
+        with_head = (by_hidden["extra"] + by_hidden["held"]) / by_logits["extra"]
+        line = f"apart {apart:.1e}; extra memory {ratio:.3f}, with the lm_head {with_head:.3f}"
         if train:
             gap = by_hidden["gradient"] - by_logits["gradient"]
-            told += f"; gradients {float(gap.norm() / by_logits['gradient'].norm()):.1e} apart"
-        print(told, flush=True)
+            line += f"; gradients {float(gap.norm() / by_logits['gradient'].norm()):.1e} apart"
+        print(line, flush=True)
         assert apart <= NEAR
 
 
@@ -150,9 +150,9 @@ def store(tokens: int, k: int, folder: Path) -> None:
     spent["written"] = time.perf_counter() - started[0], time.process_time() - started[1]
     steps = np.round(logprobs.double().numpy() * -STEPS_A_NAT).astype(np.uint64)
     packed = (ids.numpy().astype(np.uint64) << np.uint64(STEP_BITS) | steps).astype(ENTRY)
-    whole = np.fromfile(folder / "topk.bin", ENTRY).reshape(tokens, k)
+    stored = np.fromfile(folder / "topk.bin", ENTRY).reshape(tokens, k)
     for i, n in enumerate(lengths):
-        assert np.array_equal(whole[i * DOCUMENT : i * DOCUMENT + n], packed[:n])
+        assert np.array_equal(stored[i * DOCUMENT : i * DOCUMENT + n], packed[:n])
     started = time.perf_counter(), time.process_time()
     with (folder / "plain").open("wb") as file:
         for length in lengths:
@@ -160,8 +160,8 @@ def store(tokens: int, k: int, folder: Path) -> None:
     spent["its bytes alone"] = time.perf_counter() - started[0], time.process_time() - started[1]
     kept = torch.from_numpy(steps.astype(np.float32)) / -STEPS_A_NAT
     started = time.perf_counter(), time.process_time()
-    found = TeacherTopK(folder)
-    rows = [found[i] for i in range(len(found))]
+    teacher = TeacherTopK(folder)
+    rows = [teacher[i] for i in range(len(teacher))]
     spent["read"] = time.perf_counter() - started[0], time.process_time() - started[1]
     for n, (back, values) in zip(lengths, rows, strict=True):
         assert torch.equal(back, ids[:n]) and torch.equal(values, kept[:n])

@@ -45,7 +45,7 @@ class Case(NamedTuple):
     apart: bool = False  # forward and backward are compared each by itself
 
 
-class Place(NamedTuple):
+class Target(NamedTuple):
     """Where and in which dtype a case runs."""
 
     device: str
@@ -96,20 +96,20 @@ def _others(liger: Callable[[], Run], trl: Callable[[], Run]) -> dict[str, Run]:
 
 
 def grpo(
-    at: Place, n: int, h: int, masked: float = 0.0, idle: float = 0.0, entropy: float = 0.0
+    target: Target, n: int, h: int, masked: float = 0.0, idle: float = 0.0, entropy: float = 0.0
 ) -> Case:
     """n tokens in 16 sequences; masked: of the tokens, idle: of the sequences without advantage.
 
     entropy: the coefficient of its bonus, which Liger and TRL do without: they have no gradient of
     it here.
     """
-    hidden, weight = at.leaf(n, h, seed=0), at.leaf(VOCABULARY, h, seed=1, scale=h**-0.5)
+    hidden, weight = target.leaf(n, h, seed=0), target.leaf(VOCABULARY, h, seed=1, scale=h**-0.5)
     g = torch.Generator().manual_seed(2)
-    targets = at.row(torch.randint(VOCABULARY, (n,), generator=g))
-    sequences = at.row(torch.randn(16, generator=g) * (torch.arange(16) >= 16 * idle))
+    targets = target.row(torch.randint(VOCABULARY, (n,), generator=g))
+    sequences = target.row(torch.randn(16, generator=g) * (torch.arange(16) >= 16 * idle))
     advantages = sequences.repeat_interleave(n // 16)
-    mask = at.row((torch.rand(n, generator=g) >= masked).float())
-    weights, old = mask / mask.sum(), at.row(torch.full((n,), -12.0))
+    mask = target.row((torch.rand(n, generator=g) >= masked).float())
+    weights, old = mask / mask.sum(), target.row(torch.full((n,), -12.0))
 
     def loss(chosen: Tensor) -> Tensor:
         ratio = (chosen - old).clamp(-20, 20).exp()
@@ -142,21 +142,21 @@ def grpo(
     def trl() -> Run:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-        rest = None, targets, 1.0, TRL_COLUMNS, None, 1.0, ()
-        return lambda: loss(ChunkedLogProbFunction.apply(hidden, weight, *rest)[0])
+        options = None, targets, 1.0, TRL_COLUMNS, None, 1.0, ()
+        return lambda: loss(ChunkedLogProbFunction.apply(hidden, weight, *options)[0])
 
-    own = dict(at.ours("grpo_loss", ours))
-    runs = own | _compiled(eager, hidden, weight) | _others(liger, trl)
+    our_runs = dict(target.ours("grpo_loss", ours))
+    runs = our_runs | _compiled(eager, hidden, weight) | _others(liger, trl)
     counted, with_gradient = int(mask.sum()), int(((mask > 0) & (advantages != 0)).sum())
     runs["products"] = _products(counted, with_gradient, 1, hidden, weight)
     units = counted + 2 * with_gradient
     return Case(runs, (hidden, weight), units * 2 * VOCABULARY * h / 1e12)
 
 
-def distill(at: Place, n: int, h: int, kind: str) -> Case:
-    hidden, weight = at.leaf(n, h, seed=0), at.leaf(VOCABULARY, h, seed=1, scale=h**-0.5)
-    teacher = at.leaf(n, h, seed=2, grad=False)
-    head = at.leaf(VOCABULARY, h, seed=3, scale=h**-0.5, grad=False)
+def distill(target: Target, n: int, h: int, kind: str) -> Case:
+    hidden, weight = target.leaf(n, h, seed=0), target.leaf(VOCABULARY, h, seed=1, scale=h**-0.5)
+    teacher = target.leaf(n, h, seed=2, grad=False)
+    head = target.leaf(VOCABULARY, h, seed=3, scale=h**-0.5, grad=False)
 
     def eager(hidden: Tensor, weight: Tensor) -> Tensor:
         q = (hidden @ weight.T).float().log_softmax(-1)
@@ -182,27 +182,27 @@ def distill(at: Place, n: int, h: int, kind: str) -> Case:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         chunked = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
-        labels = torch.zeros(n, dtype=torch.long, device=at.device)
+        labels = torch.zeros(n, dtype=torch.long, device=target.device)
         return lambda: chunked(hidden, weight, teacher, head, labels) * n  # theirs is a mean
 
     def trl() -> Run:
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-        rest = None, teacher, head, None, beta
-        return lambda: ChunkedDivergenceFunction.apply(hidden, weight, *rest)[0].sum()
+        options = None, teacher, head, None, beta
+        return lambda: ChunkedDivergenceFunction.apply(hidden, weight, *options)[0].sum()
 
-    own = dict(at.ours("distill_loss", ours))
-    runs = own | _compiled(eager, hidden, weight) | _others(liger, trl)
+    our_runs = dict(target.ours("distill_loss", ours))
+    runs = our_runs | _compiled(eager, hidden, weight) | _others(liger, trl)
     runs["products"] = _products(n, n, 2, hidden, weight)
     return Case(runs, (hidden, weight), 4 * 2 * n * VOCABULARY * h / 1e12)
 
 
-def topk(at: Place, n: int, h: int, k: int = 64) -> Case:
-    hidden, weight = at.leaf(n, h, seed=0), at.leaf(VOCABULARY, h, seed=1, scale=h**-0.5)
+def topk(target: Target, n: int, h: int, k: int = 64) -> Case:
+    hidden, weight = target.leaf(n, h, seed=0), target.leaf(VOCABULARY, h, seed=1, scale=h**-0.5)
     g = torch.Generator().manual_seed(2)
     every = VOCABULARY // k
-    ids = at.row(torch.randint(every, (n, k), generator=g) + torch.arange(k) * every)
-    logprobs = at.row(torch.randn(n, k, generator=g).log_softmax(-1) - 0.1)
+    ids = target.row(torch.randint(every, (n, k), generator=g) + torch.arange(k) * every)
+    logprobs = target.row(torch.randn(n, k, generator=g).log_softmax(-1) - 0.1)
 
     def eager(hidden: Tensor, weight: Tensor) -> Tensor:
         q = (hidden @ weight.T).float().log_softmax(-1).gather(1, ids).log_softmax(-1)
@@ -214,28 +214,34 @@ def topk(at: Place, n: int, h: int, k: int = 64) -> Case:
             backend=backend,
         ).loss  # fmt: skip
 
-    runs = dict(at.ours("distill_loss", ours)) | _compiled(eager, hidden, weight)
+    runs = dict(target.ours("distill_loss", ours)) | _compiled(eager, hidden, weight)
     return Case(runs, (hidden, weight), 3 * 2 * n * k * h / 1e12)
 
 
 def attention(
-    at: Place, s: int, heads: int, kv_heads: int, chunk_size: int, local_size: int, dim: int = 128
+    target: Target,
+    s: int,
+    heads: int,
+    kv_heads: int,
+    chunk_size: int,
+    local_size: int,
+    dim: int = 128,
 ) -> Case:
-    q = at.leaf(s, heads, dim, seed=0)
-    k, v = (at.leaf(s, kv_heads, dim, seed=i) for i in (1, 2))
-    pull = at.leaf(s, heads, dim, seed=3, grad=False)
+    q = target.leaf(s, heads, dim, seed=0)
+    k, v = (target.leaf(s, kv_heads, dim, seed=i) for i in (1, 2))
+    pull = target.leaf(s, heads, dim, seed=3, grad=False)
     chunk = chunk_size - local_size
-    freq, index = rotary.inv_freq(dim, 1e6).to(at.device), torch.arange(s, device=at.device)
+    freq, index = rotary.inv_freq(dim, 1e6).to(target.device), torch.arange(s, device=target.device)
 
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Three attentions' scores, of which each entry takes one."""
-        place = index % chunk
-        key = rotary.rotate(k, place, freq)
+        position_in_chunk = index % chunk
+        key = rotary.rotate(k, position_in_chunk, freq)
         back = index[:, None] // chunk - index // chunk
-        scores = torch.zeros((), device=at.device)
+        scores = torch.zeros((), device=target.device)
         for distance, position in (
-            (0, place), (1, (place + chunk).clamp(max=chunk_size)),
-            (2, torch.full_like(place, chunk_size)),
+            (0, position_in_chunk), (1, (position_in_chunk + chunk).clamp(max=chunk_size)),
+            (2, torch.full_like(position_in_chunk, chunk_size)),
         ):  # fmt: skip
             mask = back == distance if distance < 2 else back >= 2
             part = torch.einsum("qhd,khd->hqk", rotary.rotate(q, position, freq), key)
@@ -244,8 +250,8 @@ def attention(
         return (torch.einsum("hqk,khd->qhd", scores.softmax(-1), v) * pull).sum()
 
     def sdpa() -> Tensor:
-        turned = (rotary.rotate(x, index, freq) for x in (q, k))
-        heads_first = (x.transpose(0, 1)[None] for x in (*turned, v))
+        rotated = (rotary.rotate(x, index, freq) for x in (q, k))
+        heads_first = (x.transpose(0, 1)[None] for x in (*rotated, v))
         out = F.scaled_dot_product_attention(
             *heads_first, is_causal=True, enable_gqa=heads != kv_heads
         )
@@ -255,14 +261,14 @@ def attention(
         kw = {"chunk_size": chunk_size, "local_size": local_size, "backend": backend}
         return (ops.dual_chunk_attention(q, k, v, **kw) * pull).sum()
 
-    runs = dict(at.ours("dual_chunk_attention", ours))
-    if at.device == "cpu":  # three (S, S) scores of every head, and heads of keys as of queries
+    runs = dict(target.ours("dual_chunk_attention", ours))
+    if target.device == "cpu":  # three (S, S) scores of every head, and heads of keys as of queries
         runs |= _compiled(eager, q, k, v)
     runs |= {"SDPA causal": sdpa, "chunk loop": partial(ours, "reference")}
     return Case(runs, (q, k, v), 3.5 * 2 * s * s * heads * dim / 1e12, apart=True)
 
 
-CASES: dict[str, dict[str, Callable[[Place], Case]]] = {
+CASES: dict[str, dict[str, Callable[[Target], Case]]] = {
     "cpu": {
         "grpo N=1024 H=256": partial(grpo, n=1024, h=256),
         "grpo + entropy N=1024 H=256": partial(grpo, n=1024, h=256, entropy=0.01),
@@ -301,11 +307,11 @@ CASES: dict[str, dict[str, Callable[[Place], Case]]] = {
 # -- measuring -------------------------------------------------------------------------------------
 
 
-def _place(device: str) -> Place:
-    return Place(device, torch.float32 if device == "cpu" else torch.bfloat16)
+def _target(device: str) -> Target:
+    return Target(device, torch.float32 if device == "cpu" else torch.bfloat16)
 
 
-def _now(device: str) -> float:
+def _synchronised_time(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -315,16 +321,16 @@ def _run(case: Case, name: str, device: str) -> tuple[float, float]:
     """(forward seconds, backward seconds), gradients fresh."""
     for leaf in case.leaves:
         leaf.grad = None
-    start = _now(device)
+    start = _synchronised_time(device)
     loss = case.runs[name]()
-    middle = _now(device)
+    middle = _synchronised_time(device)
     loss.backward()
-    return middle - start, _now(device) - middle
+    return middle - start, _synchronised_time(device) - middle
 
 
 def _peak(case_name: str, name: str, threads: int, pipe: Connection) -> None:
     torch.set_num_threads(threads)
-    case = CASES["cpu"][case_name](_place("cpu"))
+    case = CASES["cpu"][case_name](_target("cpu"))
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
 
     def status(key: str) -> int:
@@ -378,7 +384,7 @@ def main() -> None:
     for name, build in CASES[device].items():
         if not re.search(args.only, name):
             continue
-        case, times = build(_place(device)), {}
+        case, times = build(_target(device)), {}
         for round_ in range(args.rounds + 1):
             for implementation in case.runs:
                 taken = _run(case, implementation, device)

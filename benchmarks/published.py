@@ -111,37 +111,37 @@ def errors(rates: Rates = RATES) -> dict[str, float]:
 
 
 def loss(rates: Rates) -> float:
-    found = [abs(e) for e in errors(rates).values()]
-    return sum(e**1.5 for e in found) + sum(5 * max(0.0, e - 0.28) for e in found)
+    sizes = [abs(e) for e in errors(rates).values()]
+    return sum(e**1.5 for e in sizes) + sum(5 * max(0.0, e - 0.28) for e in sizes)
 
 
 def fit(rounds: int = 8000) -> Rates:
     """Random search within LIMITS."""
-    rng, found, width = random.Random(0), RATES, 0.15
+    rng, fitted, width = random.Random(0), RATES, 0.15
     for i in range(rounds):
         moved = {
             name: min(max(value * 2 ** (rng.gauss(0, width)), low), high)
             for name, (low, high) in LIMITS.items()
-            if (value := asdict(found)[name]) and rng.random() < 0.4
+            if (value := asdict(fitted)[name]) and rng.random() < 0.4
         }
-        tried = replace(found, **moved)
-        if loss(tried) < loss(found):
-            found = tried
+        tried = replace(fitted, **moved)
+        if loss(tried) < loss(fitted):
+            fitted = tried
         if i % 2000 == 1999:
             width /= 2
-    return found
+    return fitted
 
 
 def main() -> None:
     rates = fit() if "--fit" in sys.argv else RATES
     if rates is not RATES:
         print({name: float(f"{value:.3g}") for name, value in asdict(rates).items()})
-    found = errors(rates)
+    errors_by_run = errors(rates)
     print("| run | published TFLOP/s a GPU | predicted | step time off by |\n|---|---|---|---|")
     for name, (job, published) in PUBLISHED.items():
         predicted = step(job, rates).flops / 1e12
-        print(f"| {name} | {published} | {predicted:.0f} | {found[name]:+.0%} |")
-    off = [abs(e) for e in found.values()]
+        print(f"| {name} | {published} | {predicted:.0f} | {errors_by_run[name]:+.0%} |")
+    off = [abs(e) for e in errors_by_run.values()]
     print(f"\nmedian {statistics.median(off):.1%}, worst {max(off):.0%}")
 
 

@@ -68,13 +68,13 @@ def main() -> None:
     print("| pre-training | tokens/s, fronts | fast | ratio | GiB, fronts | fast |")
     print("|---|---|---|---|---|---|", flush=True)
     for name, overrides in CASES.items():
-        found: dict[str | None, list[tuple[float, float]]] = {"reference": [], None: []}
+        rates_by_backend: dict[str | None, list[tuple[float, float]]] = {"reference": [], None: []}
         for _ in range(rounds):
-            for backend, results in found.items():
+            for backend, results in rates_by_backend.items():
                 results.append(run(overrides, backend))
         (slow, much), (fast, little) = (
             tuple(statistics.median(column) for column in zip(*results, strict=True))
-            for results in found.values()
+            for results in rates_by_backend.values()
         )
         cells = f"{slow:,.0f} | {fast:,.0f} | {fast / slow:.2f} | {much:.2f} | {little:.2f}"
         print(f"| {name} | {cells} |", flush=True)

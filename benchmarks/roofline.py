@@ -66,8 +66,8 @@ def main() -> None:
     )
     print("logits, which is never made.\n")
     table(
-        ["model", "N", "TFLOP a U", "log-probability, U", "GRPO in mode F, 3 U",
-         "mode R, 4 U", "distillation, 4 U", "bf16 logits", "fp32 logits"],
+        ["model", "N", "TFLOP a U", "log-probability, U", "GRPO, gradient in the forward, 3 U",
+         "recompute, 4 U", "distillation, 4 U", "bf16 logits", "fp32 logits"],
         ([name, *row] for name in MODELS for row in losses(QWEN3[name])),
     )  # fmt: skip
 

@@ -21,14 +21,14 @@ FUNCTION = {"entry_point": "f", "calls": [{"arguments": [3], "result": 9}]}
 OUTPUT = {"cases": [{"stdin": "3", "stdout": "9"}]}
 
 
-def rate(work: Callable[[], object], seconds: float, threads: int = os.cpu_count() or 1) -> float:
-    """Calls of `work` a second, from so many threads for so long."""
+def rate(run: Callable[[], object], seconds: float, threads: int = os.cpu_count() or 1) -> float:
+    """Calls of `run` a second, from so many threads for so long."""
     end = time.monotonic() + seconds
 
     def repeat(_: int) -> int:
         done = 0
         while time.monotonic() < end:
-            work()
+            run()
             done += 1
         return done
 

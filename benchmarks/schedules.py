@@ -47,12 +47,12 @@ def between(points: dict[int, float], n: int) -> float:
     return points[max(points)] * n / max(points)
 
 
-def seconds_of(work: Callable[[], object]) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
     """The median of five, after one that warms up."""
     taken = []
     for _ in range(6):
         started = time.perf_counter()
-        work()
+        run()
         taken.append(time.perf_counter() - started)
     return statistics.median(taken[1:])
 
@@ -79,9 +79,9 @@ def main() -> None:
     groups = sampler.generate(some, params)
     answers = [(p, c) for p, group in zip(some, groups, strict=True) for c in group]
     lengths = [len(c.tokens) for _, c in answers]
-    told = statistics.quantiles(lengths, n=10)
+    deciles = statistics.quantiles(lengths, n=10)
     print(f"{len(lengths)} answers: {statistics.fmean(lengths):.0f} tokens in the mean, ", end="")
-    print(f"{told[4]:.0f} in the median, {told[8]:.0f} at 90 %, {max(lengths)} at most")
+    print(f"{deciles[4]:.0f} in the median, {deciles[8]:.0f} at 90 %, {max(lengths)} at most")
 
     decode = {}
     for n in COUNTS:  # a long and a short call on the same prompts: prefill falls out

@@ -57,29 +57,29 @@ PYBIND11_MODULE(Q3MEGA_MODULE, m) {
   });
   m.def("divergence_gradient", [](Address student, Address teacher, int64_t rows, int64_t stride,
                                   int64_t columns, Address lse_student, Address lse_teacher,
-                                  int64_t kind, float beta, Address own, Address g) {
+                                  int64_t kind, float beta, Address student_part, Address g) {
     py::gil_scoped_release free;
     q3mega::divergence_gradient(at<float>(student), at<const float>(teacher), rows, stride, columns,
                                 at<const float>(lse_student), at<const float>(lse_teacher),
-                                static_cast<q3mega::Divergence>(kind), beta, at<const float>(own),
-                                at<const float>(g));
+                                static_cast<q3mega::Divergence>(kind), beta,
+                                at<const float>(student_part), at<const float>(g));
   });
-  m.def("picked_logits", [](Address hidden, Address weight, Address places, int64_t rows,
+  m.def("picked_logits", [](Address hidden, Address weight, Address picked, int64_t rows,
                             int64_t picks, int64_t width, Address logits) {
     py::gil_scoped_release free;
     q3mega::picked_logits(at<const float>(hidden), at<const float>(weight),
-                          at<const int64_t>(places), rows, picks, width, at<float>(logits));
+                          at<const int64_t>(picked), rows, picks, width, at<float>(logits));
   });
-  m.def("picked_d_hidden", [](Address dz, Address weight, Address places, int64_t rows,
+  m.def("picked_d_hidden", [](Address dz, Address weight, Address picked, int64_t rows,
                               int64_t picks, int64_t width, Address d_hidden) {
     py::gil_scoped_release free;
-    q3mega::picked_d_hidden(at<const float>(dz), at<const float>(weight), at<const int64_t>(places),
+    q3mega::picked_d_hidden(at<const float>(dz), at<const float>(weight), at<const int64_t>(picked),
                             rows, picks, width, at<float>(d_hidden));
   });
-  m.def("picked_d_weight", [](Address dz, Address hidden, Address places, int64_t rows,
+  m.def("picked_d_weight", [](Address dz, Address hidden, Address picked, int64_t rows,
                               int64_t picks, int64_t width, Address d_weight) {
     py::gil_scoped_release free;
-    q3mega::picked_d_weight(at<const float>(dz), at<const float>(hidden), at<const int64_t>(places),
+    q3mega::picked_d_weight(at<const float>(dz), at<const float>(hidden), at<const int64_t>(picked),
                             rows, picks, width, at<float>(d_weight));
   });
   m.def("dual_chunk_forward",

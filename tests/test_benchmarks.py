@@ -10,9 +10,9 @@ from q3mega import device  # noqa: F401
 # isort: split
 import operators
 import torch
-from operators import Case, Place
+from operators import Case, Target
 
-CASES: dict[str, Callable[[Place], Case]] = {
+CASES: dict[str, Callable[[Target], Case]] = {
     "grpo": partial(operators.grpo, n=64, h=16),
     "grpo, masked and idle": partial(operators.grpo, n=64, h=16, masked=0.5, idle=0.3),
     "forward_kl": partial(operators.distill, n=24, h=16, kind="forward_kl"),
@@ -30,7 +30,7 @@ ANOTHER = {"SDPA causal", "products"}  # without chunks, and without a loss
 @pytest.mark.parametrize("name", CASES)
 def test_implementations_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "VOCABULARY", 1024)
-    case = CASES[name](Place("cpu", torch.float32))
+    case = CASES[name](Target("cpu", torch.float32))
     assert {"cpu", "eager"} < case.runs.keys()
     found = {}
     for implementation in case.runs.keys() - ANOTHER:

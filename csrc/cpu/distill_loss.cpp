@@ -90,11 +90,12 @@ void divergence_sums(const float* student, float* teacher, int64_t rows, int64_t
 
 void divergence_gradient(float* student, const float* teacher, int64_t rows, int64_t stride,
                          int64_t columns, const float* lse_student, const float* lse_teacher,
-                         Divergence kind, float beta, const float* own, const float* g) {
+                         Divergence kind, float beta, const float* student_part, const float* g) {
   for_rows(rows, [=](int64_t row) {
     float* s = student + row * stride;
     const float* t = teacher + row * stride;
-    const float a = lse_student[row], b = lse_teacher[row], mean = own[row], scale = g[row];
+    const float a = lse_student[row], b = lse_teacher[row], mean = student_part[row],
+                scale = g[row];
     if (kind == kForward) {
       rewrite(s, t, columns,
               [=](float z, float y) { return scale * (exp_fast(z - a) - exp_fast(y - b)); });
@@ -112,14 +113,14 @@ void divergence_gradient(float* student, const float* teacher, int64_t rows, int
   });
 }
 
-void picked_logits(const float* hidden, const float* weight, const int64_t* places, int64_t rows,
+void picked_logits(const float* hidden, const float* weight, const int64_t* picked, int64_t rows,
                    int64_t picks, int64_t width, float* logits) {
   for_rows(rows, [=](int64_t row) {
     const float* h = hidden + row * width;
     for (int64_t at = row * picks; at < (row + 1) * picks; ++at) {
       float dot = 0.0f;
-      if (places[at] >= 0) {
-        const float* w = weight + places[at] * width;
+      if (picked[at] >= 0) {
+        const float* w = weight + picked[at] * width;
 #pragma omp simd reduction(+ : dot)
         for (int64_t i = 0; i < width; ++i) {
           dot += h[i] * w[i];
@@ -130,27 +131,27 @@ void picked_logits(const float* hidden, const float* weight, const int64_t* plac
   });
 }
 
-void picked_d_hidden(const float* dz, const float* weight, const int64_t* places, int64_t rows,
+void picked_d_hidden(const float* dz, const float* weight, const int64_t* picked, int64_t rows,
                      int64_t picks, int64_t width, float* d_hidden) {
   for_rows(rows, [=](int64_t row) {
     float* out = d_hidden + row * width;
     std::fill(out, out + width, 0.0f);
     for (int64_t at = row * picks; at < (row + 1) * picks; ++at) {
-      if (places[at] >= 0) {
-        add_scaled(dz[at], weight + places[at] * width, width, out);
+      if (picked[at] >= 0) {
+        add_scaled(dz[at], weight + picked[at] * width, width, out);
       }
     }
   });
 }
 
-void picked_d_weight(const float* dz, const float* hidden, const int64_t* places, int64_t rows,
+void picked_d_weight(const float* dz, const float* hidden, const int64_t* picked, int64_t rows,
                      int64_t picks, int64_t width, float* d_weight) {
 #pragma omp parallel
   {
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     for (int64_t at = 0; at < rows * picks; ++at) {
-      if (places[at] >= 0 && places[at] % threads == thread) {
-        add_scaled(dz[at], hidden + at / picks * width, width, d_weight + places[at] * width);
+      if (picked[at] >= 0 && picked[at] % threads == thread) {
+        add_scaled(dz[at], hidden + at / picks * width, width, d_weight + picked[at] * width);
       }
     }
   }

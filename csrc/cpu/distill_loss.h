@@ -6,6 +6,7 @@
 
 namespace q3mega {
 
+// Numbered as DIVERGENCES of kernels/triton/__init__.py.
 enum Divergence : int64_t { kForward = 0, kReverse = 1, kJsd = 2 };
 
 // student, teacher (rows, stride) logits with their log-sum-exps (rows). sums (rows, 2), over the
@@ -17,26 +18,27 @@ void divergence_sums(const float* student, float* teacher, int64_t rows, int64_t
                      Divergence kind, float beta, float* sums);
 
 // In place: student logits -> g times the divergence's gradient, 0 past `columns`, after
-// divergence_sums of the same blocks. own (rows): the sum over q of divergence_sums, whole
-// vocabulary (unused by forward); g (rows).
+// divergence_sums of the same blocks. student_part (rows): the sum over q of
+// divergence_sums over the whole vocabulary (unused by forward). g (rows).
 void divergence_gradient(float* student, const float* teacher, int64_t rows, int64_t stride,
                          int64_t columns, const float* lse_student, const float* lse_teacher,
-                         Divergence kind, float beta, const float* own, const float* g);
+                         Divergence kind, float beta, const float* student_part, const float* g);
 
-// Products with the rows of an lm_head (vocabulary, width) at `places` (rows, picks) alone, where a
-// token has `picks` of them; a place of -1 is nowhere: another rank's.
+// Products with a few rows of an lm_head (vocabulary, width). picked (rows, picks): those rows'
+// indices, `picks` of them a token; -1 is a row of another rank.
 
 // logits (rows, picks) of hidden (rows, width).
-void picked_logits(const float* hidden, const float* weight, const int64_t* places, int64_t rows,
+void picked_logits(const float* hidden, const float* weight, const int64_t* picked, int64_t rows,
                    int64_t picks, int64_t width, float* logits);
 
 // d_hidden (rows, width) from the logits' gradients dz (rows, picks).
-void picked_d_hidden(const float* dz, const float* weight, const int64_t* places, int64_t rows,
+void picked_d_hidden(const float* dz, const float* weight, const int64_t* picked, int64_t rows,
                      int64_t picks, int64_t width, float* d_hidden);
 
-// Adds to d_weight (vocabulary, width). A row of it has one thread, so sums do not depend on the
-// threads' number; in turn, since the ids that teachers prefer lie close together.
-void picked_d_weight(const float* dz, const float* hidden, const int64_t* places, int64_t rows,
+// Adds to d_weight (vocabulary, width). Each of its rows belongs to one thread, so sums do not
+// depend on the number of threads. Threads take rows in turn, since the ids that teachers prefer
+// lie close together.
+void picked_d_weight(const float* dz, const float* hidden, const int64_t* picked, int64_t rows,
                      int64_t picks, int64_t width, float* d_weight);
 
 }  // namespace q3mega

@@ -1,7 +1,7 @@
 // One pass over the keys: a query tile is rotated anew when its chunk distance to them changes.
 //
-// A key is rotated once, by its place in its chunk. Queries of chunk n see keys of their own chunk
-// at their own place, of the chunk before at min(chunk + place, clamp), of earlier ones at
+// A key is rotated once, by its index in its chunk. Queries of chunk n see keys of their own chunk
+// at their own index, of the chunk before at min(chunk + index, clamp), of earlier ones at
 // min(2 chunk - 1, clamp). Running maximum, mass and output go through all three (flash attention);
 // the backward turns each phase's gradient back by the same angle. Threads share out (sequence, kv
 // head) pairs, whose gradients nobody else adds to, so results do not depend on their number.
@@ -68,19 +68,19 @@ struct Phase {
 };
 
 void phases(const DualChunk& shape, int64_t first, int64_t last, Phase* out) {
-  const int64_t own = first / shape.chunk * shape.chunk;
-  const int64_t before = own >= shape.chunk ? own - shape.chunk : 0;
+  const int64_t chunk_start = first / shape.chunk * shape.chunk;
+  const int64_t before = chunk_start >= shape.chunk ? chunk_start - shape.chunk : 0;
   out[0] = {0, before, 0};
-  out[1] = {before, own, 1};
-  out[2] = {own, last, 2};
+  out[1] = {before, chunk_start, 1};
+  out[2] = {chunk_start, last, 2};
 }
 
 int64_t query_position(const DualChunk& shape, int64_t token, int64_t kind) {
-  const int64_t place = token % shape.chunk;
+  const int64_t index = token % shape.chunk;
   if (kind == 2) {
-    return place;
+    return index;
   }
-  return std::min(kind == 1 ? shape.chunk + place : 2 * shape.chunk - 1, shape.clamp);
+  return std::min(kind == 1 ? shape.chunk + index : 2 * shape.chunk - 1, shape.clamp);
 }
 
 // Scratch of one query tile.
@@ -226,7 +226,7 @@ void dual_chunk_backward(const DualChunk& shape, const float* q, const float* k,
       const int64_t rows = shape.cu_q[b + 1] - shape.cu_q[b];
       for_tiles(shape, rows, tile, [&](int64_t row) {
         const int64_t at = shape.cu_q[b] + row, start = at * q_step + head * dim;
-        int64_t now = -1;
+        int64_t rotated_kind = -1;
         for (int64_t i = 0; i < tile.rows; ++i) {
           const float *o = out + start + i * q_step, *g = d_out + start + i * q_step;
           float dot = 0.0f;
@@ -240,8 +240,8 @@ void dual_chunk_backward(const DualChunk& shape, const float* q, const float* k,
           std::fill(d_q + start + i * q_step, d_q + start + i * q_step + dim, 0.0f);
         }
         const auto turn_back = [&]() {  // the phase's share of d_q, in the query's own basis
-          for (int64_t i = 0; now >= 0 && i < tile.rows; ++i) {
-            const int64_t position = query_position(shape, tile.first + i, now);
+          for (int64_t i = 0; rotated_kind >= 0 && i < tile.rows; ++i) {
+            const int64_t position = query_position(shape, tile.first + i, rotated_kind);
             rotate(shape, by_query.data() + i * width, position, -1.0f, turned_back.data());
             float* g = d_q + start + i * q_step;
             for (int64_t d = 0; d < dim; ++d) {
@@ -252,7 +252,7 @@ void dual_chunk_backward(const DualChunk& shape, const float* q, const float* k,
         };
         const auto turned = [&](int64_t kind) {
           turn_back();
-          now = kind;
+          rotated_kind = kind;
           tile.turn(shape, q + start, q_step, kind, width);
         };
         for_keys(shape, tile, turned, [&](int64_t, int64_t low, int64_t from, int64_t to) {
@@ -262,11 +262,11 @@ void dual_chunk_backward(const DualChunk& shape, const float* q, const float* k,
                          pull.data(), kTile, tile.rows, kTile, dim);
           for (int64_t i = 0; i < tile.rows; ++i) {
             float *s = tile.scores.data() + i * kTile, *p = pull.data() + i * kTile;
-            const float whole = shift[i], own = mean[i];
+            const float lse_i = shift[i], mean_i = mean[i];
 #pragma omp simd
             for (int64_t j = 0; j < kTile; ++j) {
-              s[j] = exp_fast(s[j] - whole);
-              p[j] = s[j] * (p[j] - own);
+              s[j] = exp_fast(s[j] - lse_i);
+              p[j] = s[j] * (p[j] - mean_i);
             }
           }
           product<true>(tile.scores.data(), 1, kTile, given.data(), width,

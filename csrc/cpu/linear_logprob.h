@@ -5,7 +5,7 @@
 
 namespace q3mega {
 
-// logits (rows, stride), of which `columns` are real; column (rows) the target's place, or
+// logits (rows, stride), of which `columns` are real; column (rows): the target's, or
 // negative. stats (rows, 4): m = max z, sum e^(z-m), sum e^(z-m)(z-m), the target's z (0 if it is
 // not here).
 void row_stats(const float* logits, int64_t rows, int64_t stride, int64_t columns,

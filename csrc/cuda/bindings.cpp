@@ -50,9 +50,9 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<cuda::Attention>(m, "Attention")
       .def(py::init([](int type, int dim, int heads, int kv_heads, int64_t queries, int64_t keys,
                        int chunk, int clamp, float scale, Address cosine, Address sine,
-                       Address work, int64_t tiles) {
+                       Address tile_list, int64_t tiles) {
         const auto *c = from<const float*>(cosine), *s = from<const float*>(sine);
-        const auto* w = from<const int*>(work);
+        const auto* w = from<const int*>(tile_list);
         return cuda::Attention{type,  dim,   heads, kv_heads, queries, keys, chunk,
                                clamp, scale, c,     s,        w,       tiles};
       }));

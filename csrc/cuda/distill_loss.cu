@@ -58,12 +58,13 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
                                int64_t stride, int64_t columns,
                                const float* __restrict__ lse_student,
                                const float* __restrict__ lse_teacher, float beta,
-                               const float* __restrict__ own, const float* __restrict__ g) {
+                               const float* __restrict__ student_part,
+                               const float* __restrict__ g) {
   const int64_t row = blockIdx.x;
   float* s = student + row * stride;
   const float* t = teacher + row * stride;
   const float shift_s = lse_student[row], shift_t = lse_teacher[row];
-  const float mean = own[row], factor = g[row];
+  const float mean = student_part[row], factor = g[row];
   for_columns(s, t, stride, [&](int64_t v, auto& x) {
     std::remove_reference_t<decltype(x)> y;
     load(x, s + v);
@@ -112,11 +113,11 @@ cudaError_t divergence_sums(const float* student, const float* teacher, int64_t 
 
 cudaError_t divergence_gradient(float* student, const float* teacher, int64_t rows, int64_t stride,
                                 int64_t columns, const float* lse_student, const float* lse_teacher,
-                                Divergence kind, float beta, const float* own, const float* g,
-                                cudaStream_t stream) {
+                                Divergence kind, float beta, const float* student_part,
+                                const float* g, cudaStream_t stream) {
   return for_kind(kind, [&](auto known) {
     return launch(divergence_gradient_kernel<known>, rows, kRowThreads, 0, stream, student, teacher,
-                  stride, columns, lse_student, lse_teacher, beta, own, g);
+                  stride, columns, lse_student, lse_teacher, beta, student_part, g);
   });
 }
 

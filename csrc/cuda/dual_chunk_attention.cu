@@ -1,6 +1,6 @@
 // Dual-chunk attention for Hopper: one pass over the keys, forward and a deterministic backward.
 //
-// The method is that of kernels/dual_chunk_attention.py. A query tile lies in one chunk and is
+// The method is that of kernels/triton/dual_chunk_attention.py. A query tile lies in one chunk and is
 // rotated anew, in fp32, when its chunk distance to the keys changes; running maximum, mass and
 // output go through all phases. The rotated query carries softmax scale and log2(e), so that a
 // product is a power of two's exponent.
@@ -90,25 +90,25 @@ struct Lane {
 
 // ---- rotations
 
-// The rotation of a query at `place` of its chunk for keys `distance` chunks before.
-__device__ int position(const Attention& problem, int place, int distance) {
+// The rotation of a query at `index` of its chunk for keys `distance` chunks before.
+__device__ int position(const Attention& problem, int index, int distance) {
   if (distance == 0) {
-    return place;
+    return index;
   }
-  return min(problem.chunk + (distance == 1 ? place : problem.chunk - 1), problem.clamp);
+  return min(problem.chunk + (distance == 1 ? index : problem.chunk - 1), problem.clamp);
 }
 
 // 64 rows of one head, `step` numbers apart, rotated in fp32 and scaled to a tile of operands, by a
 // warpgroup. Rows past `rows` repeat the last.
 template <class T, int D>
-__device__ void rotate(const Attention& problem, const T* x, int64_t step, int rows, int place,
+__device__ void rotate(const Attention& problem, const T* x, int64_t step, int rows, int index,
                        int distance, int thread, Tile<kRows, D>& tile) {
   constexpr int kVectors = D / 16;  // of 8 numbers, in a half row
   const float factor = problem.scale * kLog2e;
   for (int item = thread; item < kRows * kVectors; item += kWarpgroup) {
     const int row = item / kVectors, d = item % kVectors * 8, from = min(row, rows - 1);
     const int64_t angle =
-        static_cast<int64_t>(position(problem, place + from, distance)) * (D / 2) + d;
+        static_cast<int64_t>(position(problem, index + from, distance)) * (D / 2) + d;
     uint4 a = *reinterpret_cast<const uint4*>(x + from * step + d);
     uint4 b = *reinterpret_cast<const uint4*>(x + from * step + d + D / 2);
     uint32_t* first = &a.x;
@@ -133,14 +133,14 @@ __device__ void rotate(const Attention& problem, const T* x, int64_t step, int r
 
 // The accumulators of a warpgroup's rows, rotated by their positions, or back with sign -1.
 template <int N>
-__device__ void turn(const Attention& problem, float (&x)[N], const Lane& lane, int rows, int place,
+__device__ void turn(const Attention& problem, float (&x)[N], const Lane& lane, int rows, int index,
                      int distance, float sign) {
   constexpr int D = 2 * N;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int from = min(lane.row() + 8 * h, rows - 1);
     const int64_t angle =
-        static_cast<int64_t>(position(problem, place + from, distance)) * (D / 2) + lane.column();
+        static_cast<int64_t>(position(problem, index + from, distance)) * (D / 2) + lane.column();
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
       const float2 c = *reinterpret_cast<const float2*>(problem.cosine + angle + 8 * i);
@@ -158,24 +158,24 @@ __device__ void turn(const Attention& problem, float (&x)[N], const Lane& lane, 
 
 // ---- walks
 
-// A row of `work`: queries of one sequence and chunk.
+// A row of `tile_list`: queries of one sequence and chunk.
 struct QueryTile {
   int row, rows, token, keys;
-  __device__ QueryTile(const int* work, int tile)
-      : row(work[4 * tile]),
-        rows(work[4 * tile + 1]),
-        token(work[4 * tile + 2]),
-        keys(work[4 * tile + 3]) {}
+  __device__ QueryTile(const int* tile_list, int tile)
+      : row(tile_list[4 * tile]),
+        rows(tile_list[4 * tile + 1]),
+        token(tile_list[4 * tile + 2]),
+        keys(tile_list[4 * tile + 3]) {}
 };
 
 // Over the key tiles that queries [token, end) of one chunk see: those two chunks before and more,
 // one chunk before, their own.
 struct KeyWalk {
-  int own, before, end;
+  int chunk_start, before, end;
   int distance = 3, start = 0, high = 0;  // this tile: keys [start, start + step) below high
 
   __device__ KeyWalk(int chunk, int token, int last)
-      : own(token / chunk * chunk), before(max(own - chunk, 0)), end(last) {}
+      : chunk_start(token / chunk * chunk), before(max(chunk_start - chunk, 0)), end(last) {}
 
   __device__ bool next(int step) {
     start += step;
@@ -183,8 +183,8 @@ struct KeyWalk {
       if (--distance < 0) {
         return false;
       }
-      start = distance == 2 ? 0 : distance == 1 ? before : own;
-      high = distance == 2 ? before : distance == 1 ? own : end;
+      start = distance == 2 ? 0 : distance == 1 ? before : chunk_start;
+      high = distance == 2 ? before : distance == 1 ? chunk_start : end;
     }
     return true;
   }
@@ -193,18 +193,18 @@ struct KeyWalk {
 // A row of `key_work`: keys of one sequence and chunk, and the queries of that sequence.
 struct KeyTile {
   int row, rows, token, queries, first, last;  // the queries are tokens [first, last)
-  __device__ KeyTile(const int* work, int tile)
-      : row(work[6 * tile]),
-        rows(work[6 * tile + 1]),
-        token(work[6 * tile + 2]),
-        queries(work[6 * tile + 3]),
-        first(work[6 * tile + 4]),
-        last(first + work[6 * tile + 5]) {}
+  __device__ KeyTile(const int* tile_list, int tile)
+      : row(tile_list[6 * tile]),
+        rows(tile_list[6 * tile + 1]),
+        token(tile_list[6 * tile + 2]),
+        queries(tile_list[6 * tile + 3]),
+        first(tile_list[6 * tile + 4]),
+        last(first + tile_list[6 * tile + 5]) {}
 };
 
 // Over the query tiles that see a tile of keys, its own chunk's first.
 struct QueryWalk {
-  int chunk, token, first, last, own;
+  int chunk, token, first, last, chunk_start;
   int distance = -1, start = 0, high = 0;  // this tile: queries [start, start + kRows) below high
 
   __device__ QueryWalk(int size, const KeyTile& tile)
@@ -212,18 +212,18 @@ struct QueryWalk {
         token(tile.token),
         first(tile.first),
         last(tile.last),
-        own(tile.token / size * size - size) {}
+        chunk_start(tile.token / size * size - size) {}
 
   __device__ bool next() {
     start += kRows;
     while (start >= high) {
-      own += chunk;
+      chunk_start += chunk;
       ++distance;
-      if (own >= last) {
+      if (chunk_start >= last) {
         return false;
       }
-      start = max(own, max(first, token));
-      high = min(own + chunk, last);
+      start = max(chunk_start, max(first, token));
+      high = min(chunk_start + chunk, last);
     }
     return true;
   }
@@ -321,9 +321,9 @@ struct OnlineSoftmax {
 // -inf where the key lies past the phase's end or in the future of the lane's rows' tokens.
 template <int N>
 __device__ void mask(float (&s)[N], const Lane& lane, const KeyWalk& walk, int token) {
-  const int seen = walk.high - walk.start, now = token + lane.row() - walk.start;
+  const int seen = walk.high - walk.start, column_of_row = token + lane.row() - walk.start;
   lane.each(s, [&](float& x, int h, int column) {
-    x = column < seen && column <= now + 8 * h ? x : -INFINITY;
+    x = column < seen && column <= column_of_row + 8 * h ? x : -INFINITY;
   });
 }
 
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   constexpr int N = kKeys;
   auto& shared = dynamic_shared<ForwardShared<D>>();
   const int head = blockIdx.x % problem.heads, kv = head / (problem.heads / problem.kv_heads);
-  const QueryTile tile(problem.work, blockIdx.x / problem.heads);
+  const QueryTile tile(problem.tile_list, blockIdx.x / problem.heads);
   const int consumers = tile.rows > kRows ? 2 : 1;
   const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
   if (threadIdx.x == 0) {
@@ -381,7 +381,7 @@ __global__ void __launch_bounds__(kBlock, 1)
       if (walk.distance != turned) {
         turned = walk.distance;
         sync_threads(1 + warpgroup, kWarpgroup);  // no warp still multiplies the old one
-        rotate(problem, q + at, step, rows, token - walk.own, turned, thread, query);
+        rotate(problem, q + at, step, rows, token - walk.chunk_start, turned, thread, query);
         sync_threads(1 + warpgroup, kWarpgroup);
       }
     };
@@ -461,7 +461,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   constexpr int N = kKeys;
   auto& shared = dynamic_shared<QueryGradientShared<D>>();
   const int head = blockIdx.x % problem.heads, kv = head / (problem.heads / problem.kv_heads);
-  const QueryTile tile(problem.work, blockIdx.x / problem.heads);
+  const QueryTile tile(problem.tile_list, blockIdx.x / problem.heads);
   const int consumers = tile.rows > kRows ? 2 : 1;
   const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
   if (threadIdx.x == 0) {
@@ -499,7 +499,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     const int64_t at = (tile.row + first) * step + head * D;
     auto& query = shared.query[warpgroup];
     KeyWalk walk(problem.chunk, tile.token, token + rows);
-    const int place = token - walk.own;
+    const int index = token - walk.chunk_start;
     float s[N / 2], d[N / 2], sum[D / 2], shift[2], mean[2];
     uint32_t ds[N / 16][4];
     int turned = -1;
@@ -518,12 +518,12 @@ __global__ void __launch_bounds__(kBlock, 1)
     for (Ring ring; walk.next(N); ring.next()) {
       if (walk.distance != turned) {  // the sum changes its basis together with the query
         if (turned >= 0) {
-          turn(problem, sum, lane, rows, place, turned, -1.0f);
-          turn(problem, sum, lane, rows, place, walk.distance, 1.0f);
+          turn(problem, sum, lane, rows, index, turned, -1.0f);
+          turn(problem, sum, lane, rows, index, walk.distance, 1.0f);
         }
         turned = walk.distance;
         sync_threads(1 + warpgroup, kWarpgroup);  // no warp still multiplies the old query
-        rotate(problem, q + at, step, rows, place, turned, thread, query);
+        rotate(problem, q + at, step, rows, index, turned, thread, query);
         sync_threads(1 + warpgroup, kWarpgroup);
       }
       const auto& key = shared.key[ring.stage];
@@ -545,7 +545,7 @@ __global__ void __launch_bounds__(kBlock, 1)
       wgmma_wait<0>(sum);
       release(shared.empty[ring.stage], thread);
     }
-    turn(problem, sum, lane, rows, place, turned, -1.0f);
+    turn(problem, sum, lane, rows, index, turned, -1.0f);
     store(d_q + at, step, rows, lane, sum, problem.scale);
   }
 }
@@ -567,7 +567,7 @@ __global__ void __launch_bounds__(kBlock, 1)
                         T* __restrict__ d_v) {
   auto& shared = dynamic_shared<KeyGradientShared<D>>();
   const int kv = blockIdx.x % problem.kv_heads, group = problem.heads / problem.kv_heads;
-  const KeyTile tile(problem.work, blockIdx.x / problem.kv_heads);
+  const KeyTile tile(problem.tile_list, blockIdx.x / problem.kv_heads);
   const int consumers = tile.rows > kRows ? 2 : 1;
   const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
   if (threadIdx.x == 0) {
@@ -608,8 +608,8 @@ __global__ void __launch_bounds__(kBlock, 1)
           shared.shift[i][thread] = thread < rows ? lse[number] * kLog2e : INFINITY;
           shared.mean[i][thread] = thread < rows ? delta[number] : 0.0f;
         }
-        rotate(problem, q + row * step + head * D, step, rows, walk.start - walk.own, walk.distance,
-               thread, shared.query[i]);
+        rotate(problem, q + row * step + head * D, step, rows, walk.start - walk.chunk_start,
+               walk.distance, thread, shared.query[i]);
         arrive(shared.full[i]);
       }
     }

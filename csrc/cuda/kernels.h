@@ -20,10 +20,11 @@ struct Attention {
   int chunk, clamp;
   float scale;
   const float *cosine, *sine;  // (positions, dim / 2) of every position that a rotation uses
-  const int* work;             // (tiles, 4 or 6), from kernels/tiles.py, of at most 128 rows
+  const int* tile_list;        // (tiles, 4 or 6), from kernels/triton/tiles.py: at most 128 rows
   int64_t tiles;
 };
 
+// Numbered as DIVERGENCES of kernels/triton/__init__.py.
 enum Divergence : int { kForward = 0, kReverse = 1, kJsd = 2 };
 
 extern "C" {
@@ -40,19 +41,19 @@ cudaError_t divergence_sums(const float* student, const float* teacher, int64_t 
                             cudaStream_t stream);
 cudaError_t divergence_gradient(float* student, const float* teacher, int64_t rows, int64_t stride,
                                 int64_t columns, const float* lse_student, const float* lse_teacher,
-                                Divergence kind, float beta, const float* own, const float* g,
-                                cudaStream_t stream);
+                                Divergence kind, float beta, const float* student_part,
+                                const float* g, cudaStream_t stream);
 
-// lse (queries, heads) fp32: the log-sum-exp of the logits. work: query_tiles.
+// lse (queries, heads) fp32: the log-sum-exp of the logits. tile_list: query_tiles.
 cudaError_t attention_forward(Attention problem, const void* q, const void* k, const void* v,
                               void* out, float* lse, cudaStream_t stream);
 
-// delta (queries, heads) fp32: the sum of out times d_out. work: query_tiles.
+// delta (queries, heads) fp32: the sum of out times d_out. tile_list: query_tiles.
 cudaError_t attention_query_gradient(Attention problem, const void* d_out, const void* q,
                                      const void* k, const void* v, const float* lse,
                                      const float* delta, void* d_q, cudaStream_t stream);
 
-// d_k is fp32, of the rotated key. work: key_tiles.
+// d_k is fp32, of the rotated key. tile_list: key_tiles.
 cudaError_t attention_key_gradient(Attention problem, const void* d_out, const void* q,
                                    const void* k, const void* v, const float* lse,
                                    const float* delta, float* d_k, void* d_v, cudaStream_t stream);

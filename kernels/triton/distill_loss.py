@@ -57,35 +57,45 @@ def divergence_sums_kernel(
 
 @triton.jit
 def divergence_gradient_kernel(
-    S, T, LSE_S, LSE_T, OWN, G, stride, columns, beta, KIND: tl.constexpr, BLOCK: tl.constexpr
+    S,
+    T,
+    LSE_S,
+    LSE_T,
+    STUDENT_PART,
+    G,
+    stride,
+    columns,
+    beta,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at, inside = row * stride + v, v < columns
-    g, own = tl.load(G + row), tl.load(OWN + row)
+    g, student_part = tl.load(G + row), tl.load(STUDENT_PART + row)
     lq = tl.load(S + at, mask=inside, other=0.0) - tl.load(LSE_S + row)
     lp = tl.load(T + at, mask=inside, other=0.0) - tl.load(LSE_T + row)
     q, p = tl.exp(lq), tl.exp(lp)
     if KIND == FORWARD:
         dz = g * (q - p)
     elif KIND == REVERSE:
-        dz = g * q * (lq - lp - own)
+        dz = g * q * (lq - lp - student_part)
     else:
-        dz = g * (1.0 - beta) * q * (lq - _log_mixture(p, q, beta) - own)
+        dz = g * (1.0 - beta) * q * (lq - _log_mixture(p, q, beta) - student_part)
     tl.store(S + at, tl.where(inside, dz, 0.0), mask=v < stride)
 
 
 @triton.jit
-def _picked(PLACES, at, ok, X, width, h):
-    """(picks, lanes) fp32 of the rows of X at the places; 0 for a place of -1."""
-    place = tl.load(PLACES + at, mask=ok, other=-1)[:, None]
-    inside = (place >= 0) & (h < width)[None]
-    return tl.load(X + place * width + h[None], mask=inside, other=0.0).to(tl.float32)
+def _load_picked(PICKED, at, ok, X, width, h):
+    """(picks, lanes) fp32 of the rows of X that PICKED names; 0 for -1."""
+    row_of_weight = tl.load(PICKED + at, mask=ok, other=-1)[:, None]
+    inside = (row_of_weight >= 0) & (h < width)[None]
+    return tl.load(X + row_of_weight * width + h[None], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def picked_logits_kernel(
-    HIDDEN, WEIGHT, PLACES, LOGITS, picks, width, PICKS: tl.constexpr, LANES: tl.constexpr
+    HIDDEN, WEIGHT, PICKED, LOGITS, picks, width, PICKS: tl.constexpr, LANES: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * PICKS + tl.arange(0, PICKS)
@@ -93,13 +103,13 @@ def picked_logits_kernel(
     for start in range(0, width, LANES):
         h = start + tl.arange(0, LANES)
         x = tl.load(HIDDEN + row * width + h, mask=h < width, other=0.0).to(tl.float32)
-        dots += _picked(PLACES, row * picks + k, k < picks, WEIGHT, width, h) * x[None]
+        dots += _load_picked(PICKED, row * picks + k, k < picks, WEIGHT, width, h) * x[None]
     tl.store(LOGITS + row * picks + k, tl.sum(dots, 1), mask=k < picks)
 
 
 @triton.jit
 def picked_d_hidden_kernel(
-    DZ, WEIGHT, PLACES, D_HIDDEN, picks, width, PICKS: tl.constexpr, LANES: tl.constexpr
+    DZ, WEIGHT, PICKED, D_HIDDEN, picks, width, PICKS: tl.constexpr, LANES: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -107,18 +117,18 @@ def picked_d_hidden_kernel(
     for start in range(0, picks, PICKS):
         k = start + tl.arange(0, PICKS)
         dz = tl.load(DZ + row * picks + k, mask=k < picks, other=0.0)
-        parts += _picked(PLACES, row * picks + k, k < picks, WEIGHT, width, h) * dz[:, None]
+        parts += _load_picked(PICKED, row * picks + k, k < picks, WEIGHT, width, h) * dz[:, None]
     tl.store(D_HIDDEN + row * width + h, tl.sum(parts, 0), mask=h < width)
 
 
 @triton.jit
-def picked_d_weight_kernel(DZ, HIDDEN, PLACES, D_WEIGHT, picks, width, LANES: tl.constexpr):
+def picked_d_weight_kernel(DZ, HIDDEN, PICKED, D_WEIGHT, picks, width, LANES: tl.constexpr):
     pick = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    place, dz = tl.load(PLACES + pick), tl.load(DZ + pick)
-    inside = (h < width) & (place >= 0)
+    row_of_weight, dz = tl.load(PICKED + pick), tl.load(DZ + pick)
+    inside = (h < width) & (row_of_weight >= 0)
     x = tl.load(HIDDEN + pick // picks * width + h, mask=inside, other=0.0).to(tl.float32)
-    tl.atomic_add(D_WEIGHT + place * width + h, dz * x, mask=inside, sem="relaxed")
+    tl.atomic_add(D_WEIGHT + row_of_weight * width + h, dz * x, mask=inside, sem="relaxed")
 
 
 def divergence_sums(
@@ -137,40 +147,42 @@ def divergence_sums(
 
 def divergence_gradient(
     student: Tensor, teacher: Tensor, columns: int, lse_student: Tensor, lse_teacher: Tensor,
-    divergence: str, beta: float, own: Tensor, g: Tensor,
+    divergence: str, beta: float, student_part: Tensor, g: Tensor,
 ) -> None:  # fmt: skip
-    """In place: the gradient of sum g divergence with respect to `student`; own (n,): the part of
-    the row's divergence whose expectation is taken under the student."""
+    """In place: the gradient of sum g divergence by the logits `student` (n, V).
+
+    student_part (n,): the part of a row's divergence whose expectation is the student's.
+    """
     block = block_columns(student.shape[1])
     divergence_gradient_kernel[len(student), triton.cdiv(student.shape[1], block)](
-        student, teacher, lse_student, lse_teacher, own, g, student.shape[1], columns, beta,
-        DIVERGENCES[divergence], block, num_warps=8,
+        student, teacher, lse_student, lse_teacher, student_part, g, student.shape[1], columns,
+        beta, DIVERGENCES[divergence], block, num_warps=8,
     )  # fmt: skip
 
 
-def picked_logits(hidden: Tensor, weight: Tensor, places: Tensor) -> Tensor:
-    """(n, K) fp32 logits of hidden (n, H) at places (n, K) of the vocabulary alone; 0 for -1."""
-    (n, picks), width = places.shape, hidden.shape[1]
+def picked_logits(hidden: Tensor, weight: Tensor, picked: Tensor) -> Tensor:
+    """(n, K) fp32 logits of hidden (n, H) by the picked rows (n, K) of weight alone; 0 for -1."""
+    (n, picks), width = picked.shape, hidden.shape[1]
     logits = torch.empty(n, picks, device=hidden.device, dtype=torch.float32)
     picked_logits_kernel[n, triton.cdiv(picks, PICKS)](
-        hidden, weight, places, logits, picks, width, PICKS, LANES
+        hidden, weight, picked, logits, picks, width, PICKS, LANES
     )
     return logits
 
 
-def picked_d_hidden(dz: Tensor, weight: Tensor, places: Tensor) -> Tensor:
+def picked_d_hidden(dz: Tensor, weight: Tensor, picked: Tensor) -> Tensor:
     """(n, H) fp32 from the gradient (n, K) of picked_logits."""
-    (n, picks), width = places.shape, weight.shape[1]
+    (n, picks), width = picked.shape, weight.shape[1]
     d_hidden = dz.new_empty(n, width)
     picked_d_hidden_kernel[n, triton.cdiv(width, LANES)](
-        dz, weight, places, d_hidden, picks, width, PICKS, LANES
+        dz, weight, picked, d_hidden, picks, width, PICKS, LANES
     )
     return d_hidden
 
 
-def picked_d_weight(dz: Tensor, hidden: Tensor, places: Tensor, d_weight: Tensor) -> None:
+def picked_d_weight(dz: Tensor, hidden: Tensor, picked: Tensor, d_weight: Tensor) -> None:
     """Adds to d_weight (V, H) fp32 from the gradient (n, K) of picked_logits, in no fixed order."""
     width = hidden.shape[1]
-    picked_d_weight_kernel[places.numel(), triton.cdiv(width, LANES)](
-        dz, hidden, places, d_weight, places.shape[1], width, LANES
+    picked_d_weight_kernel[picked.numel(), triton.cdiv(width, LANES)](
+        dz, hidden, picked, d_weight, picked.shape[1], width, LANES
     )

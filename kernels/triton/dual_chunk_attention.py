@@ -1,6 +1,6 @@
 """Dual-chunk attention in Triton: one pass over the keys, forward and a deterministic backward.
 
-Keys come rotated by their place in their chunk. A query tile lies in one chunk and is rotated anew,
+Keys come rotated by their index in their chunk. A query tile lies in one chunk and is rotated anew,
 in fp32, when its chunk distance to the keys changes; running maximum, mass and output go through
 all three phases (flash attention, 2307.08691). The backward recomputes the probabilities from the
 log-sum-exp of the whole row. Two kernels, one stationary in the queries and one in the keys, seven
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from q3mega.kernels.tiles import key_tiles, query_tiles
 
-NONE = tl.constexpr(-1e30)
+MASKED = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -85,22 +85,22 @@ def _dot(a, b, c, d):
 
 
 @triton.jit
-def _position(place, distance, chunk, clamp):
-    """The rotation of a query at `place` of its chunk for keys `distance` chunks before."""
-    near = tl.where(distance == 0, place, tl.minimum(chunk + place, clamp))
+def _position(index, distance, chunk, clamp):
+    """The rotation of a query at `index` of its chunk for keys `distance` chunks before."""
+    near = tl.where(distance == 0, index, tl.minimum(chunk + index, clamp))
     return tl.where(distance >= 2, tl.minimum(2 * chunk - 1, clamp), near)
 
 
 @triton.jit
-def _phase(distance: tl.constexpr, token, rows, own, chunk):
+def _phase(distance: tl.constexpr, token, rows, chunk_start, chunk):
     """The keys [low, high) that are `distance` chunks (2: and more) before the queries."""
-    before = tl.maximum(own - chunk, 0)
+    before = tl.maximum(chunk_start - chunk, 0)
     if distance == 2:
         low, high = 0 * before, before
     elif distance == 1:
-        low, high = before, own
+        low, high = before, chunk_start
     else:
-        low, high = own, token + rows
+        low, high = chunk_start, token + rows
     return low, high
 
 
@@ -122,14 +122,14 @@ def forward_kernel(
     q_row, rows, token, k_row = _query_tile(TILES)
     i = tl.arange(0, M)
     real = i < rows
-    own = token // chunk * chunk
-    m = tl.full((M,), NONE, tl.float32)
+    chunk_start = token // chunk * chunk
+    m = tl.full((M,), MASKED, tl.float32)
     mass = tl.zeros((M,), tl.float32)
     out_a = tl.zeros((M, HALF), tl.float32)
     out_b = tl.zeros((M, HALF), tl.float32)
     for distance in tl.static_range(2, -1, -1):
-        low, high = _phase(distance, token, rows, own, chunk)
-        position = _position(token + i - own, 0 * token + distance, chunk, clamp)
+        low, high = _phase(distance, token, rows, chunk_start, chunk)
+        position = _position(token + i - chunk_start, 0 * token + distance, chunk, clamp)
         seen = i < tl.where(high > low, rows, 0)
         c, s = _angle(COS, SIN, position, half, seen, HALF)
         qa, qb = _rotated(Q, q_row + i, head, heads, half, seen, c, s, HALF)
@@ -137,7 +137,7 @@ def forward_kernel(
             j = start + tl.arange(0, N)
             ka, kb = _halves(K, k_row + j, kv, kv_heads, half, j < high, HALF)
             z = _dot(qa, ka, qb, kb) * (scale * LOG2E)
-            z = tl.where((j < high)[None, :] & (j[None, :] <= token + i[:, None]), z, NONE)
+            z = tl.where((j < high)[None, :] & (j[None, :] <= token + i[:, None]), z, MASKED)
             top = tl.maximum(m, tl.max(z, 1))
             p = tl.exp2(z - top[:, None])
             fade = tl.exp2(m - top)
@@ -165,13 +165,13 @@ def query_gradient_kernel(
     q_row, rows, token, k_row = _query_tile(TILES)
     i = tl.arange(0, M)
     real = i < rows
-    own = token // chunk * chunk
+    chunk_start = token // chunk * chunk
     go_a, go_b = _halves(D_OUT, q_row + i, head, heads, half, real, HALF)
     lse = tl.load(LSE + (q_row + i) * heads + head, mask=real, other=0.0) * LOG2E
     delta = tl.load(DELTA + (q_row + i) * heads + head, mask=real, other=0.0)
     for distance in tl.static_range(2, -1, -1):
-        low, high = _phase(distance, token, rows, own, chunk)
-        position = _position(token + i - own, 0 * token + distance, chunk, clamp)
+        low, high = _phase(distance, token, rows, chunk_start, chunk)
+        position = _position(token + i - chunk_start, 0 * token + distance, chunk, clamp)
         seen = i < tl.where(high > low, rows, 0)
         c, s = _angle(COS, SIN, position, half, seen, HALF)
         qa, qb = _rotated(Q, q_row + i, head, heads, half, seen, c, s, HALF)
@@ -216,15 +216,15 @@ def key_gradient_kernel(
     dv_a = tl.zeros((N, HALF), tl.float32)
     dv_b = tl.zeros((N, HALF), tl.float32)
     for head in range(kv * group, (kv + 1) * group):
-        for own in range(token // chunk * chunk, last, chunk):
-            distance = (own - token // chunk * chunk) // chunk
-            begin = tl.maximum(tl.maximum(own, first), token)
-            end = tl.minimum(own + chunk, last)
+        for chunk_start in range(token // chunk * chunk, last, chunk):
+            distance = (chunk_start - token // chunk * chunk) // chunk
+            begin = tl.maximum(tl.maximum(chunk_start, first), token)
+            end = tl.minimum(chunk_start + chunk, last)
             for start in range(begin, end, M):
                 t = start + tl.arange(0, M)
                 live = t < end
                 row = q_row + t - first
-                position = _position(t - own, distance, chunk, clamp)
+                position = _position(t - chunk_start, distance, chunk, clamp)
                 c, s = _angle(COS, SIN, position, half, live, HALF)
                 qa, qb = _rotated(Q, row, head, heads, half, live, c, s, HALF)
                 go_a, go_b = _halves(D_OUT, row, head, heads, half, live, HALF)
@@ -260,13 +260,15 @@ def forward(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     """(out (Tq, Hq, D), log-sum-exp (Tq, Hq) fp32); k (Tk, Hkv, D) rotated, q not."""
     heads, kv_heads, half = q.shape[1], k.shape[1], q.shape[2] // 2
     t = forward_tiles(q.dtype)
-    work = query_tiles(shape.cu_q, shape.cu_k, shape.offset, shape.chunk, t.queries).to(q.device)
+    tile_list = query_tiles(shape.cu_q, shape.cu_k, shape.offset, shape.chunk, t.queries).to(
+        q.device
+    )
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    if len(work):
-        forward_kernel[len(work), heads](
-            q, k, v, out, lse, shape.cos, shape.sin, work, shape.scale, shape.chunk, shape.clamp,
-            heads, kv_heads, half, max(16, triton.next_power_of_2(half)), t.queries, t.keys,
-            num_warps=t.warps, num_stages=t.stages,
+    if len(tile_list):
+        forward_kernel[len(tile_list), heads](
+            q, k, v, out, lse, shape.cos, shape.sin, tile_list, shape.scale, shape.chunk,
+            shape.clamp, heads, kv_heads, half, max(16, triton.next_power_of_2(half)), t.queries,
+            t.keys, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return out, lse
 
@@ -291,10 +293,10 @@ def backward(
         (query_gradient_kernel, t.queries, query_tiles, (d_q,), heads),
         (key_gradient_kernel, t.keys, key_tiles, (d_k, d_v), kv_heads),
     ):
-        work = cut(shape.cu_q, shape.cu_k, shape.offset, shape.chunk, size).to(q.device)
-        if len(work):
-            kernel[len(work), count](
-                d_out, q, k, v, lse, delta, *grads, shape.cos, shape.sin, work, *common,
+        tile_list = cut(shape.cu_q, shape.cu_k, shape.offset, shape.chunk, size).to(q.device)
+        if len(tile_list):
+            kernel[len(tile_list), count](
+                d_out, q, k, v, lse, delta, *grads, shape.cos, shape.sin, tile_list, *common,
                 t.queries, t.keys, num_warps=t.warps, num_stages=t.stages,
             )  # fmt: skip
     return d_q.to(q.dtype), d_k, d_v

@@ -10,20 +10,20 @@ import triton
 import triton.language as tl
 from q3mega.kernels import block_columns
 
-NONE = -1e30  # below every logit, and finite, so that 0 times it is 0
+MASKED = -1e30  # below every logit, and finite, so that 0 times it is 0
 
 
 @triton.jit
-def row_stats_kernel(Z, COLUMN, STATS, stride, columns, NONE: tl.constexpr, BLOCK: tl.constexpr):
+def row_stats_kernel(Z, COLUMN, STATS, stride, columns, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """(max, sum e^(z-m), sum e^(z-m)(z-m), z of the target) of a row; each lane keeps its own m."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    m = tl.full((BLOCK,), NONE, tl.float32)
+    m = tl.full((BLOCK,), MASKED, tl.float32)
     s = tl.zeros((BLOCK,), tl.float32)
     t = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         inside = start + lane < columns
-        z = tl.load(Z + row * stride + start + lane, mask=inside, other=NONE)
+        z = tl.load(Z + row * stride + start + lane, mask=inside, other=MASKED)
         top = tl.maximum(m, z)
         down, d = m - top, z - top
         old, e = tl.exp(down), tl.where(inside, tl.exp(d), 0.0)
@@ -64,7 +64,7 @@ def row_stats(z: Tensor, columns: int, column: Tensor) -> Tensor:
     """(n, 4) of z (n, V) fp32, whose first `columns` count; column (n,): the target or -1."""
     stats = z.new_empty(len(z), 4)
     block = block_columns(columns)
-    row_stats_kernel[(len(z),)](z, column, stats, z.shape[1], columns, NONE, block, num_warps=8)
+    row_stats_kernel[(len(z),)](z, column, stats, z.shape[1], columns, MASKED, block, num_warps=8)
     return stats
 
 

@@ -23,13 +23,13 @@ def query_tiles(
 
     The last tiles see the most keys and come first.
     """
-    found = [
+    tiles = [
         (q + token - offset, rows, token, k)
         for q, end, k in zip(cu_q, cu_q[1:], cu_k, strict=False)
         for token, rows in _cut(offset, offset + end - q, chunk, size)
     ]
-    found.sort(key=lambda tile: -tile[2])
-    return torch.tensor(found, dtype=torch.int32).reshape(-1, 4)
+    tiles.sort(key=lambda tile: -tile[2])
+    return torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4)
 
 
 def key_tiles(
@@ -37,10 +37,10 @@ def key_tiles(
 ) -> Tensor:
     """(tiles, 6) int32: first row of k, rows, first token, the sequence's first row of q, the token
     of that row, queries. The first tiles are seen by the most queries."""
-    found = [
+    tiles = [
         (k + token, rows, token, q, offset, q_end - q)
         for q, q_end, k, k_end in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)
         for token, rows in _cut(0, k_end - k, chunk, size)
     ]
-    found.sort(key=lambda tile: tile[2])
-    return torch.tensor(found, dtype=torch.int32).reshape(-1, 6)
+    tiles.sort(key=lambda tile: tile[2])
+    return torch.tensor(tiles, dtype=torch.int32).reshape(-1, 6)

@@ -1,11 +1,11 @@
 """Dual-chunk attention of documents that are cut over ranks (context parallelism).
 
-Every document is padded to a multiple of 2 n tokens and cut into 2 n equal pieces, of which rank r
-of n holds numbers r and 2 n - 1 - r: so all ranks have the same work (Megatron-LM's zigzag). Keys
-and values are gathered, queries stay. Positions are those of the whole document, since a piece of
-queries is a continuation of it (`q_offset`); nothing has to be merged, so the result is that of one
-rank. With grouped-query attention the gathered heads are few: at 4 key heads of 128, in bf16,
-256 MiB a layer for 128k tokens.
+Every document is padded to a multiple of 2 n tokens and cut into 2 n equal pieces. Rank r of n
+holds pieces r and 2 n - 1 - r, so all ranks have the same work (Megatron-LM's zigzag). Keys and
+values are gathered, queries stay. A piece of queries continues its document (`q_offset`), so
+positions are the document's and nothing has to be merged: the result is that of one rank. With
+grouped-query attention the gathered heads are few: 4 key heads of 128 in bf16 take 256 MiB a layer
+for 128k tokens.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def zigzag(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
     cu_seqlens (B + 1,): the documents' borders in the pack. Raises UserError where a document is
     not a multiple of 2 size tokens long.
     """
-    held = [torch.arange(0)]
+    indices = [torch.arange(0)]
     for start, end in pairwise(cu_seqlens.tolist()):
         if (end - start) % (2 * size):
             raise UserError(
@@ -34,13 +34,14 @@ def zigzag(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
                 f"equal pieces; pad it to a multiple of {2 * size}"
             )
         piece = (end - start) // (2 * size)
-        held += [
-            torch.arange(start + i * piece, start + (i + 1) * piece) for i in _places(rank, size)
+        indices += [
+            torch.arange(start + i * piece, start + (i + 1) * piece) for i in _pieces(rank, size)
         ]
-    return torch.cat(held).to(cu_seqlens.device)
+    return torch.cat(indices).to(cu_seqlens.device)
 
 
-def _places(rank: int, size: int) -> tuple[int, int]:
+def _pieces(rank: int, size: int) -> tuple[int, int]:
+    """Which two of a document's 2 size pieces the rank holds."""
     return rank, 2 * size - 1 - rank
 
 
@@ -56,9 +57,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        mine = grad.new_empty(len(grad) // ctx.group.size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(mine, grad[ctx.order], group=ctx.group)
-        return mine, None, None
+        shard = grad.new_empty(len(grad) // ctx.group.size(), *grad.shape[1:])
+        dist.reduce_scatter_tensor(shard, grad[ctx.order], group=ctx.group)
+        return shard, None, None
 
 
 def gather(
@@ -99,12 +100,12 @@ def context_parallel_attention(
     outs, at = [q[:0]], 0
     for start, end in pairwise(cu_seqlens.tolist()):
         piece = (end - start) // (2 * size)
-        for place in _places(rank, size) if piece else ():
-            mine, seen = slice(at, at + piece), slice(start, start + (place + 1) * piece)
+        for index in _pieces(rank, size) if piece else ():
+            held, seen = slice(at, at + piece), slice(start, start + (index + 1) * piece)
             outs.append(
                 dual_chunk_attention(
-                    q[mine], k[seen], v[seen], q_offset=place * piece,
-                    q_scale=None if q_scale is None else q_scale[mine], **options,
+                    q[held], k[seen], v[seen], q_offset=index * piece,
+                    q_scale=None if q_scale is None else q_scale[held], **options,
                 )
             )  # fmt: skip
             at += piece

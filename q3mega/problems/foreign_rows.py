@@ -65,7 +65,7 @@ def _ifeval(row: Row) -> Row:
     if "instruction_id_list" in row and "constraints" not in row:
         raise ValueError(
             f"instruction_id_list={short(row['instruction_id_list'])} is IFEval's: write its "
-            "demands as constraints (docs/rewards.md lists the kinds)"
+            "demands as constraints (docs/rewards/instructions.md lists the kinds)"
         )
     return row
 

@@ -24,7 +24,7 @@ _DENIAL = re.compile(
 )
 
 
-def _question(row: Mapping[str, Any]) -> None:
+def _check_row(row: Mapping[str, Any]) -> None:
     if (kind := row.get("premise")) not in ("true", "false", "unknown"):
         raise UserError(f"premise={kind!r:.80} must be true, false or unknown")
     accepted, _ = texts(row, "accepted"), texts(row, "rivals")
@@ -32,8 +32,8 @@ def _question(row: Mapping[str, Any]) -> None:
         raise UserError("accepted=[] leaves no answer that is right: give them")
 
 
-@reward("false_premise", needs=_question)
-def premise(completion: str, row: Mapping[str, Any]) -> Verdict:
+@reward("false_premise", needs=_check_row)
+def false_premise(completion: str, row: Mapping[str, Any]) -> Verdict:
     """Whether a reply answers a question that is in order, and refuses one that is not.
 
     row["premise"]: "true", 1 for one of row["accepted"] without a refusal; "false", 1 for a refusal
@@ -45,7 +45,7 @@ def premise(completion: str, row: Mapping[str, Any]) -> Verdict:
     text = reply(completion)
     if text is None:
         return Verdict(0.0, "think block malformed or never closed")
-    text = _own(visible(text), row["messages"][-1]["content"])
+    text = _without_refusal_hints(visible(text), row["messages"][-1]["content"])
     if not 0 < len(words(text)) <= MAX_WORDS:
         return Verdict(0.0, f"{len(words(text))} words, 1 to {MAX_WORDS} make sense")
     guesses = [r for r in rivals if occurrences(text, r)]
@@ -62,7 +62,7 @@ def premise(completion: str, row: Mapping[str, Any]) -> Verdict:
     return Verdict(REFUSED, "refused without saying what is true")
 
 
-def _own(text: str, question: str) -> str:
+def _without_refusal_hints(text: str, question: str) -> str:
     """The folded reply without the question's sentences on how to refuse, if it copies them."""
     text = fold(text).replace("’", "'")
     for sentence in map(fold, sentences(question)):

@@ -20,14 +20,14 @@ _TEXT = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
 
 
 @reward("groundedness", needs=reference)
-def grounded(completion: str, row: Mapping[str, Any]) -> Verdict:
+def groundedness(completion: str, row: Mapping[str, Any]) -> Verdict:
     r"""1 for the reference in the box, or as the whole of a short reply without one. Where
     row["answer"] is NOT_FOUND, 1 for \boxed{not found} alone.
 
     Case, accents, punctuation at the ends, articles and separators of thousands make no difference.
     A list of candidates, two different boxes or a turn that still calls a tool earn nothing.
     """
-    wanted = row["answer"]
+    expected = row["answer"]
     text = reply(completion)
     if text is None:
         return Verdict(0.0, "think block malformed or never closed")
@@ -36,11 +36,13 @@ def grounded(completion: str, row: Mapping[str, Any]) -> Verdict:
     boxed = {normal(b) for b in boxes(text)}
     if len(boxed) > 1:
         return Verdict(0.0, "several different boxed answers")
-    if not boxed and (wanted == NOT_FOUND or len(text.split()) > MAX_WORDS):
+    if not boxed and (expected == NOT_FOUND or len(text.split()) > MAX_WORDS):
         return Verdict(0.0, "no boxed answer")
     given = boxed.pop() if boxed else normal(_LEAD.sub("", normal(text), count=1))
-    if given == normal(wanted):
-        return Verdict(1.0, "not found, rightly" if wanted == NOT_FOUND else "as the documents say")
+    if given == normal(expected):
+        return Verdict(
+            1.0, "not found, rightly" if expected == NOT_FOUND else "as the documents say"
+        )
     return Verdict(0.0, "refused though it is there" if given == NOT_FOUND else "another answer")
 
 

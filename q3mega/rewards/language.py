@@ -50,17 +50,18 @@ def written_in(text: str, code: str) -> str | None:
     of the text, a piece at a time, and what is too short to tell is no: a reward must not pay for
     what it could not check.
     """
-    wanted = _LANGUAGES[code][1]
+    expected_script = _LANGUAGES[code][1]
     text = prose(text)
-    found = scripts(text)
-    if not found:
+    letters_by_script = scripts(text)
+    if not letters_by_script:
         return "no letters"
-    if found[wanted] < SHARE * found.total():
-        return f"mostly {SCRIPTS.get(most := found.most_common(1)[0][0], most.title())} script"
-    if wanted == "CJK":
-        kana = sum("\u3040" <= c <= "\u30ff" for c in text) >= _KANA * found["CJK"]
+    if letters_by_script[expected_script] < SHARE * letters_by_script.total():
+        commonest = letters_by_script.most_common(1)[0][0]
+        return f"mostly {SCRIPTS.get(commonest, commonest.title())} script"
+    if expected_script == "CJK":
+        kana = sum("\u3040" <= c <= "\u30ff" for c in text) >= _KANA * letters_by_script["CJK"]
         return None if kana == (code == "ja") else "Japanese" if kana else "Chinese"
-    if sum(script == wanted for _, script in _LANGUAGES.values()) == 1:
+    if sum(script == expected_script for _, script in _LANGUAGES.values()) == 1:
         return None
     letters = 0
     by_code: Counter[str] = Counter()
@@ -75,9 +76,9 @@ def written_in(text: str, code: str) -> str | None:
     right = sum(by_code[c] for c in _TWINS.get(code, {code}))
     if right >= SHARE * letters:
         return None
-    most = by_code.most_common(1)[0][0]
-    name = NAMES.get(most, most)
-    return f"only {right / letters:.0%} {name}" if most == code else f"mostly {name}"
+    commonest = by_code.most_common(1)[0][0]
+    name = NAMES.get(commonest, commonest)
+    return f"only {right / letters:.0%} {name}" if commonest == code else f"mostly {name}"
 
 
 @reward("language")
@@ -86,9 +87,9 @@ def language(completion: str, row: Mapping[str, Any]) -> Verdict:
 
     Formulas, variables, units, code and addresses are of no language, in either.
     """
-    asked = set(scripts(prose(row["messages"][-1]["content"])))
-    letters = [name for c in prose(completion) if c.isalpha() and (name := script(c))]
-    if not letters or not asked:
+    question_scripts = set(scripts(prose(row["messages"][-1]["content"])))
+    letter_scripts = [name for c in prose(completion) if c.isalpha() and (name := script(c))]
+    if not letter_scripts or not question_scripts:
         return Verdict(1.0, "no letters to compare")
-    share = sum(s in asked for s in letters) / len(letters)
+    share = sum(s in question_scripts for s in letter_scripts) / len(letter_scripts)
     return Verdict(share, f"{share:.2f} of the letters are in the question's scripts")

@@ -27,26 +27,28 @@ def reply(completion: str) -> str | None:
     return parse(completion).content.strip()
 
 
-def _asked_mode(row: Mapping[str, Any]) -> str | None:
+def _named_mode(row: Mapping[str, Any]) -> str | None:
     return row.get("mode") or row.get("meta", {}).get("mode")
 
 
-def _known_mode(row: Mapping[str, Any]) -> None:
-    if (asked := _asked_mode(row)) not in (None, "think", "no_think"):
-        raise UserError(f"mode={asked!r:.80} must be think or no_think")
+def _check_row(row: Mapping[str, Any]) -> None:
+    if (named_mode := _named_mode(row)) not in (None, "think", "no_think"):
+        raise UserError(f"mode={named_mode!r:.80} must be think or no_think")
 
 
-@reward("mode", needs=_known_mode)
+@reward("mode", needs=_check_row)
 def mode(completion: str, row: Mapping[str, Any]) -> Verdict:
     """1 when the completion is in the wanted mode and says something after its thinking.
 
     The wanted mode is row["mode"] or row["meta"]["mode"], else the last flag of the
     conversation, else thinking.
     """
-    wanted = _asked_mode(row) or last_flag(row["messages"]) or "think"
-    found = mode_of(completion)
-    if found is None:
+    expected_mode = _named_mode(row) or last_flag(row["messages"]) or "think"
+    given_mode = mode_of(completion)
+    if given_mode is None:
         return Verdict(0.0, "think block missing or malformed")
     if not reply(completion):
         return Verdict(0.0, "nothing after the thinking")
-    return Verdict(float(found == wanted), f"{found} where {wanted} was asked")
+    return Verdict(
+        float(given_mode == expected_mode), f"{given_mode} where {expected_mode} was asked"
+    )

@@ -97,21 +97,21 @@ def _verdict(name: str, completion: str, row: Mapping[str, Any]) -> Verdict:
     try:
         if needs:
             needs(row)
-        given = fn(completion, row)
-        if isinstance(given, Verdict):
-            return given
-        return Verdict(given, f"{name} cannot judge it" if given is None else f"of {name}")
+        result = fn(completion, row)
+        if isinstance(result, Verdict):
+            return result
+        return Verdict(result, f"{name} cannot judge it" if result is None else f"of {name}")
     except UserError as error:
-        raise UserError(f"reward={name} of {_asked(row)}: {error}") from error
+        raise UserError(f"reward={name} of {_row_name(row)}: {error}") from error
     except Exception as error:
         if isinstance(error, KeyError) and error.args and error.args[0] not in row:
-            wrong = f"needs the field {error}"
+            problem = f"needs the field {error}"
         else:
-            wrong = f"failed with {type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"reward={name} of {_asked(row)} {wrong}") from error
+            problem = f"failed with {type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"reward={name} of {_row_name(row)} {problem}") from error
 
 
-def _asked(row: Mapping[str, Any]) -> str:
+def _row_name(row: Mapping[str, Any]) -> str:
     """How an error names a row: its line in a file, and how its question begins."""
     question = repr(row["messages"][-1]["content"][:60]) if row.get("messages") else "a row"
     return f"{question} ({row['where']})" if "where" in row else question

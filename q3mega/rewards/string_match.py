@@ -11,14 +11,14 @@ from q3mega.rewards.registry import Verdict, reward
 MAX_CHARACTERS = 500  # of a reply, some 128 tokens: who needs more says the context again
 
 
-def _items(row: Mapping[str, Any]) -> None:
+def _check_row(row: Mapping[str, Any]) -> None:
     if not texts(row, "items"):
         raise UserError("items=[] asks for nothing: give the texts that are wanted")
     texts({"rivals": [], **row}, "rivals")
 
 
-@reward("string_match", needs=_items)
-def found(completion: str, row: Mapping[str, Any]) -> Verdict:
+@reward("string_match", needs=_check_row)
+def string_match(completion: str, row: Mapping[str, Any]) -> Verdict:
     """The share of row["items"] in the first 500 characters after the thinking, whatever case.
 
     Each of row["rivals"] (optional), answers that are wrong, counts as one more that is missing.

@@ -23,7 +23,7 @@ VALID, NAMED = 0.5, 0.25  # arguments that fit the schema alone; not even those
 MAX_CALLS = 16
 
 
-def _one_tool(row: Mapping[str, Any]) -> None:
+def _check_one_tool(row: Mapping[str, Any]) -> None:
     tools: Sequence[Any] = row.get("tools") or ()
     argument = row.get("meta", {}).get("argument")
     if len(tools) != 1 or len(arguments_of(tools[0])) != 1 or not isinstance(argument, str):
@@ -33,7 +33,7 @@ def _one_tool(row: Mapping[str, Any]) -> None:
         )
 
 
-@reward("tool_call", needs=_one_tool)
+@reward("tool_call", needs=_check_one_tool)
 def tool_call(completion: str, row: Mapping[str, Any]) -> Verdict:
     """1 for one call of the row's tool with the wanted argument; 0.5 for some other argument."""
     message = parse(completion)
@@ -50,12 +50,12 @@ def tool_call(completion: str, row: Mapping[str, Any]) -> Verdict:
     return Verdict(1.0 if right else 0.5, "the right call" if right else "another argument")
 
 
-def _calls(row: Mapping[str, Any]) -> None:
-    if not _wanted(row.get("calls"), _schemas(row.get("tools"))) and not texts(row, "says"):
+def _check_calls(row: Mapping[str, Any]) -> None:
+    if not _expected_calls(row.get("calls"), _schemas(row.get("tools"))) and not texts(row, "says"):
         raise UserError("says=[] leaves no reply that is right: give texts, or calls")
 
 
-@reward("tool_calls", needs=_calls)
+@reward("tool_calls", needs=_check_calls)
 def tool_calls(completion: str, row: Mapping[str, Any]) -> Verdict:
     """The mean grade of the calls, each against a wanted one of its name, in any order.
 
@@ -65,42 +65,44 @@ def tool_calls(completion: str, row: Mapping[str, Any]) -> Verdict:
     row["tools"]: {"type": "function", "function": {name, parameters}} or the function alone.
     row["calls"]: {"name": ..., "arguments": {name: [accepted, ...]}, "optional": likewise}.
     """
-    schemas, wanted = _schemas(row["tools"]), row["calls"]
+    schemas, expected = _schemas(row["tools"]), row["calls"]
     message = parse(completion)
     if reply(completion) is None or "tool_call>" in message.content:
         return Verdict(0.0, "malformed tags")
     made = message.tool_calls
-    if not wanted:
-        return _without(message.content, made, row["says"])
+    if not expected:
+        return _without_calls(message.content, made, row["says"])
     if not 0 < len(made) <= MAX_CALLS:
         return Verdict(0.0, f"{len(made)} calls")
     grades = sorted(
-        ((_grade(m, w, schemas), i, j) for i, m in enumerate(made) for j, w in enumerate(wanted)),
+        ((_grade(m, w, schemas), i, j) for i, m in enumerate(made) for j, w in enumerate(expected)),
         reverse=True,
     )
     total, used, met = 0.0, set[int](), set[int]()
     for grade, i, j in grades:  # the best pairs first
         if i not in used and j not in met:
             total, used, met = total + grade, used | {i}, met | {j}
-    share = total / max(len(wanted), len(made))
-    return Verdict(share, f"{len(made)} calls for {len(wanted)}, worth {total:.2f}")
+    share = total / max(len(expected), len(made))
+    return Verdict(share, f"{len(made)} calls for {len(expected)}, worth {total:.2f}")
 
 
-def _without(text: str, made: Sequence[Any], says: Sequence[str]) -> Verdict:
+def _without_calls(text: str, made: Sequence[Any], says: Sequence[str]) -> Verdict:
     if made:
         return Verdict(0.0, "a call where none was due")
-    said = any(fold(word) in fold(visible(text)) for word in says)
-    return Verdict(float(said), "no call" if said else "no call, and no answer")
+    has_text = any(fold(word) in fold(visible(text)) for word in says)
+    return Verdict(float(has_text), "no call" if has_text else "no call, and no answer")
 
 
-def _grade(made: Mapping[str, Any], wanted: Mapping[str, Any], schemas: Mapping[str, str]) -> float:
-    if made["name"] != wanted["name"]:
+def _grade(
+    made: Mapping[str, Any], expected: Mapping[str, Any], schemas: Mapping[str, str]
+) -> float:
+    if made["name"] != expected["name"]:
         return 0.0
     try:
         if not _validator(schemas[made["name"]]).is_valid(made["arguments"]):
             return NAMED
-        accepted = {**wanted.get("optional", {}), **wanted["arguments"]}
-        right = set(wanted["arguments"]) <= set(made["arguments"]) <= set(accepted) and all(
+        accepted = {**expected.get("optional", {}), **expected["arguments"]}
+        right = set(expected["arguments"]) <= set(made["arguments"]) <= set(accepted) and all(
             any(_same(value, one) for one in accepted[name])
             for name, value in made["arguments"].items()
         )
@@ -109,15 +111,15 @@ def _grade(made: Mapping[str, Any], wanted: Mapping[str, Any], schemas: Mapping[
     return 1.0 if right else VALID
 
 
-def _same(value: Any, wanted: Any) -> bool:
+def _same(value: Any, expected: Any) -> bool:
     """Equal but for the case and blanks of text, and 5.0 for 5; true is not 1."""
-    if isinstance(value, str) and isinstance(wanted, str):
-        return fold(value) == fold(wanted)
-    if isinstance(value, dict) and isinstance(wanted, dict):
-        return value.keys() == wanted.keys() and all(_same(value[k], wanted[k]) for k in value)
-    if isinstance(value, list) and isinstance(wanted, list):
-        return len(value) == len(wanted) and all(map(_same, value, wanted))
-    return isinstance(value, bool) == isinstance(wanted, bool) and bool(value == wanted)
+    if isinstance(value, str) and isinstance(expected, str):
+        return fold(value) == fold(expected)
+    if isinstance(value, dict) and isinstance(expected, dict):
+        return value.keys() == expected.keys() and all(_same(value[k], expected[k]) for k in value)
+    if isinstance(value, list) and isinstance(expected, list):
+        return len(value) == len(expected) and all(map(_same, value, expected))
+    return isinstance(value, bool) == isinstance(expected, bool) and bool(value == expected)
 
 
 def _schemas(tools: Any) -> dict[str, str]:
@@ -128,8 +130,8 @@ def _schemas(tools: Any) -> dict[str, str]:
     return {f["name"]: json.dumps(f.get("parameters", {"type": "object"})) for f in functions}
 
 
-def _wanted(calls: Any, schemas: Mapping[str, str]) -> Sequence[Mapping[str, Any]]:
-    if not isinstance(calls, list | tuple) or not all(map(_is_wanted, calls)):
+def _expected_calls(calls: Any, schemas: Mapping[str, str]) -> Sequence[Mapping[str, Any]]:
+    if not isinstance(calls, list | tuple) or not all(map(_is_expected_call, calls)):
         raise UserError(
             f"calls={calls!r:.80} must be a list of name and arguments, with a list of accepted "
             "values for each"
@@ -143,7 +145,7 @@ def _wanted(calls: Any, schemas: Mapping[str, str]) -> Sequence[Mapping[str, Any
     return calls
 
 
-def _is_wanted(call: Any) -> bool:
+def _is_expected_call(call: Any) -> bool:
     if not isinstance(call, Mapping) or "arguments" not in call:
         return False
     accepted = [call["arguments"], call.get("optional", {})]
@@ -159,7 +161,7 @@ def _validator(schema: str) -> Draft202012Validator:
     if any(f'"${name}": ' in schema for name in ("ref", "dynamicRef", "recursiveRef")):
         raise UserError(f"tools: the schema {schema:.80} refers to another: write it out")
     try:
-        Draft202012Validator.check_schema(found := json.loads(schema))
+        Draft202012Validator.check_schema(parsed_schema := json.loads(schema))
     except SchemaError as error:
         raise UserError(f"tools: {schema:.80} is no JSON schema: {error.message}") from error
-    return Draft202012Validator(found)
+    return Draft202012Validator(parsed_schema)

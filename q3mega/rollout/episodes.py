@@ -43,15 +43,15 @@ def run_episodes(
             done[i].finish_reason = new.finish_reason
             done[i].weight_versions = merge_versions(done[i].weight_versions + new.weight_versions)
             done[i].routes = continued(done[i].routes, new.routes)
-            ended = new.finish_reason == "stop"
-            turns[i].append(tokenizer.decode(new.tokens[:-1] if ended else new.tokens))
-            if ended:
+            is_finished = new.finish_reason == "stop"
+            turns[i].append(tokenizer.decode(new.tokens[:-1] if is_finished else new.tokens))
+            if is_finished:
                 stopped.append(i)
-        results = parallel.broadcast_from_leader(
+        environment_turns = parallel.broadcast_from_leader(
             partial(_step, [(environments[i], turns[i][-1]) for i in stopped])
         )
         active = []
-        for i, messages in zip(stopped, results, strict=True):
+        for i, messages in zip(stopped, environment_turns, strict=True):
             if messages:
                 filled = list(prompts[i][-len(block) :]) == block
                 think = False if filled else None

@@ -134,7 +134,7 @@ class Started:
     report: BinaryIO
     stderr: BinaryIO
     stdout: BinaryIO | None
-    begun: float
+    started_at: float
 
     def wait(self) -> Outcome:
         """Wait until it ends, which the launcher sees to."""
@@ -142,7 +142,7 @@ class Started:
         printed = _read(self.stdout) if self.stdout else ""
         complaint = _read(self.stderr)
         words = _read(self.report).strip().split(maxsplit=1)
-        seconds = time.monotonic() - self.begun
+        seconds = time.monotonic() - self.started_at
         if not words and code < 0:  # the launcher's own end is its program's, not the caller's
             late = code == -signal.SIGALRM
             name = signal.Signals(-code).name
@@ -173,7 +173,7 @@ def started(
         printed = files.enter_context(_memory_file()) if stdout is None else None
         given_files = ["--program", str(source.fileno()), "--report", str(report.fileno())]
         command = [interpreter(), "-I", "-S", "-B", *_OPTIONS, "-c", _BOOTSTRAP]
-        begun = time.monotonic()
+        started_at = time.monotonic()
         process = subprocess.Popen(
             [*launcher(level, limits), *given_files, "--", *command],
             stdin=given,
@@ -184,7 +184,7 @@ def started(
             cwd="/",
         )
         try:
-            yield Started(process, limits, report, stderr, printed, begun)
+            yield Started(process, limits, report, stderr, printed, started_at)
         finally:
             process.kill()  # the keeper, and with it the program, end with their launcher
             process.wait()
@@ -220,13 +220,13 @@ def confinement() -> str:
         if level == "none" and os.environ.get(UNCONFINED) != "1":
             break
         try:
-            found = run("print(6 * 7)", level=level)
+            outcome = run("print(6 * 7)", level=level)
         except RuntimeError as error:
             problems.append(f"{level}: {error}")
             continue
-        if found.stdout == "42\n":
+        if outcome.stdout == "42\n":
             return level
-        problems.append(f"{level}: {found.reason}")
+        problems.append(f"{level}: {outcome.reason}")
     raise UserError(
         "nothing here confines what a model writes "
         f"({'; '.join(problems)}): allow user namespaces or Landlock, or set "
@@ -276,6 +276,6 @@ def interpreter() -> str:
 def _readable() -> tuple[str, ...]:
     """The interpreter, its standard library, and the C library with its loader."""
     base = Path(sys.base_prefix)
-    own = (base / "lib", sysconfig.get_paths()["stdlib"], interpreter())
-    system = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
-    return tuple(dict.fromkeys(map(str, (*own, *system))))
+    interpreter_paths = (base / "lib", sysconfig.get_paths()["stdlib"], interpreter())
+    system_paths = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+    return tuple(dict.fromkeys(map(str, (*interpreter_paths, *system_paths))))

@@ -12,8 +12,8 @@ N, H, V, K = 12, 16, 40, 5
 
 
 def logprob(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> Tensor:
-    found, entropy = ops.linear_logprob(hidden, weight, targets, backend=backend)
-    return (found + 0.1 * entropy).sum()
+    actual, entropy = ops.linear_logprob(hidden, weight, targets, backend=backend)
+    return (actual + 0.1 * entropy).sum()
 
 
 def policy(variant, hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> Tensor:
@@ -43,7 +43,7 @@ LOSSES = {
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_under_autocast_a_loss_is_the_same(name: str, backend: str) -> None:
-    found = []
+    actual = []
     for enabled in (False, True):
         random = torch.Generator().manual_seed(1)
         leaves = [torch.randn(n, H, generator=random, requires_grad=True) for n in (N, V)]
@@ -54,8 +54,8 @@ def test_under_autocast_a_loss_is_the_same(name: str, backend: str) -> None:
                 loss.backward()
         if leaves[0].grad is None:
             loss.backward()
-        found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
-    assert all(map(torch.equal, *found))
+        actual.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(map(torch.equal, *actual))
 
 
 def test_attention_is_the_same_too() -> None:

@@ -59,10 +59,10 @@ def test_ids_in_the_padding_of_the_vocabulary(dtype):
 def test_a_token_without_weight_may_have_any_target(dtype):
     weights = torch.tensor([1.0, 0, 1, 0, 1])
     masked = torch.where(weights != 0, torch.arange(N), -100)
-    expected, found = (
+    expected, actual = (
         policy(dtype, loss_weights=weights, targets=t) for t in (torch.arange(N), masked)
     )
-    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(actual.loss, expected.loss)
     top = torch.zeros(N, 2)
     one, two = (
         distil(dtype, torch.stack([t, t + 1], 1), top, loss_weights=weights)
@@ -129,9 +129,9 @@ def test_strides_do_not_matter(dtype):
     torch.manual_seed(0)
     q, k, v = (torch.randn(heads, 20, 8, dtype=dtype).transpose(0, 1) for heads in (4, 2, 2))
     same = (x.contiguous() for x in (q, k, v))
-    found, expected = attention(dtype, q=q, k=k, v=v), attention(dtype, **dict(zip("qkv", same)))  # noqa: B905
-    torch.testing.assert_close(found, expected)
+    actual, expected = attention(dtype, q=q, k=k, v=v), attention(dtype, **dict(zip("qkv", same)))  # noqa: B905
+    torch.testing.assert_close(actual, expected)
     hidden, weight = torch.randn(H, N, dtype=dtype).T, torch.randn(H, V, dtype=dtype).T
-    found = policy(dtype, hidden=hidden, weight=weight).loss
+    actual = policy(dtype, hidden=hidden, weight=weight).loss
     expected = policy(dtype, hidden=hidden.contiguous(), weight=weight.contiguous()).loss
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)

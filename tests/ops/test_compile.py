@@ -16,8 +16,8 @@ def operands() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def logprob(hidden, weight, targets):
-    found, entropy = ops.linear_logprob(hidden, weight, targets)
-    return (found + 0.1 * entropy).sum()
+    actual, entropy = ops.linear_logprob(hidden, weight, targets)
+    return (actual + 0.1 * entropy).sum()
 
 
 def grpo(hidden, weight, targets):
@@ -46,9 +46,9 @@ def attention(hidden, weight, targets):
 @pytest.mark.parametrize("fn", [logprob, grpo, distill, topk, attention])
 def test_captured_whole(fn) -> None:
     hidden, weight, targets = operands()
-    found = []
+    actual = []
     for run in (fn, torch.compile(fn, fullgraph=True, backend="aot_eager")):
         loss = run(hidden, weight, targets)
-        found.append([loss.detach(), *torch.autograd.grad(loss, (hidden, weight))])
-    for plain, captured in zip(*found, strict=True):
+        actual.append([loss.detach(), *torch.autograd.grad(loss, (hidden, weight))])
+    for plain, captured in zip(*actual, strict=True):
         torch.testing.assert_close(captured, plain)

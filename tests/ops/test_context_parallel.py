@@ -43,11 +43,11 @@ def worker(rank: int, world: int, store: str, backend: str) -> None:
     q, k, v, pull = (torch.randn(96, h, 8, dtype=dtype, generator=g) for h in (*heads, 4))
     scales = [1 + 0.1 * torch.rand(96, generator=g) for _ in range(2)]
     options = {"chunk_size": 16, "local_size": 4, "rope_theta": 100.0, "backend": backend}
-    mine = zigzag(cu_seqlens, rank, world)
+    held = zigzag(cu_seqlens, rank, world)
     results = []
     for tokens, op, group in (
         (torch.arange(96), ops.dual_chunk_attention, {}),
-        (mine, context_parallel_attention, {"cp_group": dist.group.WORLD}),
+        (held, context_parallel_attention, {"cp_group": dist.group.WORLD}),
     ):
         operands = [x[tokens].clone().requires_grad_() for x in (q, k, v)]
         out = op(
@@ -55,8 +55,8 @@ def worker(rank: int, world: int, store: str, backend: str) -> None:
             **group, **options,
         )  # fmt: skip
         (out * pull[tokens]).sum().backward()
-        found = [out.detach(), *(x.grad for x in operands)]
-        results.append([x[mine] for x in found] if not group else found)
+        actual = [out.detach(), *(x.grad for x in operands)]
+        results.append([x[held] for x in actual] if not group else actual)
     torch.testing.assert_close(*results, atol=near, rtol=near)
 
 

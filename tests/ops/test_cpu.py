@@ -35,9 +35,9 @@ def both(run, *leaves: torch.Tensor, atol: float = 2e-5) -> None:
     """run(backend, *leaves) gives (scalar, other outputs): cpu in fp32 is the reference in fp64."""
     results = []
     for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
-        own = [x.to(dtype).requires_grad_() for x in leaves]
-        scalar, *others = run(backend, *own)
-        grads = torch.autograd.grad(scalar, own)
+        inputs = [x.to(dtype).requires_grad_() for x in leaves]
+        scalar, *others = run(backend, *inputs)
+        grads = torch.autograd.grad(scalar, inputs)
         results.append([scalar.detach(), *others, *grads])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), theirs.double(), atol=atol, rtol=2e-4)
@@ -180,16 +180,16 @@ def test_a_narrower_teacher_takes_the_students_blocks(monkeypatch) -> None:
 
 def test_sums_over_picks_do_not_depend_on_the_threads() -> None:
     dz, hidden = randn(24, (40, 5), (40, 7))
-    places = torch.randint(-1, 9, (40, 5), generator=torch.Generator().manual_seed(25))
-    threads, found = torch.get_num_threads(), []
+    picked = torch.randint(-1, 9, (40, 5), generator=torch.Generator().manual_seed(25))
+    threads, actual = torch.get_num_threads(), []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        found.append(torch.zeros(9, 7))
-        cpu.picked_d_weight(dz, hidden, places, found[-1])
+        actual.append(torch.zeros(9, 7))
+        cpu.picked_d_weight(dz, hidden, picked, actual[-1])
     torch.set_num_threads(threads)
-    there = (places[:, :, None] == torch.arange(9)).float()
-    torch.testing.assert_close(found[0], torch.einsum("nk,nkv,nh->vh", dz, there, hidden))
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    there = (picked[:, :, None] == torch.arange(9)).float()
+    torch.testing.assert_close(actual[0], torch.einsum("nk,nkv,nh->vh", dz, there, hidden))
+    assert torch.equal(actual[0], actual[1]) and torch.equal(actual[0], actual[2])
 
 
 @pytest.mark.parametrize("n", [0, 3])
@@ -283,8 +283,8 @@ def half_products(monkeypatch):
     """torch.mm with fp32 results of half-precision operands, which only a GPU has."""
     mm = torch.mm
 
-    def emulated(a, b, *, out_dtype=None, **rest):
-        return mm(a, b, **rest) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
+    def emulated(a, b, *, out_dtype=None, **options):
+        return mm(a, b, **options) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
 
     monkeypatch.setattr(torch, "mm", emulated)
 
@@ -293,14 +293,14 @@ def half_products(monkeypatch):
 @pytest.mark.parametrize("name", ["linear_logprob", "grpo_loss", "distill_loss", "distill_topk"])
 def test_half_precision_weights_add_to_fp32_main_gradients(name, tied, half_products) -> None:
     def run(megatron: bool) -> torch.Tensor:
-        hidden, weight, *rest = operands()[name]
+        hidden, weight, *options = operands()[name]
         weight = torch.nn.Parameter(weight.detach().bfloat16())
         if megatron:  # as its DistributedDataParallel leaves a parameter
             weight.main_grad = torch.ones_like(weight, dtype=torch.float32)
             weight.grad_added_to_main_grad, weight.zero_out_wgrad = False, tied
         if name == "distill_loss":
-            rest[:2] = [x.bfloat16() for x in rest[:2]]
-        out = getattr(torch.ops.q3mega, name)(hidden.detach().bfloat16(), weight, *rest)
+            options[:2] = [x.bfloat16() for x in options[:2]]
+        out = getattr(torch.ops.q3mega, name)(hidden.detach().bfloat16(), weight, *options)
         (3 * out[0].sum()).backward()
         if not megatron:
             return weight.grad
@@ -308,10 +308,10 @@ def test_half_precision_weights_add_to_fp32_main_gradients(name, tied, half_prod
         assert not tied or not weight.grad.any()
         return weight.main_grad - 1
 
-    rounded, whole = run(False), run(True)
+    rounded, exact = run(False), run(True)
     assert rounded.dtype == torch.bfloat16 and rounded.any()
-    torch.testing.assert_close(whole.bfloat16().float(), rounded.float(), atol=1e-2, rtol=1e-2)
-    assert not torch.equal(whole, whole.bfloat16().float())  # nothing was rounded on the way
+    torch.testing.assert_close(exact.bfloat16().float(), rounded.float(), atol=1e-2, rtol=1e-2)
+    assert not torch.equal(exact, exact.bfloat16().float())  # nothing was rounded on the way
 
 
 def test_fp64_stays_with_the_reference() -> None:
@@ -402,20 +402,20 @@ def test_attention_of_random_shapes(lengths, heads, group, half, chunk, data) ->
 def test_attention_in_pieces_is_attention_at_once(cut) -> None:
     q, k, v = randn(4, (150, 4, 8), (150, 2, 8), (150, 2, 8))
     settings = {"chunk_size": 48, "local_size": 16, "backend": "cpu"}
-    whole = ops.dual_chunk_attention(q, k, v, **settings)
+    at_once = ops.dual_chunk_attention(q, k, v, **settings)
     first = ops.dual_chunk_attention(q[:cut], k[:cut], v[:cut], **settings)
-    rest = ops.dual_chunk_attention(q[cut:], k, v, q_offset=cut, **settings)
-    torch.testing.assert_close(torch.cat([first, rest]), whole, atol=1e-5, rtol=1e-5)
+    second = ops.dual_chunk_attention(q[cut:], k, v, q_offset=cut, **settings)
+    torch.testing.assert_close(torch.cat([first, second]), at_once, atol=1e-5, rtol=1e-5)
 
 
 def test_attention_does_not_depend_on_the_number_of_threads() -> None:
     leaves = [x.requires_grad_() for x in randn(5, (200, 4, 8), (200, 2, 8), (200, 2, 8))]
-    found, threads = [], torch.get_num_threads()
+    actual, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
             out = ops.dual_chunk_attention(*leaves, chunk_size=48, local_size=16, backend="cpu")
-            found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+            actual.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*actual, strict=True))

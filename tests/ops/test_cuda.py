@@ -47,7 +47,7 @@ def compiled(folder: Path, sources: Path = ROOT / "csrc/cuda") -> ctypes.CDLL:
         pytest.skip("needs g++ to compile the emulation")
     target, include = folder / "emulated.so", (sources, ROOT / "tests/ops/cuda_emulation")
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-DQ3MEGA_EMULATE"]
-    flags += ["-fno-gnu-unique", *(f"-I{place}" for place in include)]  # libraries side by side
+    flags += ["-fno-gnu-unique", *(f"-I{folder}" for folder in include)]  # libraries side by side
     command = [compiler, *flags, "-o", target, "-x", "c++", *sorted(sources.glob("*.cu"))]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -207,9 +207,9 @@ def both(run, *leaves: torch.Tensor) -> None:
     """run(backend, *leaves) gives (scalar, other outputs): fp32 kernels are the fp64 reference."""
     results = []
     for backend, dtype in (("cuda", torch.float32), ("reference", torch.double)):
-        own = [x.to(dtype).requires_grad_() for x in leaves]
-        scalar, *others = run(backend, *own)
-        results.append([scalar.detach(), *others, *torch.autograd.grad(scalar, own)])
+        inputs = [x.to(dtype).requires_grad_() for x in leaves]
+        scalar, *others = run(backend, *inputs)
+        results.append([scalar.detach(), *others, *torch.autograd.grad(scalar, inputs)])
     for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), exact.double(), atol=2e-6, rtol=1e-5)
 
@@ -222,10 +222,10 @@ def losses_agree(v: int, valid: int, device: str = "cpu") -> None:
     old = torch.randn(n).to(device) - 4
 
     def logprob(backend: str, hidden: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
-        found = ops.linear_logprob(
+        actual = ops.linear_logprob(
             hidden, weight, targets, temperature=0.7, valid_vocab=valid, backend=backend
         )
-        return [sum((x * w).sum() for x in found), *(x.detach() for x in found)]
+        return [sum((x * w).sum() for x in actual), *(x.detach() for x in actual)]
 
     def grpo(backend: str, hidden: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
         rows = {"advantages": old + 4, "old_logprobs": old, "loss_weights": w}
@@ -268,12 +268,12 @@ def test_losses_on_a_card(sizes) -> None:
 def test_rows_of_unlike_alignment(emulated) -> None:
     torch.manual_seed(0)
     student, shifted = torch.randn(3, 70), torch.randn(211)[1:].view(3, 70)
-    found = []
+    actual = []
     for teacher in (shifted, shifted.clone()):
         pair = student.logsumexp(1), teacher.logsumexp(1), "jsd", 0.3
         sums = KERNELS["cuda"].divergence_sums(student, teacher, 66, *pair)
         dz = student.clone()
-        own, g = sums.T.contiguous()
-        KERNELS["cuda"].divergence_gradient(dz, teacher, 66, *pair, own, g)
-        found.append([sums, dz])
-    torch.testing.assert_close(*found)
+        student_part, g = sums.T.contiguous()
+        KERNELS["cuda"].divergence_gradient(dz, teacher, 66, *pair, student_part, g)
+        actual.append([sums, dz])
+    torch.testing.assert_close(*actual)

@@ -78,8 +78,8 @@ def test_the_teachers_best(kind, tail, n, k, temperature):
     if tail:
         outside = torch.ones_like(student).scatter(1, ids, 0.0)
         known = torch.cat([known, (student.exp() * outside).sum(1, keepdim=True).log()], 1)
-        rest = (1 - logp.exp().sum(1, keepdim=True)).clamp(min=1e-7)  # what fp32 can tell from 0
-        logp = torch.cat([logp, rest.log()], 1)
+        tail = (1 - logp.exp().sum(1, keepdim=True)).clamp(min=1e-7)  # what fp32 can tell from 0
+        logp = torch.cat([logp, tail.log()], 1)
     check(
         got, divergence(known, logp, kind, 0.5) * temperature**2, torch.ones(n), inputs, atol=1e-6
     )
@@ -125,11 +125,11 @@ def test_slices_of_rows_change_nothing(monkeypatch, best):
     if best:
         logp, ids = log_probs(*teacher.values(), 1.0, None).detach().topk(4)
         teacher = {"teacher_topk": (ids, logp)}
-    whole = ops.distill_loss(*inputs, **teacher)
+    at_once = ops.distill_loss(*inputs, **teacher)
     monkeypatch.setattr(vocab, "CPU_LOGITS_BYTES", 21 * 8 * 4)  # four rows
     sliced = ops.distill_loss(*inputs, **teacher)
-    torch.testing.assert_close(sliced.per_token, whole.per_token)
-    ours, theirs = (torch.autograd.grad(x.loss, inputs) for x in (sliced, whole))
+    torch.testing.assert_close(sliced.per_token, at_once.per_token)
+    ours, theirs = (torch.autograd.grad(x.loss, inputs) for x in (sliced, at_once))
     torch.testing.assert_close(ours, theirs)
 
 

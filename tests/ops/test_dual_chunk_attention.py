@@ -126,13 +126,13 @@ def test_decode_and_prefill_in_pieces_equal_prefill(chunk_size: int, step: int) 
     q, k, v = make(n)
     q_scale, k_scale = torch.rand(n) + 0.5, torch.rand(n) + 0.5
     kw = {"chunk_size": chunk_size, "local_size": 2, "rope_theta": THETA}
-    whole = ops.dual_chunk_attention(q, k, v, q_scale=q_scale, k_scale=k_scale, **kw)
+    at_once = ops.dual_chunk_attention(q, k, v, q_scale=q_scale, k_scale=k_scale, **kw)
     pieces = []
     for i in range(0, n, step):
         end = min(i + step, n)
         kept = {"q_scale": q_scale[i:end], "k_scale": k_scale[:end], "q_offset": i}
         pieces.append(ops.dual_chunk_attention(q[i:end], k[:end], v[:end], **kept, **kw))
-    agree(torch.cat(pieces), whole, [q, k, v])
+    agree(torch.cat(pieces), at_once, [q, k, v])
     later = ops.dual_chunk_attention(q[3:9], k, v, q_offset=3, k_scale=k_scale, **kw)
     some = ops.dual_chunk_attention(q[3:9], k[:9], v[:9], q_offset=3, k_scale=k_scale[:9], **kw)
     torch.testing.assert_close(later, some, atol=1e-12, rtol=1e-12)  # future keys are not seen

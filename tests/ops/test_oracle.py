@@ -78,7 +78,7 @@ def test_grpo_family(batch, variant, aggregate, dual_clip, kl_coef):
         batch.advantages, ref_per_token_logps=batch.ref.view(B, T),
         old_per_token_logps=batch.old.view(B, T), vllm_is_ratio=trust,
     )[0]  # fmt: skip
-    found = ops.grpo_loss(
+    actual = ops.grpo_loss(
         batch.hidden, batch.weight, batch.targets,
         advantages=batch.advantages.repeat_interleave(T), old_logprobs=batch.old,
         loss_weights=weights(aggregate, batch.mask).flatten(), ref_logprobs=batch.ref,
@@ -86,7 +86,7 @@ def test_grpo_family(batch, variant, aggregate, dual_clip, kl_coef):
         clip_ratio_c=dual_clip, kl_coef=kl_coef, tis_cap=cap, temperature=0.8,
         seq_ids=torch.arange(B).repeat_interleave(T),
     ).loss  # fmt: skip
-    for ours, other in zip(gradients(found, batch), gradients(expected, batch), strict=True):
+    for ours, other in zip(gradients(actual, batch), gradients(expected, batch), strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)
 
 
@@ -94,10 +94,10 @@ def test_log_probability_and_entropy_of_trl(batch):
     expected = ChunkedLogProbFunction.apply(
         batch.hidden, batch.weight, None, batch.targets, 0.8, 16, None, 1.0, ("entropy",)
     )[:2]
-    found = ops.linear_logprob(batch.hidden, batch.weight, batch.targets, temperature=0.8)
+    actual = ops.linear_logprob(batch.hidden, batch.weight, batch.targets, temperature=0.8)
     pull = torch.randn(2, B * T, generator=torch.Generator().manual_seed(1))
-    ours, theirs = (gradients((torch.stack(x) * pull).sum(), batch) for x in (found, expected))
-    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-6)
+    ours, theirs = (gradients((torch.stack(x) * pull).sum(), batch) for x in (actual, expected))
+    torch.testing.assert_close(torch.stack(actual), torch.stack(expected), rtol=1e-4, atol=1e-6)
     for x, y in zip(ours, theirs, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)  # theirs subtracts large sums
 
@@ -112,13 +112,13 @@ def test_divergences_of_trl(batch, divergence, beta):
     theirs, _ = ChunkedDivergenceFunction.apply(
         batch.hidden, batch.weight, None, teacher, head, None, beta, 2.0
     )
-    found = ops.distill_loss(
+    actual = ops.distill_loss(
         batch.hidden, batch.weight, teacher_hidden=teacher, teacher_weight=head,
         divergence=divergence, beta=beta or 0.5, temperature=2.0,
         loss_weights=batch.mask.flatten(),
     )  # fmt: skip
     expected = 2.0**2 * (theirs * batch.mask.flatten()).sum()  # theirs: without T squared
-    for x, y in zip(gradients(found.loss, batch), gradients(expected, batch), strict=True):
+    for x, y in zip(gradients(actual.loss, batch), gradients(expected, batch), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
@@ -131,11 +131,11 @@ def test_divergences_of_liger(batch, divergence, beta):
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=2.0, compiled=False
     )
     expected = theirs(batch.hidden, batch.weight, teacher, head, labels)
-    found = ops.distill_loss(
+    actual = ops.distill_loss(
         batch.hidden, batch.weight, teacher_hidden=teacher, teacher_weight=head,
         divergence=divergence, beta=beta or 0.5, temperature=2.0,
         loss_weights=batch.mask.flatten(),
     ).loss  # fmt: skip
     scale = 2.0**2 * batch.mask.sum()  # theirs: the mean over tokens, without temperature squared
-    for ours, other in zip(gradients(found, batch), gradients(expected, batch), strict=True):
+    for ours, other in zip(gradients(actual, batch), gradients(expected, batch), strict=True):
         torch.testing.assert_close(ours, other * scale, rtol=1e-4, atol=1e-6)

@@ -38,9 +38,9 @@ def _both(run, *leaves: torch.Tensor, atol: float = 2e-5) -> None:
     """run(backend, *leaves) gives (scalar, other outputs): triton in fp32 is the fp64 reference."""
     results = []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        own = [x.to(dtype).requires_grad_() for x in leaves]
-        scalar, *others = run(backend, *own)
-        results.append([scalar.detach(), *others, *torch.autograd.grad(scalar, own)])
+        inputs = [x.to(dtype).requires_grad_() for x in leaves]
+        scalar, *others = run(backend, *inputs)
+        results.append([scalar.detach(), *others, *torch.autograd.grad(scalar, inputs)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), theirs.double(), atol=atol, rtol=2e-4)
 
@@ -58,10 +58,10 @@ def _main(check: str) -> None:
     if check == "logprob":
 
         def logprob(backend, hidden, weight):
-            found = ops.linear_logprob(
+            actual = ops.linear_logprob(
                 hidden, weight, targets, temperature=0.7, valid_vocab=valid, backend=backend
             )
-            return sum((x * w).sum() for x in found), *(x.detach() for x in found)
+            return sum((x * w).sum() for x in actual), *(x.detach() for x in actual)
 
         _both(logprob, *leaves)
     elif check == "grpo":
@@ -99,18 +99,18 @@ def _main(check: str) -> None:
             _both(partial(distill, kind), *leaves)
     elif check == "picked":
         hidden, weight, dz = torch.randn(5, 300), torch.randn(v, 300).bfloat16(), torch.randn(5, 20)
-        places = torch.randint(-1, v, (5, 20))  # -1 is nowhere, and some come twice
-        there = torch.zeros(5, 20, v).scatter_(2, places.clamp(min=0)[..., None], 1.0)
-        there *= (places >= 0)[..., None]
+        picked = torch.randint(-1, v, (5, 20))  # -1 is nowhere, and some come twice
+        there = torch.zeros(5, 20, v).scatter_(2, picked.clamp(min=0)[..., None], 1.0)
+        there *= (picked >= 0)[..., None]
         triton, d_weight = KERNELS["triton"], torch.ones(v, 300)
-        triton.picked_d_weight(dz, hidden, places, d_weight)
+        triton.picked_d_weight(dz, hidden, picked, d_weight)
         of_logits = torch.einsum("nk,nkv->nv", dz, there)
         for ours, theirs in (
             (
-                triton.picked_logits(hidden, weight, places),
+                triton.picked_logits(hidden, weight, picked),
                 torch.einsum("nkv,nv->nk", there, hidden @ weight.float().T),
             ),
-            (triton.picked_d_hidden(dz, weight, places), of_logits @ weight.float()),
+            (triton.picked_d_hidden(dz, weight, picked), of_logits @ weight.float()),
             (d_weight, 1 + of_logits.T @ hidden),
         ):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

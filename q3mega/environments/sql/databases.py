@@ -164,10 +164,10 @@ def _answer(script: str, gold: str) -> str | None:
     """What the query finds first; None for nothing, a zero, or a draw between the first two."""
     database = sqlite3.connect(":memory:")
     database.executescript(script)
-    found = database.execute(gold).fetchmany(2)
+    first_rows = database.execute(gold).fetchmany(2)
     database.close()
-    drawn = len(found) > 1 and found[0][1] == found[1][1]
-    return None if drawn or not found or not found[0][0] else str(found[0][0])
+    is_draw = len(first_rows) > 1 and first_rows[0][1] == first_rows[1][1]
+    return None if is_draw or not first_rows or not first_rows[0][0] else str(first_rows[0][0])
 
 
 def _tables(t: Theme) -> str:

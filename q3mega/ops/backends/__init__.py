@@ -1,9 +1,10 @@
-"""What a backend is: the kernels below, on contiguous tensors that the operators have checked.
+"""What a backend is: a module with the functions below, on contiguous tensors that the operators
+have checked.
 
-row_stats, row_gradient, divergence_sums, divergence_gradient: passes over rows of logits.
-picked_logits, picked_d_hidden, picked_d_weight: products with a few rows of the lm_head a token.
-attention_forward, attention_backward: dual-chunk attention.
-serves(x), serves_attention(q): why not, or None.
+row_stats, row_gradient, divergence_sums, divergence_gradient: passes over rows of logits
+picked_logits, picked_d_hidden, picked_d_weight: products with a few rows of the lm_head a token
+attention_forward, attention_backward: dual-chunk attention
+serves(x), serves_attention(q): why the backend cannot take the tensor, or None
 """
 
 from importlib import import_module

@@ -1,6 +1,6 @@
 """The C++ kernels of csrc/cpu, fp32 on a CPU, built for AVX-512 and for AVX2.
 
-The wider build is taken where torch takes its own: ATEN_CPU_CAPABILITY=avx2 narrows both.
+The AVX-512 build is taken where torch takes its own: ATEN_CPU_CAPABILITY=avx2 narrows both.
 """
 
 from importlib import import_module
@@ -12,8 +12,8 @@ from torch import Tensor
 from q3mega.kernels import DIVERGENCES
 from q3mega.ops.rotary import RotaryTables
 
-WIDE = ("_cpu_avx512",) if "AVX512" in torch.backends.cpu.get_cpu_capability() else ()
-BUILDS = [name for name in (*WIDE, "_cpu") if find_spec(f"q3mega.{name}")]  # the best first
+AVX512_BUILD = ("_cpu_avx512",) if "AVX512" in torch.backends.cpu.get_cpu_capability() else ()
+BUILDS = [name for name in (*AVX512_BUILD, "_cpu") if find_spec(f"q3mega.{name}")]  # the best first
 _cpu = import_module(f"q3mega.{BUILDS[0]}")
 
 
@@ -82,41 +82,42 @@ def divergence_gradient(
     lse_teacher: Tensor,
     divergence: str,
     beta: float,
-    own: Tensor,
+    student_part: Tensor,
     g: Tensor,
 ) -> None:
     """In place: the gradient of sum g divergence with respect to `student`.
 
-    own (n,): the part of a row's divergence whose expectation is the student's.
+    student_part (n,): the part of a row's divergence whose expectation is the student's.
     """
     _cpu.divergence_gradient(
         student.data_ptr(), teacher.data_ptr(), *student.shape, columns, lse_student.data_ptr(),
-        lse_teacher.data_ptr(), DIVERGENCES[divergence], beta, own.data_ptr(), g.data_ptr(),
+        lse_teacher.data_ptr(), DIVERGENCES[divergence], beta, student_part.data_ptr(),
+        g.data_ptr(),
     )  # fmt: skip
 
 
-def picked_logits(hidden: Tensor, weight: Tensor, places: Tensor) -> Tensor:
-    """(n, K) logits of hidden (n, H) at places (n, K) of the vocabulary alone; 0 for -1."""
-    logits = hidden.new_empty(places.shape)
+def picked_logits(hidden: Tensor, weight: Tensor, picked: Tensor) -> Tensor:
+    """(n, K) logits of hidden (n, H) by the picked rows (n, K) of weight alone; 0 for -1."""
+    logits = hidden.new_empty(picked.shape)
     _cpu.picked_logits(
-        *_addresses(hidden, weight, places), *places.shape, hidden.shape[1], logits.data_ptr()
+        *_addresses(hidden, weight, picked), *picked.shape, hidden.shape[1], logits.data_ptr()
     )
     return logits
 
 
-def picked_d_hidden(dz: Tensor, weight: Tensor, places: Tensor) -> Tensor:
+def picked_d_hidden(dz: Tensor, weight: Tensor, picked: Tensor) -> Tensor:
     """(n, H) from the gradient (n, K) of picked_logits."""
     d_hidden = dz.new_empty(len(dz), weight.shape[1])
     _cpu.picked_d_hidden(
-        *_addresses(dz, weight, places), *places.shape, weight.shape[1], d_hidden.data_ptr()
+        *_addresses(dz, weight, picked), *picked.shape, weight.shape[1], d_hidden.data_ptr()
     )
     return d_hidden
 
 
-def picked_d_weight(dz: Tensor, hidden: Tensor, places: Tensor, d_weight: Tensor) -> None:
+def picked_d_weight(dz: Tensor, hidden: Tensor, picked: Tensor, d_weight: Tensor) -> None:
     """Adds to d_weight (V, H) from the gradient (n, K) of picked_logits."""
     _cpu.picked_d_weight(
-        *_addresses(dz, hidden, places), *places.shape, hidden.shape[1], d_weight.data_ptr()
+        *_addresses(dz, hidden, picked), *picked.shape, hidden.shape[1], d_weight.data_ptr()
     )
 
 

@@ -1,7 +1,7 @@
-"""The CUDA kernels of csrc/cuda, on Hopper: rows of fp32 logits, attention in bf16 and fp16. The
-gathers of a few rows of the lm_head, to which CUDA adds nothing, are Triton's.
+"""The CUDA kernels of csrc/cuda, on Hopper: rows of fp32 logits, attention in bf16 and fp16.
 
-They are compiled for sm_90a and tested by emulation on a CPU; they have not yet run on a GPU.
+Products with a few rows of the lm_head come from Triton, to which CUDA would add nothing. The
+kernels are compiled for sm_90a and tested by emulation on a CPU; they have not yet run on a GPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,9 +17,9 @@ from q3mega.kernels.tiles import key_tiles, query_tiles
 from q3mega.ops import rotary
 from q3mega.ops.rotary import RotaryTables
 
-TYPES = {torch.bfloat16: 0, torch.float16: 1}
-ROWS = 128  # of a tile of queries or of keys
-FAR = 1 << 30  # beyond every token, and twice that fits an int32
+DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1}  # Attention::type of csrc/cuda/kernels.h
+TILE_ROWS = 128  # queries or keys of a tile
+MAX_CHUNK = 1 << 30  # beyond every token; twice that fits an int32
 
 
 def serves(x: Tensor) -> str | None:
@@ -32,7 +32,7 @@ def serves(x: Tensor) -> str | None:
 
 
 def serves_attention(q: Tensor) -> str | None:
-    fits = q.dtype in TYPES and q.shape[-1] in (64, 128)
+    fits = q.dtype in DTYPE_CODES and q.shape[-1] in (64, 128)
     made_for = "its attention is made for bf16 and fp16 and heads of 64 or 128"
     return serves(q) or (None if fits else made_for)
 
@@ -47,10 +47,10 @@ def _stream(x: Tensor) -> Iterator[int]:
 def _launch(kernel: Callable[..., None], on: Tensor, *arguments: Any) -> None:
     """Tensors go as addresses, None as 0."""
     with _stream(on) as stream:
-        kernel(*map(_plain, arguments), stream)
+        kernel(*map(_address_or_number, arguments), stream)
 
 
-def _plain(argument: Any) -> Any:
+def _address_or_number(argument: Any) -> Any:
     return argument.data_ptr() if isinstance(argument, Tensor) else argument or 0
 
 
@@ -100,32 +100,32 @@ def divergence_gradient(
     lse_teacher: Tensor,
     divergence: str,
     beta: float,
-    own: Tensor,
+    student_part: Tensor,
     g: Tensor,
 ) -> None:
     """In place: the gradient of sum g divergence with respect to `student`.
 
-    own (n,): the part of a row's divergence whose expectation is the student's.
+    student_part (n,): the part of a row's divergence whose expectation is the student's.
     """
     _launch(
         _cuda.divergence_gradient, student, student, teacher, *student.shape, columns, lse_student,
-        lse_teacher, DIVERGENCES[divergence], beta, own, g,
+        lse_teacher, DIVERGENCES[divergence], beta, student_part, g,
     )  # fmt: skip
 
 
-def picked_logits(hidden: Tensor, weight: Tensor, places: Tensor) -> Tensor:
-    """(n, K) fp32 logits of hidden (n, H) at places (n, K) of the vocabulary alone; 0 for -1."""
-    return _triton("picked_logits", hidden, weight, places)
+def picked_logits(hidden: Tensor, weight: Tensor, picked: Tensor) -> Tensor:
+    """(n, K) fp32 logits of hidden (n, H) by the picked rows (n, K) of weight alone; 0 for -1."""
+    return _triton("picked_logits", hidden, weight, picked)
 
 
-def picked_d_hidden(dz: Tensor, weight: Tensor, places: Tensor) -> Tensor:
+def picked_d_hidden(dz: Tensor, weight: Tensor, picked: Tensor) -> Tensor:
     """(n, H) fp32 from the gradient (n, K) of picked_logits."""
-    return _triton("picked_d_hidden", dz, weight, places)
+    return _triton("picked_d_hidden", dz, weight, picked)
 
 
-def picked_d_weight(dz: Tensor, hidden: Tensor, places: Tensor, d_weight: Tensor) -> None:
+def picked_d_weight(dz: Tensor, hidden: Tensor, picked: Tensor, d_weight: Tensor) -> None:
     """Adds to d_weight (V, H) fp32 from the gradient (n, K) of picked_logits, in no fixed order."""
-    _triton("picked_d_weight", dz, hidden, places, d_weight)
+    _triton("picked_d_weight", dz, hidden, picked, d_weight)
 
 
 def _triton(kernel: str, *tensors: Tensor) -> Any:
@@ -135,12 +135,13 @@ def _triton(kernel: str, *tensors: Tensor) -> Any:
         return getattr(distill_loss, kernel)(*tensors)
 
 
-def _problem(tables: RotaryTables, q: Tensor, k: Tensor, work: Tensor) -> _cuda.Attention:
+def _problem(tables: RotaryTables, q: Tensor, k: Tensor, tile_list: Tensor) -> _cuda.Attention:
     arguments = (
-        TYPES[q.dtype], q.shape[2], q.shape[1], k.shape[1], len(q), len(k), min(tables.chunk, FAR),
-        min(tables.clamp, FAR), tables.scale, tables.cos, tables.sin, work, len(work),
+        DTYPE_CODES[q.dtype], q.shape[2], q.shape[1], k.shape[1], len(q), len(k),
+        min(tables.chunk, MAX_CHUNK), min(tables.clamp, MAX_CHUNK), tables.scale, tables.cos,
+        tables.sin, tile_list, len(tile_list),
     )  # fmt: skip
-    return _cuda.Attention(*map(_plain, arguments))
+    return _cuda.Attention(*map(_address_or_number, arguments))
 
 
 def attention_forward(
@@ -150,10 +151,10 @@ def attention_forward(
     rotated_k = rotary.rotate_by_tables(
         k, rotary.positions_in_chunk(cu_k, tables.chunk), tables.cos, tables.sin
     )
-    cut = cu_q.tolist(), cu_k.tolist(), tables.offset, tables.chunk, ROWS
-    work = query_tiles(*cut).to(q.device)
+    cut = cu_q.tolist(), cu_k.tolist(), tables.offset, tables.chunk, TILE_ROWS
+    tile_list = query_tiles(*cut).to(q.device)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    problem = _problem(tables, q, k, work)
+    problem = _problem(tables, q, k, tile_list)
     _launch(_cuda.attention_forward, q, problem, q, rotated_k, v, out, lse)
     return out, lse
 
@@ -165,18 +166,23 @@ def attention_backward(
     """(dq, dk, dv)."""
     if not len(q):
         return torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    places = rotary.positions_in_chunk(cu_k, tables.chunk)
-    rotated_k = rotary.rotate_by_tables(k, places, tables.cos, tables.sin)
+    positions = rotary.positions_in_chunk(cu_k, tables.chunk)
+    rotated_k = rotary.rotate_by_tables(k, positions, tables.cos, tables.sin)
     delta = (d_out.float() * out.float()).sum(-1)
-    cut = cu_q.tolist(), cu_k.tolist(), tables.offset, tables.chunk, ROWS
+    cut = cu_q.tolist(), cu_k.tolist(), tables.offset, tables.chunk, TILE_ROWS
     operands = d_out, q, rotated_k, v, lse, delta
     d_q, d_v = torch.empty_like(q), torch.empty_like(v)
     d_rotated_k = torch.empty_like(k, dtype=torch.float32)
-    work = query_tiles(*cut).to(q.device)
-    _launch(_cuda.attention_query_gradient, q, _problem(tables, q, k, work), *operands, d_q)
-    work = key_tiles(*cut).to(q.device)
+    tile_list = query_tiles(*cut).to(q.device)
+    _launch(_cuda.attention_query_gradient, q, _problem(tables, q, k, tile_list), *operands, d_q)
+    tile_list = key_tiles(*cut).to(q.device)
     _launch(
-        _cuda.attention_key_gradient, q, _problem(tables, q, k, work), *operands, d_rotated_k, d_v
+        _cuda.attention_key_gradient,
+        q,
+        _problem(tables, q, k, tile_list),
+        *operands,
+        d_rotated_k,
+        d_v,
     )
-    d_k = rotary.rotate_by_tables(d_rotated_k, places, tables.cos, -tables.sin)
+    d_k = rotary.rotate_by_tables(d_rotated_k, positions, tables.cos, -tables.sin)
     return d_q, d_k.to(k.dtype), d_v

@@ -51,10 +51,10 @@ def attention_backward(
     cu_q: Tensor, cu_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv)."""
-    places = rotary.positions_in_chunk(cu_k, tables.chunk)
-    rotated_k = rotary.rotate_by_tables(k, places, tables.cos, tables.sin)
+    positions = rotary.positions_in_chunk(cu_k, tables.chunk)
+    rotated_k = rotary.rotate_by_tables(k, positions, tables.cos, tables.sin)
     d_q, d_rotated_k, d_v = dual_chunk_attention.backward(
         _shape(tables, cu_q, cu_k), d_out, q, rotated_k, v, out, lse
     )
-    d_k = rotary.rotate_by_tables(d_rotated_k, places, tables.cos, -tables.sin)
+    d_k = rotary.rotate_by_tables(d_rotated_k, positions, tables.cos, -tables.sin)
     return d_q, d_k.to(k.dtype), d_v

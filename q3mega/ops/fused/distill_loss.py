@@ -1,7 +1,7 @@
 """distill_loss on row kernels: the forward computes the gradients too (docs/operators.md).
 
-The teacher is a second lm_head, or its K best log-probabilities with or without the rest as one
-more bucket.
+The teacher is a second lm_head, or its K best log-probabilities, with or without one more bucket
+for the rest of the vocabulary.
 """
 
 from typing import Any, cast
@@ -27,7 +27,7 @@ from q3mega.ops.fused.lm_head import (
     wants_gradients,
 )
 
-TENSORS_PER_BUCKET = 16  # tensors of (n, K) numbers that a top-k teacher's divergence holds, or so
+TENSORS_PER_BUCKET = 16  # about as many (n, K) tensors a top-k teacher's divergence holds
 
 
 @torch.library.custom_op("q3mega::distill_loss", mutates_args=())
@@ -54,8 +54,8 @@ def _distill(
         jsd = divergence == "jsd"
         per_token[rows] = beta * first + (1 - beta) * second if jsd else first
         if hidden_needs_grad or weight_needs_grad:
-            own, g = (second if jsd else first).contiguous(), w[rows]
-            head.kernels.divergence_gradient(*pair, own, g)
+            student_part, g = (second if jsd else first).contiguous(), w[rows]
+            head.kernels.divergence_gradient(*pair, student_part, g)
             gradients.add(rows, hidden[rows], h)
     return _squared(temperature, w, per_token, gradients)
 
@@ -72,9 +72,9 @@ def _squared(
 
 
 @_distill.register_fake
-def _(hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
+def _(hidden: Tensor, weight: Tensor, *options: Any) -> Any:
     outs = (hidden.new_empty(shape, dtype=STATS_DTYPE) for shape in ((), len(hidden)))
-    return *outs, *fake_gradients(hidden, weight, rest[-2], rest[-1])
+    return *outs, *fake_gradients(hidden, weight, options[-2], options[-1])
 
 
 _distill.register_autograd(backward_of_kept_gradients, setup_context=keep_gradients)
@@ -86,9 +86,9 @@ def _distill_topk(
     beta: float, temperature: float, valid: int, group: str, backend: str,
     hidden_needs_grad: bool, weight_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Teacher (N, K + 1), the last of each row the rest: one bucket an id, and one for the rest.
+    """teacher (N, K + 1): log-probabilities of the ids, and of the tail in the last column.
 
-    Outside the ids a logit matters by its mass alone.
+    A logit outside the ids matters by its part of the tail's mass alone.
     """
     head = BlockedHead(weight, temperature, valid, group, backend, len(hidden), weight_needs_grad)
     gradients = Gradients(hidden, head, (hidden_needs_grad, weight_needs_grad))
@@ -97,14 +97,14 @@ def _distill_topk(
         h, c = hidden[rows], column[rows]
         z, no_target = head.logits(h), torch.full_like(rows, -1)
         lse = head.stats(z, no_target)[2]
-        here, places = c >= 0, c.clamp(min=0)
-        logits = torch.where(here, z.gather(1, places), 0.0)
+        held, held_columns = c >= 0, c.clamp(min=0)
+        logits = torch.where(held, z.gather(1, held_columns), 0.0)
         if head.group is not None:
             all_reduce(logits, group=head.group)
-        row, pick = here.nonzero(as_tuple=True)
+        row, pick = held.nonzero(as_tuple=True)
         z[row, c[row, pick]] = vocab.MASKED
-        rest = head.stats(z, no_target)[2]  # summed, not one minus the ids: see distill_loss
-        student = torch.cat([logits, rest[:, None]], 1) - lse[:, None]
+        tail_logit = head.stats(z, no_target)[2]  # summed, not one minus the ids: see distill_loss
+        student = torch.cat([logits, tail_logit[:, None]], 1) - lse[:, None]
         per_token[rows], slope = bucket_terms(
             student, teacher[rows], cast(Divergence, divergence), beta
         )
@@ -122,7 +122,7 @@ def _distill_renormalised(
     beta: float, temperature: float, group: str, backend: str,
     hidden_needs_grad: bool, weight_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Only the ids' own rows of the lm_head are read: no GEMM over the vocabulary."""
+    """teacher (N, K). Reads the ids' rows of the lm_head alone: no GEMM over the vocabulary."""
     head = BlockedHead(weight, temperature, -1, group, backend, 1)
     gradients = Gradients(hidden, head, (hidden_needs_grad, weight_needs_grad))
     per_token, column = hidden.new_zeros(len(hidden), dtype=STATS_DTYPE), head.shard_columns(ids)
@@ -131,8 +131,8 @@ def _distill_renormalised(
     )
     active = (w != 0).nonzero()[:, 0]
     for rows in active.split(step) if len(active) else ():
-        h, places = hidden[rows], column[rows]
-        logits = head.kernels.picked_logits(h, weight, places) / temperature
+        h, picked = hidden[rows], column[rows]
+        logits = head.kernels.picked_logits(h, weight, picked) / temperature
         if head.group is not None:
             all_reduce(logits, group=head.group)
         student = logits.log_softmax(1)
@@ -140,16 +140,16 @@ def _distill_renormalised(
             student, teacher[rows], cast(Divergence, divergence), beta
         )
         dz = student.exp() * slope * w[rows, None] / temperature
-        gradients.add_picked(rows, h, dz, places)
+        gradients.add_picked(rows, h, dz, picked)
     return _squared(temperature, w, per_token, gradients)
 
 
 for _op in (_distill_topk, _distill_renormalised):
 
     @_op.register_fake
-    def _(hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
+    def _(hidden: Tensor, weight: Tensor, *options: Any) -> Any:
         outs = (hidden.new_empty(shape, dtype=STATS_DTYPE) for shape in ((), len(hidden)))
-        return *outs, *fake_gradients(hidden, weight, rest[-2], rest[-1])
+        return *outs, *fake_gradients(hidden, weight, options[-2], options[-1])
 
     _op.register_autograd(backward_of_kept_gradients, setup_context=keep_gradients)
 

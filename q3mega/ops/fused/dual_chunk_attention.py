@@ -22,9 +22,12 @@ def _rotary_tables(
     inv_freq: Tensor, cu_k: Tensor, chunk: int, clamp: int, scale: float, offset: int
 ) -> RotaryTables:
     longest = int(cu_k.diff().max()) if len(cu_k) > 1 else 0
-    places = min(longest, chunk)  # and beyond a chunk the places of queries that look back
-    places = max(places, min(2 * chunk - 1, clamp) + 1) if longest > chunk else max(places, 1)
-    index = torch.arange(places, dtype=torch.float64, device=inv_freq.device)
+    positions = min(longest, chunk)
+    # Queries that look back beyond their chunk use later positions too.
+    positions = (
+        max(positions, min(2 * chunk - 1, clamp) + 1) if longest > chunk else max(positions, 1)
+    )
+    index = torch.arange(positions, dtype=torch.float64, device=inv_freq.device)
     angle = index[:, None] * inv_freq.double()
     return RotaryTables(offset, chunk, clamp, scale, angle.cos().float(), angle.sin().float())
 

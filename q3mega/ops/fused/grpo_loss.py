@@ -82,11 +82,11 @@ def _grpo(
 
 
 @_grpo.register_fake
-def _(hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
+def _(hidden: Tensor, weight: Tensor, *options: Any) -> Any:
     one, row = (hidden.new_empty(shape, dtype=STATS_DTYPE) for shape in ((), len(hidden)))
     return (
         one, row, torch.empty_like(row), torch.empty_like(one), torch.empty_like(row),
-        *fake_gradients(hidden, weight, rest[-2], rest[-1]),
+        *fake_gradients(hidden, weight, options[-2], options[-1]),
     )  # fmt: skip
 
 

@@ -68,8 +68,8 @@ def _logprob_backward(
 
 
 @_logprob_backward.register_fake
-def _(g: Tensor, g_entropy: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
-    return fake_gradients(hidden, weight, rest[-2], rest[-1])
+def _(g: Tensor, g_entropy: Tensor, hidden: Tensor, weight: Tensor, *options: Any) -> Any:
+    return fake_gradients(hidden, weight, options[-2], options[-1])
 
 
 def _keep_logprob(ctx: Any, inputs: Any, output: Any) -> None:
@@ -80,8 +80,10 @@ def _keep_logprob(ctx: Any, inputs: Any, output: Any) -> None:
 def _pull_logprob(ctx: Any, g: Tensor, g_entropy: Tensor, _: Tensor) -> Any:
     needs_grad = ctx.needs_input_grad[:2]
     with own_precision(g):
-        found = _logprob_backward(g, g_entropy, *ctx.saved_tensors, *ctx.options, *needs_grad)
-    d_hidden, d_weight = (d if want else None for d, want in zip(found, needs_grad, strict=True))
+        gradients = _logprob_backward(g, g_entropy, *ctx.saved_tensors, *ctx.options, *needs_grad)
+    d_hidden, d_weight = (
+        d if want else None for d, want in zip(gradients, needs_grad, strict=True)
+    )
     if d_weight is not None:
         d_weight = weight_gradient(ctx.saved_tensors[1], d_weight)
     return d_hidden, d_weight, *[None] * 5

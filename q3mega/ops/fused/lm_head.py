@@ -183,19 +183,19 @@ class Gradients:
         else:
             self.weight.add_(torch.mm(dz.T, hidden, out_dtype=STATS_DTYPE), alpha=1 / t)
 
-    def add_picked(self, rows: Tensor, hidden: Tensor, dz: Tensor, picks: Tensor) -> None:
-        """Adds a block whose logits are hidden @ weight[picks].T alone.
+    def add_picked(self, rows: Tensor, hidden: Tensor, dz: Tensor, picked: Tensor) -> None:
+        """Adds a block whose logits are hidden @ weight[picked].T alone.
 
-        picks (n, K): rows of this rank's weight, -1 for other ranks' rows. dz (n, K): the gradient
+        picked (n, K): rows of this rank's weight, -1 for other ranks' rows. dz (n, K): the gradient
         of the loss by those logits.
         """
         if self.hidden_needs_grad:
-            d_hidden = self.head.kernels.picked_d_hidden(dz, self.head.weight, picks)
+            d_hidden = self.head.kernels.picked_d_hidden(dz, self.head.weight, picked)
             self.hidden[rows] = d_hidden.to(hidden.dtype)
         if self.weight_needs_grad:
             if self.weight is None:
                 self.weight = torch.zeros_like(self.head.weight, dtype=STATS_DTYPE)
-            self.head.kernels.picked_d_weight(dz, hidden, picks, self.weight)
+            self.head.kernels.picked_d_weight(dz, hidden, picked, self.weight)
 
     def reduced(self) -> tuple[Tensor, Tensor]:
         """(d_hidden, d_weight), the first summed over the tensor-parallel ranks."""

@@ -21,17 +21,17 @@ _PLACEHOLDER = re.compile(r"\[[^\[\]\n]++\](?!\()")  # [text](address) is a link
 _HEADING = re.compile(r"#{1,6} ")
 
 
-def _different(found: Sequence[str]) -> Count:
+def _different(texts: Sequence[str]) -> Count:
     """A second copy of a sentence or an item earns nothing."""
-    return Count(len(found), len({fold(f) for f in found}))
+    return Count(len(texts), len({fold(f) for f in texts}))
 
 
-def _varied(found: Sequence[str]) -> Count:
+def _varied(texts: Sequence[str]) -> Count:
     """Of d different words at most d * d count: a text repeats words, but one word is no text.
 
     Running text of n words has far more than sqrt(n) different ones (Heaps' law).
     """
-    return Count(len(found), min(len(found), len(set(found)) ** 2))
+    return Count(len(texts), min(len(texts), len(set(texts)) ** 2))
 
 
 @kind(
@@ -42,6 +42,7 @@ def _varied(found: Sequence[str]) -> Count:
     exactly=(80, 120),
 )
 def words(text: str) -> Count:
+    """Words of the reply."""
     return _varied(units.words(text.casefold()))
 
 
@@ -54,6 +55,7 @@ def words(text: str) -> Count:
     exactly=(5, 7),
 )
 def sentences(text: str) -> Count:
+    """Sentences; a second copy of one does not count towards a minimum."""
     return _different(units.sentences(text))
 
 
@@ -65,6 +67,7 @@ def sentences(text: str) -> Count:
     exactly=(2, 5),
 )
 def paragraphs(text: str) -> Count:
+    """Paragraphs, which empty lines part."""
     return _different(units.paragraphs(text))
 
 
@@ -76,6 +79,7 @@ def paragraphs(text: str) -> Count:
     exactly=(3, 8),
 )
 def lines(text: str) -> Count:
+    """Lines that are not blank."""
     return _different(units.lines(text))
 
 
@@ -86,12 +90,14 @@ def lines(text: str) -> Count:
     at_most=(1500, 2000),
 )
 def characters(text: str) -> Count:
+    """Characters, blanks included; few different triples limit what counts."""
     triples = [text[i : i + 3] for i in range(len(text))]
     return _varied(triples)
 
 
 @kind("Use {amount:different word}.", at_least=(20, 40))
 def different_words(text: str) -> Count:
+    """Different words, whatever their case."""
     different = len(set(units.words(text.casefold())))
     return Count(different, different)
 
@@ -104,6 +110,7 @@ def different_words(text: str) -> Count:
     exactly=(2, 5),
 )
 def bullets(text: str) -> Count:
+    """Bulleted items outside of code."""
     return _different(units.items(text, numbered=False))
 
 
@@ -115,6 +122,7 @@ def bullets(text: str) -> Count:
     exactly=(2, 5),
 )
 def numbered_items(text: str) -> Count:
+    """Numbered items outside of code."""
     return _different(units.items(text, numbered=True))
 
 
@@ -135,8 +143,8 @@ def sections(text: str, marker: str) -> Count:
             parts.append([])
         elif parts:
             parts[-1].append(line)
-    said = [text for part in parts if units.words(text := " ".join(part))]
-    return Count(len(parts), _different(said).credited)
+    filled = [text for part in parts if units.words(text := " ".join(part))]
+    return Count(len(parts), _different(filled).credited)
 
 
 @kind(
@@ -147,8 +155,9 @@ def sections(text: str, marker: str) -> Count:
     exactly=(2, 4),
 )
 def headings(text: str) -> Count:
-    found = [line for line in units.lines(units.prose(text)) if _HEADING.match(line)]
-    return _different([line.lstrip("#") for line in found if units.words(line)])
+    """Markdown headings that say something."""
+    heading_lines = [line for line in units.lines(units.prose(text)) if _HEADING.match(line)]
+    return _different([line.lstrip("#") for line in heading_lines if units.words(line)])
 
 
 @kind(
@@ -157,14 +166,16 @@ def headings(text: str) -> Count:
     exactly=(2, 4),
 )
 def placeholders(text: str) -> Count:
-    found = [m[0] for m in _PLACEHOLDER.finditer(units.prose(text))]
-    return _different([f for f in found if units.words(f)])
+    """Texts in square brackets that are no links."""
+    marked = [m[0] for m in _PLACEHOLDER.finditer(units.prose(text))]
+    return _different([f for f in marked if units.words(f)])
 
 
 @kind("Highlight {amount:part} with *asterisks*.", uses="layout", at_least=(1, 3), exactly=(2, 4))
 def highlighted(text: str) -> Count:
-    found = [m[0].strip("*") for m in _HIGHLIGHT.finditer(units.prose(text))]
-    return _different([f for f in found if units.words(f)])
+    """Parts between asterisks."""
+    marked = [m[0].strip("*") for m in _HIGHLIGHT.finditer(units.prose(text))]
+    return _different([f for f in marked if units.words(f)])
 
 
 @kind(
@@ -176,8 +187,8 @@ def highlighted(text: str) -> Count:
 )
 def capital_words(text: str) -> Count:
     """Of two letters or more: I and A are capital everywhere."""
-    found = units.words(text)
-    return _different([w for w in found if w.isupper() and sum(map(str.isalpha, w)) > 1])
+    all_words = units.words(text)
+    return _different([w for w in all_words if w.isupper() and sum(map(str.isalpha, w)) > 1])
 
 
 @kind(
@@ -189,8 +200,9 @@ def capital_words(text: str) -> Count:
     word=_KEYWORDS,
 )
 def keyword(text: str, word: str) -> Count:
-    found = units.occurrences(text, word)
-    return Count(found, found)
+    """Occurrences of `word`, whatever its case."""
+    times = units.occurrences(text, word)
+    return Count(times, times)
 
 
 @kind(
@@ -200,12 +212,14 @@ def keyword(text: str, word: str) -> Count:
     letter=["e", "k", "z", "ö", "я"],
 )
 def letter(text: str, letter: Letter) -> Count:
-    found = text.casefold().count(letter.casefold())
-    return Count(found, found)
+    """Occurrences of `letter`, whatever its case."""
+    times = text.casefold().count(letter.casefold())
+    return Count(times, times)
 
 
 @kind("Give {amount:number} in digits.", settles="digits", at_least=(1, 4), exactly=(2, 4))
 def numbers(text: str) -> Count:
+    """Different numbers in digits."""
     return _different(_NUMBER.findall(text))
 
 
@@ -217,4 +231,5 @@ def numbers(text: str) -> Count:
     exactly=(1, 3),
 )
 def questions(text: str) -> Count:
+    """Different questions."""
     return _different([s for s in units.sentences(text) if units.is_question(s)])

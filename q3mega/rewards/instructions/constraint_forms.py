@@ -40,8 +40,9 @@ _LIST = 3  # items at least
     ],
 )
 def forbidden(text: str, words: list[str]) -> str | None:
-    found = [w for w in words if units.occurrences(text, w)]
-    return f'"{found[0]}" is there' if found else None
+    """None of `words` occurs."""
+    present = [w for w in words if units.occurrences(text, w)]
+    return f'"{present[0]}" is there' if present else None
 
 
 @kind(
@@ -51,6 +52,7 @@ def forbidden(text: str, words: list[str]) -> str | None:
     start=_FIRST_LINES,
 )
 def starts_with(text: str, start: str) -> str | None:
+    """The reply starts with `start`, to the letter."""
     return None if text.startswith(units.visible(start)) else f'it starts with "{text[:30]}"'
 
 
@@ -61,16 +63,19 @@ def starts_with(text: str, start: str) -> str | None:
     end=_LAST_LINES,
 )
 def ends_with(text: str, end: str) -> str | None:
+    """The reply ends with `end`, to the letter."""
     return None if text.endswith(units.visible(end)) else f'it ends with "{text[-30:]}"'
 
 
 @kind("Write in capital letters only.", settles="case", uses="script")
 def upper_case(text: str) -> str | None:
+    """No lower-case letter occurs."""
     return _case(text, text.isupper(), str.islower)
 
 
 @kind("Write in lower case only, without a single capital letter.", settles="case", uses="script")
 def lower_case(text: str) -> str | None:
+    """No capital letter occurs."""
     return _case(text, text.islower(), str.isupper)
 
 
@@ -87,27 +92,31 @@ def _case(text: str, right: bool, wrong: Callable[[str], bool]) -> str | None:
     uses="script",
 )
 def title_case(text: str) -> str | None:
-    found = units.words(text)
-    if bad := next((w for w in found if w[0].islower()), None):
+    """Every word starts with a capital letter, and not all letters are capitals."""
+    all_words = units.words(text)
+    if bad := next((w for w in all_words if w[0].islower()), None):
         return f'"{bad}" does not'
-    fine = any(w[0].isupper() for w in found) and not text.isupper()
+    fine = any(w[0].isupper() for w in all_words) and not text.isupper()
     return None if fine else "all capitals, or no letters that have a case"
 
 
 @kind("Do not use any commas.", settles="commas")
 def no_commas(text: str) -> str | None:
-    found = sum(c in _COMMAS for c in text)
-    return f"{found} commas" if found else None
+    """No comma of any script occurs."""
+    commas = sum(c in _COMMAS for c in text)
+    return f"{commas} commas" if commas else None
 
 
 @kind("Do not use any digits.", settles="digits")
 def no_digits(text: str) -> str | None:
-    found = sum(map(str.isdigit, text))
-    return f"{found} digits" if found else None
+    """No digit occurs."""
+    digits = sum(map(str.isdigit, text))
+    return f"{digits} digits" if digits else None
 
 
 @kind("Use no word twice.", settles="repeats length", uses="script sentences layout")
 def no_repeats(text: str) -> str | None:
+    """No word occurs twice, whatever its case."""
     seen: set[str] = set()
     for word in units.words(text.casefold()):
         if word in seen:
@@ -122,6 +131,7 @@ def no_repeats(text: str) -> str | None:
     code=["ar", "de", "en", "es", "fr", "hi", "ja", "ko", "pt", "ru", "zh"],
 )
 def language(text: str, code: LanguageCode) -> str | None:
+    """The text outside of code is in the language `code` (see `written_in`)."""
     return written_in(units.prose(text), code)
 
 
@@ -131,9 +141,10 @@ def language(text: str, code: LanguageCode) -> str | None:
     name=["LATIN", "CYRILLIC", "CJK"],
 )
 def script(text: str, name: ScriptName) -> str | None:
-    found = scripts(text)
-    others = sorted(set(found) - {name})
-    return f"{others[0].title()} letters" if others else None if found else "no letters"
+    """All letters are of the script `name`."""
+    letters_by_script = scripts(text)
+    others = sorted(set(letters_by_script) - {name})
+    return f"{others[0].title()} letters" if others else None if letters_by_script else "no letters"
 
 
 @kind(
@@ -142,6 +153,7 @@ def script(text: str, name: ScriptName) -> str | None:
     uses="case",
 )
 def json(text: str) -> str | None:
+    """The whole reply is a JSON object or list that is not empty."""
     return _json(text)[1]
 
 
@@ -152,6 +164,7 @@ def json(text: str) -> str | None:
     keys=[["answer"], ["answer", "reason"], ["name", "steps", "source"]],
 )
 def json_keys(text: str, keys: list[str]) -> str | None:
+    """The whole reply is a JSON object with all of `keys`."""
     value, problem = _json(text)
     if problem or not isinstance(value, dict):
         return problem or "no JSON object"
@@ -206,10 +219,11 @@ def _cells(line: str) -> list[str]:
     language=["python", "javascript", "json", "bash"],
 )
 def code_block(text: str, language: str) -> str | None:
-    found = [_SHORT_NAMES.get(name, name) for name, _ in units.code_blocks(text)]
-    if _SHORT_NAMES.get(language.lower(), language.lower()) in found:
+    """A closed code block is marked as `language`."""
+    languages = [_SHORT_NAMES.get(name, name) for name, _ in units.code_blocks(text)]
+    if _SHORT_NAMES.get(language.lower(), language.lower()) in languages:
         return None
-    return f'a code block of "{found[0]}"' if found else "no code block"
+    return f'a code block of "{languages[0]}"' if languages else "no code block"
 
 
 @kind(
@@ -219,14 +233,16 @@ def code_block(text: str, language: str) -> str | None:
     marker=["P.S.", "PS:"],
 )
 def postscript(text: str, marker: str) -> str | None:
+    """The last paragraph has a line that starts with `marker` and says something."""
     *_, last = units.paragraphs(text)
     starts = (line for line in units.lines(last) if line.startswith(marker))
-    said = any(units.words(line.removeprefix(marker)) for line in starts)
-    return None if said and not text.startswith(marker) else "none at the end"
+    has_text = any(units.words(line.removeprefix(marker)) for line in starts)
+    return None if has_text and not text.startswith(marker) else "none at the end"
 
 
 @kind("Wrap the whole answer in quotation marks, with none inside.", settles="start end")
 def quoted(text: str) -> str | None:
+    """One pair of quotation marks is around the whole reply, and none of them inside."""
     marks = text[0] + text[-1]
     if marks not in _QUOTES or len(text) == 1:
         return f'it starts with "{text[0]}" and ends with "{text[-1]}"'
@@ -239,8 +255,9 @@ def quoted(text: str) -> str | None:
     uses="layout sentences",
 )
 def title(text: str) -> str | None:
-    said = any(units.words(m[1]) for m in _TITLE.finditer(text))
-    return None if said else "none"
+    """A text in double angle brackets occurs."""
+    has_text = any(units.words(m[1]) for m in _TITLE.finditer(text))
+    return None if has_text else "none"
 
 
 @kind(
@@ -250,10 +267,11 @@ def title(text: str) -> str | None:
     question=["What is the best way to do it?", "Wie geht das am besten?", "如何做得更好？"],
 )
 def repeat_first(text: str, question: str) -> str | None:
-    said, asked = fold(text), fold(units.visible(question))
-    if not said.startswith(asked):
+    """The reply starts with `question` and goes on."""
+    reply, beginning = fold(text), fold(units.visible(question))
+    if not reply.startswith(beginning):
         return f'it starts with "{text[:30]}"'
-    return None if units.words(said.removeprefix(asked)) else "nothing after it"
+    return None if units.words(reply.removeprefix(beginning)) else "nothing after it"
 
 
 @kind(
@@ -262,6 +280,7 @@ def repeat_first(text: str, question: str) -> str | None:
     uses="layout sentences",
 )
 def two_responses(text: str) -> str | None:
+    """Two different texts with six asterisks between them."""
     parts = text.split("******")
     if len(parts) != 2 or not all(map(units.words, parts)):
         return f"{sum(map(bool, map(units.words, parts)))} answers"
@@ -274,6 +293,7 @@ def two_responses(text: str) -> str | None:
     options=[["yes", "no"], ["true", "false", "unknown"], ["ja", "nein"], ["是", "不是"]],
 )
 def one_of(text: str, options: list[str]) -> str | None:
+    """The reply is one of `options`, to the letter."""
     return None if text in map(units.visible, options) else f'"{text[:30]}"'
 
 
@@ -285,10 +305,11 @@ def one_of(text: str, options: list[str]) -> str | None:
     word=["Finally", "Außerdem", "Ensuite", "Потом", "然后"],
 )
 def paragraph_starts(text: str, n: int, word: str) -> str | None:
-    found = units.paragraphs(text)
-    if len(found) < n:
-        return f"{len(found)} paragraphs, {n} asked"
-    word, head = fold(word), fold(found[n - 1].lstrip("#*_\"'“«„「( "))
+    """Paragraph `n`, counted from 1, starts with `word`."""
+    paragraphs = units.paragraphs(text)
+    if len(paragraphs) < n:
+        return f"{len(paragraphs)} paragraphs, {n} asked"
+    word, head = fold(word), fold(paragraphs[n - 1].lstrip("#*_\"'“«„「( "))
     # One character more shows whether the word ends there.
     begins = head.startswith(word) and units.occurrences(head[: len(word) + 1], word)
     return None if begins else f'it starts with "{head[:30]}"'
@@ -296,6 +317,7 @@ def paragraph_starts(text: str, n: int, word: str) -> str | None:
 
 @kind(f"Answer with a palindrome of {_PALINDROME} letters or more, nothing else.", settles="all")
 def palindrome(text: str) -> str | None:
+    """The letters and digits read the same backwards."""
     letters = [c for c in fold(text) if c.isalnum()]
     if len(letters) < _PALINDROME or len(set(letters)) == 1:
         return f"{len(set(letters))} different letters of {len(letters)}"
@@ -309,8 +331,9 @@ def palindrome(text: str) -> str | None:
     order=["ascending", "descending"],
 )
 def sorted_list(text: str, order: Order) -> str | None:
-    found = units.items(text, numbered=False) or units.items(text, numbered=True)
-    keys = [_plain(item) for item in found]
+    """The items of the first list are in alphabetical `order`."""
+    list_items = units.items(text, numbered=False) or units.items(text, numbered=True)
+    keys = [_plain(item) for item in list_items]
     if len(set(keys)) < _LIST:
         return f"{len(set(keys))} different items"
     for before, after in pairwise(keys):
@@ -332,6 +355,7 @@ def _plain(text: str) -> str:
     word=["river", "sonne", "agua"],
 )
 def acrostic(text: str, word: str) -> str | None:
+    """The first letters of the lines spell `word`."""
     firsts = [next((c for c in fold(line) if c.isalnum()), "") for line in units.lines(text)]
-    spelt, wanted = "".join(firsts), "".join(filter(str.isalnum, fold(word)))
-    return None if spelt == wanted else f'they spell "{spelt[:30]}"'
+    spelt, target = "".join(firsts), "".join(filter(str.isalnum, fold(word)))
+    return None if spelt == target else f'they spell "{spelt[:30]}"'

@@ -28,7 +28,7 @@ _TRIES = 100  # orders of the kinds; nearly always the first one already has n t
 class Count(NamedTuple):
     """found: all there are. credited: what counts towards a minimum, where to repeat is no work."""
 
-    found: int
+    total: int
     credited: int
 
 
@@ -103,10 +103,12 @@ def kind(
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
         hints = get_type_hints(fn, include_extras=True)
-        own = {name: hints[name] for name in inspect.signature(fn).parameters if name != "text"}
+        parameters = {
+            name: hints[name] for name in inspect.signature(fn).parameters if name != "text"
+        }
         counts = hints["return"] is Count
         sets = (frozenset(settles.split()), frozenset(uses.split()))
-        KINDS[fn.__name__] = Kind(fn, ask, draws, own, counts, *sets)
+        KINDS[fn.__name__] = Kind(fn, ask, draws, parameters, counts, *sets)
         return fn
 
     return register
@@ -118,7 +120,7 @@ def unmet(text: str, constraints: Sequence[Constraint]) -> list[str]:
     if not words(text):
         return [f"{c['kind']}: the reply is empty" for c in constraints]
     checked = ((c["kind"], _unmet(text, c)) for c in constraints)
-    return [f"{name}: {found}" for name, found in checked if found is not None]
+    return [f"{name}: {failure}" for name, failure in checked if failure is not None]
 
 
 def _unmet(text: str, constraint: Constraint) -> str | None:
@@ -126,11 +128,11 @@ def _unmet(text: str, constraint: Constraint) -> str | None:
     result = kind.check(text, **{name: constraint[name] for name in kind.parameters})
     if not kind.counts:
         return result
-    amount, (found, credited) = Amount.of(constraint), result
-    if amount.low <= credited and (amount.high is None or found <= amount.high):
+    amount, (total, credited) = Amount.of(constraint), result
+    if amount.low <= credited and (amount.high is None or total <= amount.high):
         return None
-    repeats = f" ({credited} where repeats do not count)" if credited < found else ""
-    return f"{found}{repeats}, {amount} asked"
+    repeats = f" ({credited} where repeats do not count)" if credited < total else ""
+    return f"{total}{repeats}, {amount} asked"
 
 
 def satisfies(text: str, constraint: Constraint) -> bool:
@@ -190,14 +192,14 @@ def _check_parameters(where: str, kind: Kind, constraint: Constraint) -> None:
             raise UserError(f"{where}: {name}={value!r:.80} is unknown: {_nearest(name, known)}")
     for name, hint in kind.parameters.items():
         if name not in constraint:
-            raise UserError(f"{where}: {name} is missing: it must be {_wanted(hint)}")
+            raise UserError(f"{where}: {name} is missing: it must be {_expected(hint)}")
         if not _is(constraint[name], hint):
             value = constraint[name]
             raise UserError(f"{where}: {name}={value!r:.80} must be {_remedy(value, hint)}")
     amounts = {name: constraint[name] for name in _AMOUNTS if name in constraint}
     for name, value in amounts.items():
         if not _is(value, int):
-            raise UserError(f"{where}: {name}={value!r:.80} must be {_wanted(int)}")
+            raise UserError(f"{where}: {name}={value!r:.80} must be {_expected(int)}")
     if kind.counts and not amounts:
         raise UserError(f"{where}: no amount is given: add at_least, at_most or exactly")
     if "exactly" in amounts and len(amounts) > 1:
@@ -219,7 +221,7 @@ def _is(value: Any, hint: Any) -> bool:
     return hint is str or value in hint.__metadata__[0]
 
 
-_WANTED: dict[Any, str] = {
+_EXPECTED: dict[Any, str] = {
     int: "a whole number of at least 1",
     str: "a text that is not blank",
     Letter: "one letter",
@@ -227,9 +229,9 @@ _WANTED: dict[Any, str] = {
 }
 
 
-def _wanted(hint: Any) -> str:
+def _expected(hint: Any) -> str:
     choices = getattr(hint, "__metadata__", None)
-    return f"one of {', '.join(choices[0])}" if choices else _WANTED[hint]
+    return f"one of {', '.join(choices[0])}" if choices else _EXPECTED[hint]
 
 
 def _remedy(value: Any, hint: Any) -> str:
@@ -239,7 +241,7 @@ def _remedy(value: Any, hint: Any) -> str:
     if isinstance(choices, dict):
         names |= {name.casefold(): choice for choice, name in choices.items()}
     near = get_close_matches(str(value).casefold(), names, n=1)
-    return _wanted(hint) + (f"; did you mean {names[near[0]]!r}?" if near else "")
+    return _expected(hint) + (f"; did you mean {names[near[0]]!r}?" if near else "")
 
 
 def _nearest(name: Any, names: Any) -> str:
@@ -247,25 +249,25 @@ def _nearest(name: Any, names: Any) -> str:
     return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}"
 
 
-def _demands(row: Mapping[str, Any]) -> None:
+def _check_row(row: Mapping[str, Any]) -> None:
     check_constraints(row.get("constraints"))
 
 
-@reward("constraints", needs=_demands)
+@reward("constraints", needs=_check_row)
 def constraints(completion: str, row: Mapping[str, Any]) -> Verdict:
     """The share of row["constraints"] that the reply after the thinking meets."""
-    asked = row["constraints"]
+    demands = row["constraints"]
     text = reply(completion)
     if text is None:
         return Verdict(0.0, "think block malformed or never closed")
     if _copied(text, row):
         return Verdict(0.0, "nothing but the instruction again")
-    reasons = unmet(text, asked)
-    share = 1 - len(reasons) / len(asked)
-    return Verdict(share, reasons[0] if reasons else f"all {len(asked)} met")
+    reasons = unmet(text, demands)
+    share = 1 - len(reasons) / len(demands)
+    return Verdict(share, reasons[0] if reasons else f"all {len(demands)} met")
 
 
-@reward("constraints_strict", needs=_demands)
+@reward("constraints_strict", needs=_check_row)
 def constraints_strict(completion: str, row: Mapping[str, Any]) -> Verdict:
     """1 when the reply meets all of row["constraints"]: IFEval's strict accuracy of prompts."""
     verdict = constraints(completion, row)

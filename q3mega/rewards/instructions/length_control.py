@@ -25,11 +25,11 @@ def length_control(completion: str, row: Mapping[str, Any]) -> Verdict:
     if text is None:
         return Verdict(0.0, "think block malformed or never closed")
     text = visible(text)
-    found = words(text).found
+    total = words(text).total
     once = "\n\n".join({fold(s): s for s in sentences(text)}.values())
-    credited = min(found, words(once).credited)
-    deviation = max(0.0, (low - credited) / low, (found - high) / high)
-    return Verdict(max(0.0, 1 - 2 * deviation), f"{credited} of {found} words for {row['length']}")
+    credited = min(total, words(once).credited)
+    deviation = max(0.0, (low - credited) / low, (total - high) / high)
+    return Verdict(max(0.0, 1 - 2 * deviation), f"{credited} of {total} words for {row['length']}")
 
 
 def _bounds(length: Any) -> tuple[float, float]:

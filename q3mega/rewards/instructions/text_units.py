@@ -68,15 +68,15 @@ def occurrences(text: str, phrase: str) -> int:
     """
     text, phrase = fold(text), fold(phrase)
     assert phrase, "a blank phrase is everywhere"
-    found, start = 0, text.find(phrase)
+    count, start = 0, text.find(phrase)
     while start >= 0:
         end = start + len(phrase)
         alone = _border(text[start - 1 : start], phrase[0], _OPEN_BEFORE)
         if alone and _border(text[end : end + 1], phrase[-1], _OPEN_AFTER):
-            found, start = found + 1, text.find(phrase, end)
+            count, start = count + 1, text.find(phrase, end)
         else:
             start = text.find(phrase, start + 1)
-    return found
+    return count
 
 
 def _border(beyond: str, edge: str, open_scripts: frozenset[str]) -> bool:
@@ -129,22 +129,22 @@ def paragraphs(text: str) -> list[str]:
 
 def items(text: str, numbered: bool) -> list[str]:
     """Contents of bulleted or numbered lines outside of code, if they say anything."""
-    found = [(m, line[m.end() :]) for line in lines(prose(text)) if (m := _ITEM.match(line))]
-    return [rest for m, rest in found if (m[1] is None) == numbered and words(rest)]
+    marked = [(m, line[m.end() :]) for line in lines(prose(text)) if (m := _ITEM.match(line))]
+    return [content for m, content in marked if (m[1] is None) == numbered and words(content)]
 
 
 def sentences(text: str) -> list[str]:
     """A sentence ends with a full stop of any script, and with the paragraph, heading or item that
     it stands in. Abbreviations, decimals, an initial and the number of an item end none."""
-    found = []
+    pieces = []
     for block in _blocks(prose(text)):
         start = 0
         for m in _STOPS.finditer(block):
             if _ends(block, m):
-                found.append(block[start : m.end()].strip())
+                pieces.append(block[start : m.end()].strip())
                 start = m.end()
-        found.append(block[start:].strip())
-    return [sentence for sentence in found if words(sentence)]
+        pieces.append(block[start:].strip())
+    return [sentence for sentence in pieces if words(sentence)]
 
 
 def is_question(sentence: str) -> bool:

@@ -58,10 +58,12 @@ def parsed(latex: str) -> Any:
     from sympy import Eq, Symbol
 
     config = [LatexExtractionConfig()]  # the other one picks any number out of what is malformed
-    found = parse(f"${latex}$", config, fallback_mode="no_fallback", parsing_timeout=SOFT_SECONDS)
-    if len(found) != 1:
+    expressions = parse(
+        f"${latex}$", config, fallback_mode="no_fallback", parsing_timeout=SOFT_SECONDS
+    )
+    if len(expressions) != 1:
         return None
-    (expression,) = found
+    (expression,) = expressions
     if isinstance(expression, Eq):
         return expression.xreplace({s: Symbol(s.name) for s in expression.free_symbols})
     return expression

@@ -28,14 +28,14 @@ def answer(completion: str, row: Mapping[str, Any]) -> Verdict:
     Several boxes must all hold it, or each one item of a reference that is a list: a reply that
     names two answers has not decided, whichever comes last.
     """
-    wanted = row["answer"]
+    expected = row["answer"]
     given, problem = _boxed(completion)
     if problem:
         return Verdict(0.0, problem)
-    if given == [wanted]:
+    if given == [expected]:
         return Verdict(1.0, "exact")
-    is_right = len(given) <= MAX_WAYS and all(equal(wanted, way) for way in given)
-    if not is_right and not (len(given) > 1 and equal(wanted, "; ".join(given))):
+    is_right = len(given) <= MAX_WAYS and all(equal(expected, way) for way in given)
+    if not is_right and not (len(given) > 1 and equal(expected, "; ".join(given))):
         several = len(given) > 1
         return Verdict(0.0, "several different boxed answers" if several else "wrong answer")
     copied = all(_copied(way, row) for way in given)

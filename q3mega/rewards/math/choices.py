@@ -29,7 +29,7 @@ class Choice:
     text: str = ""
 
 
-def asked(reference: str) -> Choice | None:
+def choice_of_reference(reference: str) -> Choice | None:
     """The option or options that a reference names; None where it is no choice.
 
     A list or run of letters is one as answer keys write it: from A to H, in order, each once.
@@ -45,7 +45,7 @@ def asked(reference: str) -> Choice | None:
     return None
 
 
-def chosen(answer: str) -> Choice | None:
+def choice_of_answer(answer: str) -> Choice | None:
     """What an answer chooses; None where it names no option, or hedges between several."""
     text = _LEAD.sub("", words(answer), count=1)
     if _SEVERAL.fullmatch(text):

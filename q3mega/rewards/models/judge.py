@@ -25,7 +25,7 @@ _PLEAS = (
 
 
 @reward("judge", needs=reference)
-def said(completion: str, row: Mapping[str, Any]) -> Verdict:
+def judge_of_stage(completion: str, row: Mapping[str, Any]) -> Verdict:
     """What the judge of the stage said, which had the whole batch before it."""
     return row["scored"]["judge"]
 
@@ -47,13 +47,13 @@ def judge(
     Raises RuntimeError when the judge answers too few questions, or with no probability.
     """
     replies = [reply(c) or "" for c in completions]
-    asked = [i for i, text in enumerate(replies) if 0 < len(text) <= MAX_CHARACTERS]
-    prompts = [judge_prompt(rows[i]["answer"], replies[i]) for i in asked]
+    shown = [i for i, text in enumerate(replies) if 0 < len(text) <= MAX_CHARACTERS]
+    prompts = [judge_prompt(rows[i]["answer"], replies[i]) for i in shown]
     scores = probability(prompts) if prompts else []
     if len(scores) != len(prompts) or not all(0 <= p <= 1 for p in scores):
         raise RuntimeError(f"the judge gave {scores} for {len(prompts)} answers: no probabilities")
     verdicts = [Verdict(0.0, "no answer, or a long one")] * len(completions)
-    for i, p in zip(asked, scores, strict=True):
+    for i, p in zip(shown, scores, strict=True):
         verdicts[i] = Verdict(p, f"judge says yes with {p:.2f}")
     return verdicts
 

@@ -70,16 +70,16 @@ def _failure(tests: Tests, source: str, limits: Limits) -> str | None:
             return _wrong_output(tests, source, limits)
         case Check():
             return _failed_check(tests.check, tests, source, limits)
-        case Calls(tolerance=asked):
+        case Calls(tolerance=tolerance):
             calls = [
                 ((), c.arguments, c.result)
                 if isinstance(c.arguments, Mapping)
                 else (c.arguments, {}, c.result)
                 for c in tests.calls
             ]
-            allowed = asked or TOLERANCE
+            allowed = tolerance or TOLERANCE
             check = harness.table(
-                literal(calls), allowed.absolute, allowed.relative, asked is not None
+                literal(calls), allowed.absolute, allowed.relative, tolerance is not None
             )
             return _failed_check(check, tests, source, limits)
 
@@ -125,9 +125,10 @@ def same_output(printed: str, expected: str, tolerance: Tolerance | None = None)
 def _same_line(printed: str, expected: str, tolerance: Tolerance | None) -> bool:
     if tolerance == Tolerance(0, 0):
         return False
-    pieces, wanted = _BLANKS.split(printed), _BLANKS.split(expected)
-    return len(pieces) == len(wanted) and all(
-        a == b or _same_number(a, b, tolerance) for a, b in zip(pieces, wanted, strict=True)
+    pieces, expected_pieces = _BLANKS.split(printed), _BLANKS.split(expected)
+    return len(pieces) == len(expected_pieces) and all(
+        a == b or _same_number(a, b, tolerance)
+        for a, b in zip(pieces, expected_pieces, strict=True)
     )
 
 
@@ -157,16 +158,18 @@ def _failed_check(check: str, tests: Calls | Check, source: str, limits: Limits)
         ):
             while ends:  # each pipe has to end when its writer does
                 os.close(ends.pop())
-            asked = asker.wait()
-            if asked.status == "ok":
+            tests_outcome = asker.wait()
+            if tests_outcome.status == "ok":
                 return None
-            served = server.wait()
+            program_outcome = server.wait()
     finally:
         for end in ends:
             os.close(end)
-    return _blame(served, asked)
+    return _blame(program_outcome, tests_outcome)
 
 
-def _blame(served: Outcome, asked: Outcome) -> str:
+def _blame(program_outcome: Outcome, tests_outcome: Outcome) -> str:
     """The program's own end, if it had a bad one, says more than the test that missed it."""
-    return f"program: {served.reason}" if served.status != "ok" else f"tests: {asked.reason}"
+    if program_outcome.status != "ok":
+        return f"program: {program_outcome.reason}"
+    return f"tests: {tests_outcome.reason}"

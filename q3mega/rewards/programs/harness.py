@@ -117,31 +117,31 @@ space["check"](candidate)
 # what JSON makes of them.
 _TABLE = """
 import math
-def same(found, result):
+def same(got, result):
     if isinstance(result, (list, tuple)):
-        if isinstance(found, set):
-            return len(found) == len(result) and found == set(map(frozen, result))
-        if not isinstance(found, (list, tuple)) or len(found) != len(result):
+        if isinstance(got, set):
+            return len(got) == len(result) and got == set(map(frozen, result))
+        if not isinstance(got, (list, tuple)) or len(got) != len(result):
             return False
-        return all(map(same, found, result))
-    if isinstance(result, dict) and isinstance(found, dict):
+        return all(map(same, got, result))
+    if isinstance(result, dict) and isinstance(got, dict):
         if any(isinstance(key, str) for key in result):
-            found = {key if isinstance(key, str) else repr(key): found[key] for key in found}
-        return found.keys() == result.keys() and all(same(found[k], result[k]) for k in result)
-    numbers = all(isinstance(v, (int, float)) for v in (found, result))
-    if numbers and found != result and (ALL_NUMBERS or isinstance(result, float)):
+            got = {key if isinstance(key, str) else repr(key): got[key] for key in got}
+        return got.keys() == result.keys() and all(same(got[k], result[k]) for k in result)
+    numbers = all(isinstance(v, (int, float)) for v in (got, result))
+    if numbers and got != result and (ALL_NUMBERS or isinstance(result, float)):
         try:
-            return math.isclose(found, result, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+            return math.isclose(got, result, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
         except OverflowError:  # an integer that no float can hold
             return False
-    return found == result
+    return got == result
 def frozen(value):
     return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
 def check(candidate):
     for number, (given, named, result) in enumerate(CALLS, 1):
-        found = candidate(*given, **named)
-        if not same(found, result):
-            raise SystemExit(f"call {number} returned {found!r:.60} for {result!r:.60}")
+        got = candidate(*given, **named)
+        if not same(got, result):
+            raise SystemExit(f"call {number} returned {got!r:.60} for {result!r:.60}")
 """
 
 # What a row's own checker says of all that the program has printed.

@@ -41,7 +41,7 @@ def test_the_documented_table_is_the_registry(name):
     kind, example = KINDS[name], EXAMPLES[name]
     parameters = [*kind.parameters, *["amount"] * kind.counts]
     row = f"| {name} | {', '.join(parameters)} | {describe(example)} |"
-    assert row in (ROOT / "docs/rewards.md").read_text().splitlines()
+    assert row in (ROOT / "docs/rewards/instructions.md").read_text().splitlines()
 
 
 def test_the_score_is_the_share_and_the_reason_names_the_first_failure():
