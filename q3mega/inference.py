@@ -14,7 +14,7 @@ from q3mega.data.tokenizer import Tokenizer
 from q3mega.distillation.service.server import serve
 from q3mega.engine import Engine
 from q3mega.errors import UserError
-from q3mega.evaluation import evaluate
+from q3mega.evaluation import answers, capabilities, intervals
 from q3mega.evaluation.logprob_mismatch import Gap, Record, between, measure, record
 from q3mega.model.config import dtype_of, shape_of
 from q3mega.model.reader import Reader
@@ -96,7 +96,7 @@ class Checkpoint:
         return text_of(completion, self.tokenizer)
 
     def score(
-        self, tasks: Sequence[str], mode: evaluate.Mode, params: SamplingParams, n: int
+        self, tasks: Sequence[str], mode: answers.Mode, params: SamplingParams, n: int
     ) -> Iterator[tuple[str, dict[str, float]]]:
         """(metric, {value, n, low, high}) for each task: accuracy, by group where its rows have
         one, and pass@k up to params.n.
@@ -110,20 +110,20 @@ class Checkpoint:
         rows = {t: files.rows(t, n, self.tokenizer) for t in tasks if files.named(t)}
         for task in tasks:
             if task in rows:
-                scores = evaluate.graded(self.counted, self.tokenizer, rows[task], params, mode)
+                scores = answers.graded(self.counted, self.tokenizer, rows[task], params, mode)
                 yield from _summary(task, rows[task], scores)
                 continue
             if task == "capabilities":
-                yield from evaluate.capabilities(
+                yield from capabilities.capabilities(
                     self.counted, self.tokenizer, params.seed, params.max_tokens
                 ).items()
                 continue
             problems = Pool().draw(task, n, seed=0, heldout=True)
-            answered = evaluate.answers(self.counted, self.tokenizer, problems, params, mode)
-            yield f"{task} pass@1", evaluate.accuracy(answered)
+            answered = answers.answer_problems(self.counted, self.tokenizer, problems, params, mode)
+            yield f"{task} pass@1", answers.accuracy(answered)
             if params.n > 1:
                 correct = [[a.correct for a in tries] for tries in answered]
-                yield f"{task} pass@{params.n}", evaluate.pass_at_k(correct, params.n)
+                yield f"{task} pass@{params.n}", intervals.pass_at_k(correct, params.n)
 
 
 def mismatch_to_servers(
@@ -203,11 +203,11 @@ def _engine(folder: str | Path, layout: Layout, tokenizer: Tokenizer) -> Engine:
 def _summary(
     task: str, rows: Sequence[files.Row], scores: Sequence[Sequence[float | None]]
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    yield f"{task} score", evaluate.averages(scores)
+    yield f"{task} score", intervals.averages(scores)
     groups = [row.get("group") for row in rows]
     for group in sorted({str(g) for g in groups if g is not None}):
         members = [tries for tries, g in zip(scores, groups, strict=True) if str(g) == group]
-        yield f"{task}/{group}", evaluate.averages(members)
+        yield f"{task}/{group}", intervals.averages(members)
     if (tries := len(scores[0])) > 1:
         passed = [[None if score is None else score >= 1 for score in some] for some in scores]
-        yield f"{task} pass@{tries}", evaluate.pass_at_k(passed, tries)
+        yield f"{task} pass@{tries}", intervals.pass_at_k(passed, tries)

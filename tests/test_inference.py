@@ -18,7 +18,7 @@ from q3mega.data import package_text
 from q3mega.data.chat import EMPTY_THINKING
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
-from q3mega.evaluation.evaluate import graded
+from q3mega.evaluation.answers import graded
 from q3mega.problems import files
 from q3mega.rollout import Completion, SamplingParams
 

@@ -19,7 +19,7 @@ from q3mega.data.sft import chat_sample, reply_text
 from q3mega.data.tagged import TaggedText
 from q3mega.engine import parallel
 from q3mega.errors import NoReply, UserError
-from q3mega.evaluation import evaluate
+from q3mega.evaluation import reasoning
 from q3mega.problems import Problem
 from q3mega.problems.generated.scripted_teacher import Candidate, candidates, unsuitable_queries
 from q3mega.problems.generated.solutions import boxed, check
@@ -49,7 +49,7 @@ def run(stage: Stage[ColdStart]) -> None:
     engine = fine_tune(stage, source, samples)
     teacher = stage.config.teacher
     longest = max(stage.answer_tokens, teacher.max_tokens if teacher else 0)
-    results = evaluate.thinking(
+    results = reasoning.thinking(
         stage.sampler(engine), stage.tokenizer, stage.held_out(), stage.seed("eval"),
         max_tokens=longest,
     )  # fmt: skip

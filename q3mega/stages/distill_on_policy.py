@@ -17,8 +17,8 @@ from q3mega.data.chat import render
 from q3mega.data.sft import epochs, steps_of
 from q3mega.distillation.teaching import taught_by
 from q3mega.engine import Engine, parallel
-from q3mega.evaluation import evaluate
-from q3mega.evaluation.evaluate import flagged
+from q3mega.evaluation import answers
+from q3mega.evaluation.answers import flagged
 from q3mega.io import whole_records
 from q3mega.model import Qwen3Shape
 from q3mega.model.config import shape_of
@@ -127,10 +127,10 @@ def watcher(
     def watch(step: int) -> None:
         if step in at:
             params = SamplingParams(stage.answer_tokens, 0.6, seed=stage.seed("curve"))
-            answered = evaluate.answers(
+            answered = answers.answer_problems(
                 stage.sampler(engine), stage.tokenizer, held, params, "think"
             )
-            log.point(step, **evaluate.accuracy(answered))
+            log.point(step, **answers.accuracy(answered))
 
     return watch
 

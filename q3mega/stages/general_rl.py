@@ -16,8 +16,8 @@ from q3mega.config.stages import GeneralRL
 from q3mega.data.chat import last_flag, render
 from q3mega.engine import parallel
 from q3mega.environments.environment import environment_of
-from q3mega.evaluation import evaluate
-from q3mega.evaluation.evaluate import Mode, flagged
+from q3mega.evaluation import intervals
+from q3mega.evaluation.answers import Mode, flagged
 from q3mega.problems import FAMILIES, Problem, generate
 from q3mega.problems.generated import general
 from q3mega.problems.pool import Pool
@@ -157,7 +157,7 @@ def own_tasks(
         episodes = played(stage, sampler, local_problems, params)
         verdicts = scorer(local_problems, episodes, stage.answer_tokens)
         scores = parallel.gather_over_data([v.score for v in verdicts])
-        results[f"score/{Path(name).stem}"] = evaluate.averages([[score] for score in scores])
+        results[f"score/{Path(name).stem}"] = intervals.averages([[score] for score in scores])
     return results
 
 

@@ -18,8 +18,8 @@ from q3mega.data.batch import Sample
 from q3mega.data.sft import chat_sample, reply_text
 from q3mega.engine import Engine
 from q3mega.errors import NoReply
-from q3mega.evaluation import evaluate
-from q3mega.evaluation.evaluate import flagged
+from q3mega.evaluation import answers, reasoning
+from q3mega.evaluation.answers import flagged
 from q3mega.problems import Problem, files
 from q3mega.problems.generated import general
 from q3mega.problems.generated.reasoning import chain_sum
@@ -72,7 +72,7 @@ def rejection_samples(
     queries += stage.problems(more // len(stage.pool.domains), "more")
     queries = rng.sample(queries, min(len(queries), config.thinking_queries))
     params = SamplingParams(config.max_tokens, 0.6, seed=stage.seed("reject"))
-    answered = evaluate.answers(stage.sampler(model), stage.tokenizer, queries, params)
+    answered = answers.answer_problems(stage.sampler(model), stage.tokenizer, queries, params)
     rows = [{"id": a.problem.id, "text": a.text} for (a,) in answered]
     filter_report.step("thinking answers", rows)
     rules = [
@@ -225,7 +225,7 @@ def budgets(stage: Stage[ModeFusion], engine: Engine) -> dict[str, Any]:
     params = SamplingParams(
         stage.answer_tokens, 0.6, seed=stage.seed("budget"), stop_thinking=stop_thinking
     )
-    curve, answered = evaluate.budget_curve(
+    curve, answered = reasoning.budget_curve(
         stage.sampler(engine), stage.tokenizer, stage.held_out(), params, config.budgets
     )
     return {"answered_min": answered, "curves": {"thinking_budget": curve}}

@@ -8,11 +8,11 @@ YaRN and dual-chunk attention against plain RoPE (Qwen3 report, section 3).
 from dataclasses import replace
 from typing import Any
 
-from q3mega.config.stages import Pretrain
+from q3mega.config.pretraining import Pretrain
 from q3mega.corpus import documents
 from q3mega.data.tokenizer import train_tokenizer
 from q3mega.engine import Engine
-from q3mega.evaluation import evaluate
+from q3mega.evaluation import language_model, retrieval
 from q3mega.stages.common.pretraining import pretrain
 from q3mega.stages.common.stage import Stage, extended
 
@@ -51,20 +51,22 @@ def ensure_tokenizer(stage: Stage[Pretrain]) -> None:
 def evaluation(stage: Stage[Pretrain], engine: Engine) -> dict[str, Any]:
     """Held-out loss by kind; after the long step, retrieval in and beyond the trained length."""
     config = stage.config
-    results: dict[str, Any] = evaluate.loss_by_kind(
+    results: dict[str, Any] = language_model.loss_by_kind(
         engine, stage.tokenizer, config.mixture, config.sequence, stage.seed("held out")
     )
     if engine.shape.experts:
-        results |= evaluate.expert_load(engine, stage.tokenizer, config.mixture, stage.seed("load"))
+        results |= language_model.expert_load(
+            engine, stage.tokenizer, config.mixture, stage.seed("load")
+        )
     if config.extension:
         x, trained = config.extension, engine.positions
         far = extended(trained, config.sequence, x.factor, x.chunk_size, x.local_size)
         lengths = {"1x": config.sequence, f"{x.factor:g}x": int(config.sequence * x.factor)}
         for times, length in lengths.items():
             seed = stage.seed("retrieval", length)
-            samples = evaluate.haystacks(stage.tokenizer, length, x.documents, seed)
+            samples = retrieval.haystacks(stage.tokenizer, length, x.documents, seed)
             for name, positions in (("rope", trained), ("yarn_dca", far)):
                 engine.positions = positions
-                results[f"retrieval_{times}_{name}"] = evaluate.retrieval(engine, samples)
+                results[f"retrieval_{times}_{name}"] = retrieval.retrieval(engine, samples)
         engine.positions = trained
     return results

@@ -11,7 +11,7 @@ import statistics
 
 from q3mega.config.stages import ReasoningRL
 from q3mega.errors import UserError
-from q3mega.evaluation import evaluate
+from q3mega.evaluation import answers, reasoning
 from q3mega.problems import Problem
 from q3mega.rollout import Sampler, SamplingParams
 from q3mega.stages.common.filter_report import FilterReport
@@ -28,11 +28,11 @@ def run(stage: Stage[ReasoningRL]) -> None:
         select(stage, stage.sampler(engine))
     problems = [Problem(**row) for row in json.loads((stage.data / "problems.json").read_text())]
     learn(stage, engine, source, problems, config)
-    results = evaluate.thinking(
+    results = reasoning.thinking(
         stage.sampler(engine), stage.tokenizer, stage.held_out(), stage.seed("eval"),
         max_tokens=stage.answer_tokens,
     )  # fmt: skip
-    stage.finish(engine, results | evaluate.entropy_ratio(stage.dir / "metrics.jsonl"))
+    stage.finish(engine, results | reasoning.entropy_ratio(stage.dir / "metrics.jsonl"))
 
 
 def select(stage: Stage[ReasoningRL], sampler: Sampler) -> None:
@@ -47,7 +47,7 @@ def select(stage: Stage[ReasoningRL], sampler: Sampler) -> None:
     pool = filter_report.keep("problem", pool, seen)
 
     params = SamplingParams(stage.config.max_tokens, n=rules.tries, seed=stage.seed("select"))
-    answered = evaluate.answers(sampler, stage.tokenizer, pool, params)
+    answered = answers.answer_problems(sampler, stage.tokenizer, pool, params)
     judged = {
         p.id: [a.correct for a in tries if a.correct is not None]
         for p, tries in zip(pool, answered, strict=True)

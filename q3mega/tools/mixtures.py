@@ -13,11 +13,11 @@ import numpy as np
 from pyarrow import parquet
 
 from q3mega.config.layout import Layout
+from q3mega.config.pretraining import Pretrain
 from q3mega.config.recipe import Recipe
-from q3mega.config.stages import Pretrain
 from q3mega.curate.dataset import Curated
 from q3mega.engine import Engine
-from q3mega.evaluation import evaluate
+from q3mega.evaluation import language_model
 from q3mega.launch import driver
 from q3mega.model.config import shape_of
 
@@ -69,7 +69,7 @@ def _losses(
     engine.load_hf(hf)
     sums: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(2))
     for cell, some in sorted(documents.items()):
-        part = np.array(evaluate.nll(engine, some, sequence))
+        part = np.array(language_model.nll(engine, some, sequence))
         for label in (("all", ""), *zip(LABELS, cell, strict=True)):
             sums[label] += part
     return {label: (float(total), float(n)) for label, (total, n) in sums.items()}

@@ -10,7 +10,7 @@ from q3mega import device  # noqa: F401
 # isort: split
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from q3mega.config.stages import DocumentKind
+from q3mega.config.pretraining import DocumentKind
 from q3mega.corpus import documents
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 

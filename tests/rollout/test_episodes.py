@@ -13,7 +13,7 @@ from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.environments import agent_problems
 from q3mega.environments.environment import OVER, Environment, environment_of
 from q3mega.errors import UserError
-from q3mega.evaluation.evaluate import graded
+from q3mega.evaluation.answers import graded
 from q3mega.problems import files, generate
 from q3mega.problems.generated.general import call
 from q3mega.rollout import Completion, SamplingParams

@@ -15,7 +15,7 @@ from helpers.tiny_models import LAYOUT, SHAPES
 from q3mega.algorithms.entropy_control import EntropyController
 from q3mega.algorithms.rollout_correction import RolloutCorrection
 from q3mega.engine import Engine, OptimizerSpec
-from q3mega.evaluation.evaluate import entropy_ratio
+from q3mega.evaluation.reasoning import entropy_ratio
 from q3mega.io import whole_records
 from q3mega.rollout import Completion
 from q3mega.train.ledger import FILE, Balance, Ledger

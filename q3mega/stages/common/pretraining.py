@@ -1,7 +1,7 @@
 """One pass over a mixture of documents, for the model and for a student."""
 
+from q3mega.config.pretraining import PretrainSettings
 from q3mega.config.stage import StageConfig
-from q3mega.config.stages import PretrainSettings
 from q3mega.corpus import documents
 from q3mega.engine import Engine
 from q3mega.stages.common.stage import Stage

@@ -23,7 +23,7 @@ from q3mega.data.chat import parse, render
 from q3mega.data.sft import chat_sample, reply_text
 from q3mega.engine import Engine, LMHead, parallel
 from q3mega.engine.parallel import shard_by_length
-from q3mega.evaluation import evaluate
+from q3mega.evaluation import intervals
 from q3mega.evaluation.reward_probes import probes
 from q3mega.problems import FAMILIES, Problem, files
 from q3mega.problems.generated import general
@@ -174,7 +174,7 @@ class TrainedJudge:
             float((p > 0.5) == (truth == "yes"))
             for p, (_, truth) in zip(probabilities, examples, strict=True)
         ]
-        return {"judge_accuracy": evaluate.proportion(agree)}
+        return {"judge_accuracy": intervals.proportion(agree)}
 
 
 class AskedJudge:
@@ -260,7 +260,7 @@ class PreferenceModel:
         chosen = self.scalars([(p, better) for p, better, _ in pairs])
         rejected = self.scalars([(p, worse) for p, _, worse in pairs])
         right = [float(a > b) for a, b in zip(chosen, rejected, strict=True)]
-        return {"preference_pairwise_accuracy": evaluate.proportion(right)}
+        return {"preference_pairwise_accuracy": intervals.proportion(right)}
 
 
 def preference_text(problem: Problem, reply: str) -> str:

@@ -16,7 +16,7 @@ from q3mega.config.stage import StageConfig
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, OptimizerSpec, parallel
 from q3mega.errors import UserError
-from q3mega.evaluation.evaluate import MAX_TOKENS
+from q3mega.evaluation.reasoning import MAX_ANSWER_TOKENS
 from q3mega.io import write_json
 from q3mega.model import Qwen3Shape
 from q3mega.model.attention import Positions
@@ -170,7 +170,7 @@ class Stage(Generic[_Config]):
     @property
     def answer_tokens(self) -> int:
         """The longest answer of an evaluation."""
-        return max(MAX_TOKENS, self.config.longest_answer)
+        return max(MAX_ANSWER_TOKENS, self.config.longest_answer)
 
     def log(self, total: int, part: str = "") -> Log:
         folder = self.dir / part

@@ -17,8 +17,8 @@ from q3mega.distillation.teaching import Teacher, best_of
 from q3mega.distillation.topk import TopKWriter
 from q3mega.engine import Engine, parallel
 from q3mega.errors import UserError
-from q3mega.evaluation import evaluate
-from q3mega.evaluation.evaluate import Mode, flagged
+from q3mega.evaluation import answers, intervals
+from q3mega.evaluation.answers import Mode, flagged
 from q3mega.problems import Problem
 from q3mega.rollout import Sampler, SamplingParams
 from q3mega.stages.common.stage import Stage
@@ -92,7 +92,7 @@ def teacher_samples(stage: Distillation, n: int, purpose: str) -> list[Sample]:
     params = SamplingParams(stage.config.max_tokens, 0.6, seed=stage.seed(purpose, "sample"))
     for mode in ("think", "no_think"):
         queries = [p for p, m in drawn if m == mode]
-        for (answer,) in evaluate.answers(sampler, stage.tokenizer, queries, params, mode):
+        for (answer,) in answers.answer_problems(sampler, stage.tokenizer, queries, params, mode):
             if answer.completion.finish_reason == "stop":
                 out.append(chat_sample(stage.tokenizer, flagged(answer.problem, mode), answer.text))
     return out
@@ -127,12 +127,12 @@ def pass_rates(stage: Distillation, engine: Engine) -> dict[str, dict[str, float
     """pass@1 and pass@8 in thinking mode at T=0.6, and accuracy without thinking."""
     params = SamplingParams(stage.answer_tokens, 0.6, n=TRIES, seed=stage.seed("eval"))
     sampler, held = stage.sampler(engine), stage.held_out()
-    answered = evaluate.answers(sampler, stage.tokenizer, held, params, "think")
+    answered = answers.answer_problems(sampler, stage.tokenizer, held, params, "think")
     correct = [[a.correct for a in tries] for tries in answered]
     return {
-        "pass1": evaluate.accuracy(answered),
-        "pass8": evaluate.pass_at_k(correct, TRIES),
-        "no_think_accuracy": evaluate.accuracy(
-            evaluate.answers(sampler, stage.tokenizer, held, params, "no_think")
+        "pass1": answers.accuracy(answered),
+        "pass8": intervals.pass_at_k(correct, TRIES),
+        "no_think_accuracy": answers.accuracy(
+            answers.answer_problems(sampler, stage.tokenizer, held, params, "no_think")
         ),
     }

@@ -16,7 +16,8 @@ from helpers.tiny_models import LAYOUT, SHAPES
 from q3mega.corpus import documents
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
 from q3mega.engine import Engine
-from q3mega.evaluation.evaluate import averages, expert_load, pass_at_k, proportion
+from q3mega.evaluation.intervals import averages, pass_at_k, proportion
+from q3mega.evaluation.language_model import expert_load
 from q3mega.problems.pool import Pool
 
 
