@@ -25,12 +25,13 @@ from q3mega.data.batch import Sample
 from q3mega.data.chat import render
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, OptimizerSpec
+from q3mega.engine.parallel import shard_by_length
 from q3mega.model.config import shape_of
+from q3mega.ops.grpo_loss import Settings as GrpoSettings
 from q3mega.planner.rollout_schedule import Rates, finish_times, pace
 from q3mega.problems.pool import Pool
 from q3mega.rollout import Completion, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
-from q3mega.train.supervised import shard
 
 BATCHES = 24  # simulated
 COUNTS = (1, 8, 32, 128, 512)  # sequences of a decoding step
@@ -96,12 +97,12 @@ def main() -> None:
     print(f"milliseconds a decoding step, by sequences: {steps}")
 
     samples = [sample(p, c, i) for i, (p, c) in enumerate(answers)]
-    loss = policy_gradient(variant="dapo", clip_low=0.2, clip_high=0.28)
+    loss = policy_gradient(GrpoSettings(variant="dapo", clip_low=0.2, clip_high=0.28))
 
     def updates() -> None:
         for part in range(args.updates):
             weighted = normalise(samples[part :: args.updates], "token", args.max_tokens)
-            engine.train_step(shard(weighted, 4096), loss)
+            engine.train_step(shard_by_length(weighted, 4096), loss)
 
     train = seconds_of(updates)
     with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,7 @@ from q3mega.problems.pool import Pool
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.base import text_of
 from q3mega.rollout.in_process import InProcessSampler
-from q3mega.rollout.servers.sampler import Kind, ServerSampler
+from q3mega.rollout.servers.sampler import ServerKind, ServerSampler
 
 _LOG = logging.getLogger(__name__)
 TASKS = (*REASONING, "capabilities")
@@ -119,16 +119,16 @@ class Checkpoint:
                 ).items()
                 continue
             problems = Pool().draw(task, n, seed=0, heldout=True)
-            found = evaluate.answers(self.counted, self.tokenizer, problems, params, mode)
-            yield f"{task} pass@1", evaluate.accuracy(found)
+            answered = evaluate.answers(self.counted, self.tokenizer, problems, params, mode)
+            yield f"{task} pass@1", evaluate.accuracy(answered)
             if params.n > 1:
-                correct = [[a.correct for a in tries] for tries in found]
+                correct = [[a.correct for a in tries] for tries in answered]
                 yield f"{task} pass@{params.n}", evaluate.pass_at_k(correct, params.n)
 
 
 def mismatch_to_servers(
     folder: str | Path,
-    kind: Kind,
+    kind: ServerKind,
     urls: Sequence[str],
     problems: int,
     max_tokens: int,
@@ -163,9 +163,9 @@ def mismatch_of_layouts(
         try:
             known = Record.model_validate_json(against.read_bytes())
         except (OSError, ValueError) as error:
-            said = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0]
             raise UserError(
-                f"--against {against} is no record of logprob-mismatch --record: {said}"
+                f"--against {against} is no record of logprob-mismatch --record: {reason}"
             ) from None
     tokenizer = Tokenizer(folder)
     engine = _engine(folder, layout, tokenizer)
@@ -173,10 +173,10 @@ def mismatch_of_layouts(
         render(p.messages, add_generation_prompt=True) + thinking_text(solve(p)) + p.answer
         for p in Pool().held_out(problems)
     ]
-    found = record(engine, tokenizer.encode_batch(texts))
+    recorded = record(engine, tokenizer.encode_batch(texts))
     if keep and dist.get_rank() == 0:
-        keep.write_text(found.model_dump_json())
-    return between(found, known, engine.shape.topk) if known else None
+        keep.write_text(recorded.model_dump_json())
+    return between(recorded, known, engine.shape.topk) if known else None
 
 
 def serve_teacher(

@@ -13,10 +13,11 @@ from q3mega import ops
 from q3mega.data.batch import Batch, Sample
 from q3mega.engine import LMHead, LossFn
 from q3mega.ops.distill_loss import Divergence
+from q3mega.ops.grpo_loss import Settings as GrpoSettings
 
 
 def normalise(samples: Sequence[Sample], aggregate: str = "token", length: int = 1) -> list[Sample]:
-    """Scale weights so that the global sum is the wanted mean (QWEN3_FACTS section 7).
+    """Scale weights so that the global sum is the wanted mean.
 
     "token": mean over all weighted tokens (SFT, DAPO, CISPO). "sequence": mean over sequences of
     each one's token mean (GRPO, GSPO). "constant": tokens over len(samples) * length (Dr. GRPO).
@@ -50,8 +51,8 @@ def supervised(head: LMHead, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     return -(logprob * batch.loss_weights).sum(), {"entropy": _weighted(entropy, batch)}
 
 
-def policy_gradient(**settings: Any) -> LossFn:
-    """A loss of GRPO's family; settings go to `ops.grpo_loss` as they are."""
+def policy_gradient(settings: GrpoSettings, temperature: float = 1.0) -> LossFn:
+    """A loss of GRPO's family, see `ops.grpo_loss`."""
 
     def loss(head: LMHead, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         columns = batch.columns
@@ -67,10 +68,15 @@ def policy_gradient(**settings: Any) -> LossFn:
             valid_vocab=head.valid_vocab,
             tp_group=head.tp_group,
             cp_group=head.cp_group,
-            **settings,
+            variant=settings.variant,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            kl_coef=settings.kl_coef,
+            entropy_coef=settings.entropy_coef,
+            temperature=temperature,
         )
         active = batch.loss_weights > 0
-        gap = (out.logprobs - columns["old_logprobs"]).abs()
+        mismatch = (out.logprobs - columns["old_logprobs"]).abs()
 
         def total(values: Tensor) -> Tensor:
             return torch.where(active, values, 0.0).sum()  # 0 * NaN is NaN
@@ -79,9 +85,8 @@ def policy_gradient(**settings: Any) -> LossFn:
             "entropy": total(out.entropy),
             "kl": total(out.kl),
             "clip_fraction": out.clip_fraction * active.sum(),
-            "logprob_mismatch": total(
-                gap
-            ),  # on the first update of a rollout batch: trainer against sampler
+            # on the first update of a rollout batch: trainer against sampler
+            "logprob_mismatch": total(mismatch),
             "active": active.sum(),
         }
 

@@ -51,5 +51,5 @@ class LocalChat:
         params = SamplingParams(
             max_tokens, 1.0 if temperature is None else temperature, n=n, seed=self.seed
         )
-        found = self.sampler.generate(self.tokenizer.encode_batch(texts), params)
-        return [[text_of(c, self.tokenizer) for c in tries] for tries in found]
+        completions = self.sampler.generate(self.tokenizer.encode_batch(texts), params)
+        return [[text_of(c, self.tokenizer) for c in tries] for tries in completions]

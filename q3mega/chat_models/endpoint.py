@@ -24,14 +24,18 @@ from q3mega.chat_models.reply_cache import ReplyCache
 from q3mega.config.secrets import key_of, public_url, without_keys
 from q3mega.errors import NoReply, UserError
 
-RETRIES = 6  # of a request: with back-off, or as long as the server asks for
-TIMEOUT = 3600.0  # seconds: a long chain of thought is one reply
-BACK_OFF = 0.5  # seconds before the first retry; twice as long before each that follows
-LONGEST_BACK_OFF = 8.0
-LONGEST_WAIT = 600.0  # seconds that a server may ask to wait
-CONNECT = 30.0  # seconds in which a server takes a connection
-REAL_KEY = 16  # characters: replies are kept, and must not hold a key that a server echoes
-DEAD = 16  # failures without a reply between them: the next chat would fail as well
+MAX_RETRIES = 6  # of a request: with back-off, or as long as the server asks for
+REQUEST_TIMEOUT_S = 3600.0  # seconds: a long chain of thought is one reply
+FIRST_BACK_OFF_S = 0.5  # seconds before the first retry; twice as long before each that follows
+MAX_BACK_OFF_S = 8.0
+MAX_WAIT_S = 600.0  # seconds that a server may ask to wait
+CONNECT_TIMEOUT_S = 30.0  # seconds in which a server takes a connection
+MIN_KEY_CHARACTERS = (
+    16  # characters: replies are kept, and must not hold a key that a server echoes
+)
+MAX_FAILURES_IN_A_ROW = (
+    16  # failures without a reply between them: the next chat would fail as well
+)
 TokenLimit = Literal["max_tokens", "max_completion_tokens"]
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -81,8 +85,8 @@ class Endpoint:
         send_enable_thinking: bool = True,
         token_limit: TokenLimit = "max_tokens",
         extra_body: Mapping[str, Any] | None = None,
-        timeout: float = TIMEOUT,
-        retries: int = RETRIES,
+        timeout: float = REQUEST_TIMEOUT_S,
+        retries: int = MAX_RETRIES,
     ) -> None:
         key = key_of("key_env", key_env) or "none"
         self.url, self.model, self.send_enable_thinking = (
@@ -92,7 +96,7 @@ class Endpoint:
         )
         self.concurrency, self.token_budget, self.retries = concurrency, token_budget, retries
         self.token_limit, self.extra_body = token_limit, dict(extra_body or {})
-        limits = openai.Timeout(timeout, connect=min(timeout, CONNECT))
+        limits = openai.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT_S))
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=limits, max_retries=0)
         self.cache = ReplyCache(cache)
         self.left_out: frozenset[str] = frozenset()  # fields that the server does not take
@@ -136,26 +140,28 @@ class Endpoint:
         """
         settings = self._settings(max_tokens, temperature, thinking)
         keys = [_key(self.url, chat, settings) for chat in chats]
-        asked = {
+        questions = {
             key: _Question(chat, self.cache.replies(key))
             for key, chat in dict(zip(keys, chats, strict=True)).items()
         }
-        self.replied |= any(question.replies for question in asked.values())
-        self._ask_all(asked, settings, n)
-        answers = {key: question.first(n) for key, question in asked.items()}
+        self.replied |= any(question.replies for question in questions.values())
+        self._ask_all(questions, settings, n)
+        answers = {key: question.first(n) for key, question in questions.items()}
         lost = [reply for some in answers.values() for reply in some if isinstance(reply, NoReply)]
         if lost:
-            few = sum(bool(question.failures) for question in asked.values())
+            few = sum(bool(question.failures) for question in questions.values())
             detail = lost[-1].detail
-            _log.warning("%d of %d chats lack a reply, the last: %s", few, len(asked), detail)
+            _log.warning("%d of %d chats lack a reply, the last: %s", few, len(questions), detail)
             if not self.replied:
                 raise EndpointFailed(detail)
         return [answers[key] for key in keys]
 
-    def _ask_all(self, asked: Mapping[str, _Question], settings: Mapping[str, Any], n: int) -> None:
+    def _ask_all(
+        self, questions: Mapping[str, _Question], settings: Mapping[str, Any], n: int
+    ) -> None:
         """Until each question has n replies or failures."""
         spent, failures = self.cache.spent(), 0
-        waiting = [key for key, question in asked.items() if len(question.replies) < n]
+        waiting = [key for key, question in questions.items() if len(question.replies) < n]
         under_way: dict[Future[Answer], str] = {}
 
         def take(future: Future[Answer]) -> list[str]:
@@ -165,11 +171,11 @@ class Endpoint:
             texts = [reply for reply in answer.replies if isinstance(reply, str)]
             tokens = answer.tokens or 0
             if texts or tokens:
-                self.cache.add(key, len(asked[key].replies), texts, tokens)
-            asked[key].replies += texts
-            asked[key].failures += [r for r in answer.replies if isinstance(r, NoReply)]
+                self.cache.add(key, len(questions[key].replies), texts, tokens)
+            questions[key].replies += texts
+            questions[key].failures += [r for r in answer.replies if isinstance(r, NoReply)]
             spent += tokens
-            if asked[key].tries < n:  # a server that gives one choice at a time
+            if questions[key].tries < n:  # a server that gives one choice at a time
                 waiting.append(key)
             return texts
 
@@ -180,10 +186,10 @@ class Endpoint:
                     while waiting and len(under_way) < self.concurrency:
                         self._check_budget(spent)
                         key = waiting.pop(0)
-                        job = pool.submit(self._request, key, asked[key], settings, n)
+                        job = pool.submit(self._request, key, questions[key], settings, n)
                         under_way[job] = key
                     for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                        question = asked[under_way[future]]
+                        question = questions[under_way[future]]
                         texts = take(future)
                         self.replied |= bool(texts)
                         failures = 0 if texts else failures + 1
@@ -198,7 +204,9 @@ class Endpoint:
     def _check_alive(self, failures: int, question: _Question) -> None:
         """Is there a sense in asking for more, after so many failures on end?"""
         broken = bool(question.failures) and question.failures[-1].rule == BROKEN
-        enough = max(DEAD, self.concurrency) if self.replied else DEAD
+        enough = (
+            max(MAX_FAILURES_IN_A_ROW, self.concurrency) if self.replied else MAX_FAILURES_IN_A_ROW
+        )
         if failures >= enough and (broken or not self.replied):
             raise EndpointFailed(f"{failures} requests on end: {question.failures[-1].detail}")
 
@@ -258,16 +266,16 @@ class Endpoint:
     def _signed(self, reply: str | NoReply) -> str | NoReply:
         """A reply that may be kept, or whose there is none."""
         if isinstance(reply, str):
-            return without_keys(reply, REAL_KEY)
+            return without_keys(reply, MIN_KEY_CHARACTERS)
         return replace(reply, detail=f"{self.model} at {self.url}: {reply.detail}")
 
     def _answer(self, chat: Chat, body: Mapping[str, Any]) -> Answer:
         turns = json.dumps([dict(turn) for turn in chat], ensure_ascii=False)
         messages = cast(Any, json.loads(clean(turns)))
         create = self.client.chat.completions.with_raw_response.create
-        rest = {name: value for name, value in body.items() if name != "model"}
+        fields = {name: value for name, value in body.items() if name != "model"}
         return read(
-            *self._sent(lambda: create(model=self.model, messages=messages, extra_body=rest)),
+            *self._sent(lambda: create(model=self.model, messages=messages, extra_body=fields)),
             sent=body,
         )
 
@@ -283,8 +291,8 @@ class Endpoint:
             cause = type(error.__cause__).__name__
             down = "Connect" in cause or "Proxy" in cause
             slow = isinstance(error, openai.APITimeoutError) and not down
-            said, remedy = f"{error} {cause}: {error.__cause__}", "slow" if slow else "down"
-            raise Fault(BROKEN, said, REMEDIES[remedy], passes=True, ends=down) from None
+            reason, remedy = f"{error} {cause}: {error.__cause__}", "slow" if slow else "down"
+            raise Fault(BROKEN, reason, REMEDIES[remedy], passes=True, ends=down) from None
         except openai.OpenAIError as error:
             raise Fault(BROKEN, f"{type(error).__name__}: {error}", REMEDIES["log"]) from None
         return response.status_code, response.headers, response.text
@@ -296,13 +304,13 @@ class Endpoint:
             try:
                 return attempt()
             except Fault as fault:
-                if fault.wait is not None and fault.wait > LONGEST_WAIT:
-                    said = f"{fault.said}; it asks to wait {fault.wait:.0f} s"
-                    raise Fault(fault.rule, said, REMEDIES["later"], ends=True) from None
+                if fault.wait is not None and fault.wait > MAX_WAIT_S:
+                    message = f"{fault.said}; it asks to wait {fault.wait:.0f} s"
+                    raise Fault(fault.rule, message, REMEDIES["later"], ends=True) from None
                 slow = fault.remedy == REMEDIES["slow"]  # twice its timeout is long enough
                 if not fault.passes or tries >= min(self.retries, 1 if slow else self.retries):
                     raise
-                pause = min(LONGEST_BACK_OFF, BACK_OFF * 2**tries)
+                pause = min(MAX_BACK_OFF_S, FIRST_BACK_OFF_S * 2**tries)
                 tries += 1
                 if self.closing.wait(pause if fault.wait is None else fault.wait):
                     raise

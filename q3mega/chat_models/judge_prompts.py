@@ -148,8 +148,8 @@ def checklists(
     """A checklist for each query, by which `check` judges responses to it."""
     prompts = [_prompt(_CHECKLIST, task=text) for text in questions]
     return [
-        found if isinstance(found, NoReply) else found.items
-        for found in _asked(prompts, Checklist, ask, count)
+        checklist if isinstance(checklist, NoReply) else checklist.items
+        for checklist in _asked(prompts, Checklist, ask, count)
     ]
 
 
@@ -162,12 +162,12 @@ def check(
         for q, r, items in rows
     ]
 
-    def valid(found: Checked, i: int) -> bool:
-        return len(found.met) == len(rows[i][2])
+    def valid(checked: Checked, i: int) -> bool:
+        return len(checked.met) == len(rows[i][2])
 
     return [
-        found if isinstance(found, NoReply) else found.met
-        for found in _asked(prompts, Checked, ask, count, valid)
+        checked if isinstance(checked, NoReply) else checked.met
+        for checked in _asked(prompts, Checked, ask, count, valid)
     ]
 
 
@@ -183,12 +183,12 @@ def grades(
             fence = _fence(parts)
             texts = [f"\n{name}:\n{fence}\n{text}\n{fence}" for name, text in parts]
             prompts.append(_GRADE.format(fence=fence, parts="".join(texts)))
-    found = _asked(prompts, Grade, ask, count)
+    graded = _asked(prompts, Grade, ask, count)
     return [
         first if isinstance(first, NoReply)
         else second if isinstance(second, NoReply)
         else (first.score, second.score)
-        for first, second in zip(found[::2], found[1::2], strict=True)
+        for first, second in zip(graded[::2], graded[1::2], strict=True)
     ]  # fmt: skip
 
 
@@ -205,10 +205,10 @@ def _asked(
     kind: type[_Found],
     ask: Ask,
     count: Count | None,
-    valid: Callable[[_Found, int], bool] = lambda found, i: True,
+    valid: Callable[[_Found, int], bool] = lambda parsed, i: True,
 ) -> list[_Found | NoReply]:
     """One opinion a prompt, or why there is none. Raises JudgeFailed where nobody counts those."""
-    found: dict[int, _Found | NoReply] = {}
+    parsed: dict[int, _Found | NoReply] = {}
     missing = list(range(len(prompts)))
     for temperature in TEMPERATURES:
         if not missing:
@@ -217,11 +217,13 @@ def _asked(
         for i, reply in zip(missing, replies, strict=True):
             opinion = reply if isinstance(reply, NoReply) else _read(reply, kind)
             if opinion is None or not (isinstance(opinion, NoReply) or valid(opinion, i)):
-                said = f"no {kind.__name__} in {str(reply)[-200:]!r}: take a model that follows "
-                opinion = NoReply(UNREADABLE, f"{said}instructions, or more max_tokens", again=True)
-            found[i] = opinion
-        missing = [i for i in missing if isinstance(o := found[i], NoReply) and o.again]
-    results = [found[i] for i in range(len(prompts))]
+                problem = f"no {kind.__name__} in {str(reply)[-200:]!r}: take a model that follows "
+                opinion = NoReply(
+                    UNREADABLE, f"{problem}instructions, or more max_tokens", again=True
+                )
+            parsed[i] = opinion
+        missing = [i for i in missing if isinstance(o := parsed[i], NoReply) and o.again]
+    results = [parsed[i] for i in range(len(prompts))]
     lost = [result for result in results if isinstance(result, NoReply)]
     if count:
         count(results)

@@ -18,8 +18,8 @@ from q3mega.errors import NoReply, UserError
 from q3mega.rewards import Verdict
 from q3mega.rewards.mode import reply
 
-MAX_CHARACTERS = 20_000  # of an answer that is shown to the judge
-FEWEST = 20  # examples of a calibration
+MAX_ANSWER_CHARACTERS = 20_000  # of an answer that is shown to the judge
+MIN_EXAMPLES = 20  # examples of a calibration
 Example = tuple[Mapping[str, Any], str, bool]  # (row, completion, right)
 
 
@@ -48,7 +48,7 @@ class ReferenceJudge:
         Raises JudgeFailed for a judge that gave none where nobody counts those.
         """
         replies = [reply(text) for text in completions]
-        shown = [i for i, text in enumerate(replies) if text and len(text) <= MAX_CHARACTERS]
+        shown = [i for i, text in enumerate(replies) if text and len(text) <= MAX_ANSWER_CHARACTERS]
         raw = self._raw([(rows[i], replies[i] or "") for i in shown])
         verdicts = [Verdict(0.0, "no answer, or one too long to judge")] * len(completions)
         for i, grade in zip(shown, raw, strict=True):
@@ -75,9 +75,10 @@ class ReferenceJudge:
             np.array([grade for grade, _ in known]),
             np.array([right for _, right in known]),
         )
-        if len(truth) < FEWEST or truth.min() == truth.max():
+        if len(truth) < MIN_EXAMPLES or truth.min() == truth.max():
             raise UserError(
-                f"judge_examples: {len(truth)} examples; give {FEWEST} or more, right and wrong"
+                f"judge_examples: {len(truth)} examples; give {MIN_EXAMPLES} or more, right and "
+                "wrong"
             )
         auc, right = _auc(raw, truth), int(truth.sum())
         wrong = len(truth) - right
@@ -104,8 +105,8 @@ class ReferenceJudge:
 
     def _raw(self, pairs: Sequence[tuple[Mapping[str, Any], str]]) -> list[float | NoReply]:
         """Mean grade of both orders, in [0, 1], or why there is none."""
-        asked = [(row["messages"][-1]["content"], row["answer"], text) for row, text in pairs]
-        both = grades(asked, self.ask, self.count) if asked else []
+        triples = [(row["messages"][-1]["content"], row["answer"], text) for row, text in pairs]
+        both = grades(triples, self.ask, self.count) if triples else []
         self._differences += [abs(g[0] - g[1]) / 10 for g in both if not isinstance(g, NoReply)]
         return [g if isinstance(g, NoReply) else (g[0] + g[1]) / 20 for g in both]
 

@@ -82,12 +82,12 @@ class Fault(Exception):
     """
 
     def __init__(
-        self, rule: str, said: str, remedy: str, *,
+        self, rule: str, message: str, remedy: str, *,
         passes: bool = False, ends: bool = False, wait: float | None = None,
         field: str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(said)
-        self.rule, self.said, self.remedy = rule, excerpt(said), remedy
+        super().__init__(message)
+        self.rule, self.said, self.remedy = rule, excerpt(message), remedy
         self.passes, self.ends, self.wait, self.field = passes, ends, wait, field
 
 
@@ -131,8 +131,8 @@ def models_in(body: str) -> list[str] | None:
         answer = json.loads(body)
     except (ValueError, RecursionError):
         remedy = REMEDIES["page" if body.lstrip()[:1] == "<" else "shape"]
-        said = f"answered no list of models: {_plain(body) or 'nothing'}"
-        raise Fault(BROKEN, said, remedy) from None
+        message = f"answered no list of models: {_plain(body) or 'nothing'}"
+        raise Fault(BROKEN, message, remedy) from None
     if isinstance(answer, dict):
         answer = answer.get("data", answer.get("models"))
     if not isinstance(answer, list):
@@ -163,14 +163,14 @@ def _reply(choice: Mapping[str, Any]) -> str | NoReply:
     end = str(choice.get("finish_reason") or "").lower()
     refusal = _text(message.get("refusal"))
     if end in _FILTERED or (refusal and not content):
-        said = f"a reply without text, or cut, which ended by {end or 'a refusal'}: {refusal}"
-        return NoReply(REFUSED, f"{excerpt(said)}: {REMEDIES['refused']}")
+        reason = f"a reply without text, or cut, which ended by {end or 'a refusal'}: {refusal}"
+        return NoReply(REFUSED, f"{excerpt(reason)}: {REMEDIES['refused']}")
     if end in _STOPPED:
         raise Fault(BROKEN, f"broke a reply off ({end})", REMEDIES["log"], passes=True)
     if not content.strip() and not (thinking.strip() and (end in _CUT or not end)):
         what = "calls of tools" if message.get("tool_calls") else "a reply without text"
-        said = f"{what}, which ended by {excerpt(end) or 'nothing it says'}: {REMEDIES['empty']}"
-        return NoReply(EMPTY, said, again=True)
+        reason = f"{what}, which ended by {excerpt(end) or 'nothing it says'}: {REMEDIES['empty']}"
+        return NoReply(EMPTY, reason, again=True)
     if thinking.strip() and "</think>" not in content:
         closed = f"\n</think>\n\n{content.lstrip()}" if content.strip() else ""
         content = f"<think>\n{thinking.strip() if closed else thinking}{closed}"
@@ -219,28 +219,28 @@ def _fault(status: int, headers: Mapping[str, str], body: str, sent: Collection[
         answer = None
     words, named = _words(answer)
     words = words or _plain(body)
-    said = f"{status or 'an error'}: {words}"
+    message = f"{status or 'an error'}: {words}"
     if status == 402 or (status in (0, 403, 429) and _OF_MONEY.search(words)):
-        return Fault(REJECTED, said, REMEDIES["account"], ends=True)
+        return Fault(REJECTED, message, REMEDIES["account"], ends=True)
     if status == 401 or (not status and _OF_KEYS.search(words)):
-        return Fault(REJECTED, said, REMEDIES["key"], ends=True)
+        return Fault(REJECTED, message, REMEDIES["key"], ends=True)
     if status in (404, 405) or 300 <= status < 400:
-        return Fault(REJECTED, said, REMEDIES["url"], ends=True)
+        return Fault(REJECTED, message, REMEDIES["url"], ends=True)
     if status == 451 or (status != 429 and _OF_CONTENT.search(words)):
-        return Fault(REFUSED, said, REMEDIES["refused"])
+        return Fault(REFUSED, message, REMEDIES["refused"])
     if status in (0, 400, 422):
         field = _refused_field(words, named, sent)
         if field:
-            return Fault(REJECTED, said, REMEDIES.get(field, REMEDIES["request"]), field=field)
+            return Fault(REJECTED, message, REMEDIES.get(field, REMEDIES["request"]), field=field)
     if status == 413 or (status < 500 and (_RATE if status == 429 else _OF_LENGTH).search(words)):
-        return Fault(TOO_LONG, said, REMEDIES["length"])
+        return Fault(TOO_LONG, message, REMEDIES["length"])
     if status == 403:
-        return Fault(REJECTED, said, REMEDIES["key"])
+        return Fault(REJECTED, message, REMEDIES["key"])
     if status in (408, 409, 425, 429) or status >= 500 or not status:
         down = status in (429, 502, 503, 504, 529)
         remedy = REMEDIES["busy" if status == 429 else "log"]
-        return Fault(BROKEN, said, remedy, passes=True, ends=down, wait=_wait(headers))
-    return Fault(REJECTED, said, REMEDIES["request"])
+        return Fault(BROKEN, message, remedy, passes=True, ends=down, wait=_wait(headers))
+    return Fault(REJECTED, message, REMEDIES["request"])
 
 
 def _words(answer: Any) -> tuple[str, set[str]]:
@@ -261,8 +261,10 @@ def _words(answer: Any) -> tuple[str, set[str]]:
     for detail in details if isinstance(details, list) else [details]:
         if isinstance(detail, dict):
             parts += [detail.get("msg"), detail.get("message"), detail.get("type")]
-            place = detail.get("loc")
-            named |= {p for p in place if isinstance(p, str)} if isinstance(place, list) else set()
+            location = detail.get("loc")
+            named |= (
+                {p for p in location if isinstance(p, str)} if isinstance(location, list) else set()
+            )
         else:
             parts.append(detail)
     texts = [str(p) for p in parts if isinstance(p, str | int) and str(p).strip()]

@@ -26,13 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str] | None) -> int:
     parser = command_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
     # argparse stops collecting overrides at the first option; those behind it are left over.
     overrides = getattr(arguments, "overrides", None)
-    if rest and (overrides is None or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if unknown and (overrides is None or any(word.startswith("-") for word in unknown)):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if overrides is not None:
-        overrides += rest
+        overrides += unknown
     return int(arguments.command(arguments))
 
 

@@ -184,14 +184,16 @@ def _eval(arguments: argparse.Namespace) -> int:
     print(f"{'':<32} value  95 % interval   problems")
     for budget, params in each.items():
         suffix = "" if budget is None else f" at {budget}"
-        for name, found in model.score(arguments.tasks, arguments.mode, params, arguments.problems):
-            results[name + suffix] = found
+        for name, result in model.score(
+            arguments.tasks, arguments.mode, params, arguments.problems
+        ):
+            results[name + suffix] = result
             print(
-                f"{name + suffix:<32} {found['value']:.3f}  "
-                f"[{found['low']:.3f}, {found['high']:.3f}]  {found['n']:>8}"
+                f"{name + suffix:<32} {result['value']:.3f}  "
+                f"[{result['low']:.3f}, {result['high']:.3f}]  {result['n']:>8}"
                 + (
-                    f"  {found['unscored_fraction']:.1%} unjudged"
-                    if "unscored_fraction" in found
+                    f"  {result['unscored_fraction']:.1%} unjudged"
+                    if "unscored_fraction" in result
                     else ""
                 )
             )

@@ -49,9 +49,9 @@ class Layout(Section):
 def check_layout(layout: Layout, model: Qwen3Shape) -> None:
     """Raise UserError on the first rule of megatron-core that `layout` breaks for `model`."""
 
-    def divides(field: str, divisor: int, of: str, whole: int) -> None:
-        if whole % divisor:
-            raise UserError(f"layout.{field}={divisor} does not divide {of}={whole}")
+    def divides(field: str, divisor: int, of: str, total: int) -> None:
+        if total % divisor:
+            raise UserError(f"layout.{field}={divisor} does not divide {of}={total}")
 
     grid = "tensor * pipeline * context"
     divides(grid, layout.tensor * layout.pipeline * layout.context, "processes", layout.processes)

@@ -351,11 +351,11 @@ def _of_size(model: dict[str, Any], size: Any) -> dict[str, Any]:
     return {key: value for key, value in model.items() if key not in numbers}
 
 
-def _over(default: Any, own: Any) -> Any:
+def _over(default: Any, given: Any) -> Any:
     """A stage's layout laid over the default; what is not a mapping is left for validation."""
-    if own is None:
+    if given is None:
         return default
-    return {**default, **own} if isinstance(default, dict) and isinstance(own, dict) else own
+    return {**default, **given} if isinstance(default, dict) and isinstance(given, dict) else given
 
 
 def _names(path: list[Any]) -> list[str]:

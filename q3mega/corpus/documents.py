@@ -279,13 +279,13 @@ def build(
     total, books = sum(mixture.values()), FilterReport()
     for kind, weight in mixture.items():
         builder = IndexedDatasetBuilder(f"{_prefix(folder, kind)}.bin", dtype=np.int32)
-        wanted, have = int(tokens * weight / total) + sequence, 0
+        tokens_wanted, have = int(tokens * weight / total) + sequence, 0
         if kind in TEXTS:
             _, read = _real_text(kind)
             books.steps += read.steps
             books.drops += read.drops
         batches = _token_documents(kind, seed, sequence, tokenizer, held_out, books)
-        while have < wanted:
+        while have < tokens_wanted:
             for ids in next(batches):
                 for i in range(0, len(ids), sequence):
                     piece = ids[i : i + sequence]
@@ -313,13 +313,13 @@ class Mixture:
             s / n for s, n in zip(mixture.values(), [1] * len(shares), strict=True)
         )
         budget = int(steps * tokens_per_step * mean * 1.2) + 64
-        which, place = blend_index(np.array(shares), budget)
+        which, positions = blend_index(np.array(shares), budget)
         rng = np.random.default_rng(seed)
         orders = [
             np.concatenate([rng.permutation(len(n)) for _ in range(budget // len(n) + 1)])
             for n in lengths
         ]
-        document = np.array([orders[d][i] for d, i in zip(which, place, strict=True)])
+        document = np.array([orders[d][i] for d, i in zip(which, positions, strict=True)])
         size = np.array([lengths[d][i] for d, i in zip(which, document, strict=True)])
         self.which, self.document = which, document
         self.ends = np.searchsorted(size.cumsum(), np.arange(1, steps + 1) * tokens_per_step)

@@ -152,13 +152,13 @@ class Config(Section):
     @model_validator(mode="after")
     def _names(self) -> Self:
         names = [s.name for s in self.sources]
-        for place, name in enumerate(names):
-            if name in names[:place]:
-                raise UserError(f"sources.{place}.name={short(name)} is given twice")
-        for place, factor in enumerate(self.mixture):
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise UserError(f"sources.{index}.name={short(name)} is given twice")
+        for index, factor in enumerate(self.mixture):
             if factor.source is not None and factor.source not in names:
                 raise UserError(
-                    f"mixture.{place}.source={short(factor.source)} is none of {', '.join(names)}"
+                    f"mixture.{index}.source={short(factor.source)} is none of {', '.join(names)}"
                 )
         return self
 
@@ -192,5 +192,5 @@ def changed(old: Any, new: Any, path: str = "") -> str | None:
         children = [(str(i), *pair) for i, pair in enumerate(zip(old, new, strict=True))]
     else:
         return None if old == new else f"{path}={short(new)}, was {short(old)}"
-    found = (changed(a, b, f"{path}.{key}" if path else key) for key, a, b in children)
-    return next(filter(None, found), None)
+    differences = (changed(a, b, f"{path}.{key}" if path else key) for key, a, b in children)
+    return next(filter(None, differences), None)

@@ -73,8 +73,8 @@ class EvalNgramIndex:
         document = np.searchsorted(words.offsets, maybe, side="right") - 1
         for n, forbidden in self.grams.items():
             fits = maybe + n <= words.offsets[document + 1]
-            found = np.isin(words.at(maybe[fits], n), forbidden)
-            hit[document[fits][found]] = True
+            matches = np.isin(words.at(maybe[fits], n), forbidden)
+            hit[document[fits][matches]] = True
         return ["evaluation_text" if h else "" for h in hit]
 
     def write(self, path: Path) -> None:

@@ -157,18 +157,21 @@ def _cut(documents: Pieces, longest: int) -> Pieces:
 
 
 def _by_length(
-    length: NDArray[np.int64], train: NDArray[np.int64], order: NDArray[np.uint64], wanted: Lengths
+    length: NDArray[np.int64],
+    train: NDArray[np.int64],
+    order: NDArray[np.uint64],
+    lengths_wanted: Lengths,
 ) -> NDArray[np.int64]:
     """Of the pieces `train`, a draw that has each band's share of the tokens."""
     chosen = []
-    for place, band in enumerate(wanted.bands):
+    for index, band in enumerate(lengths_wanted.bands):
         n = length[train]
         here = train[(n >= band.shortest) & (n <= band.longest)]
         here = here[np.argsort(order[here], kind="stable")]
-        need, total = int(band.share * wanted.tokens), np.cumsum(length[here])
+        need, total = int(band.share * lengths_wanted.tokens), np.cumsum(length[here])
         if not len(total) or total[-1] < need:
             raise UserError(
-                f"lengths.bands.{place}: documents of {band.shortest} to {band.longest} tokens "
+                f"lengths.bands.{index}: documents of {band.shortest} to {band.longest} tokens "
                 f"have {total[-1] if len(total) else 0} tokens in all, {need} are needed: "
                 "lower lengths.tokens or add long text"
             )
@@ -195,16 +198,18 @@ def _write(folder: Path, pieces: Pieces, prefix: Path) -> None:
         builder = IndexedDatasetBuilder(str(bins), dtype=np.int32)
         with parquet.ParquetWriter(labels, _WRITTEN, compression="zstd") as table:
             for shard in np.unique(pieces.shard):
-                mine = pieces.take(np.flatnonzero(pieces.shard == shard))
+                selected = pieces.take(np.flatnonzero(pieces.shard == shard))
                 stem = folder / f"{shard:05d}"
                 tokens = np.memmap(stem.with_suffix(".bin"), np.int32, mode="r")
-                for start, length in zip(mine.start.tolist(), mine.length.tolist(), strict=True):
+                for start, length in zip(
+                    selected.start.tolist(), selected.length.tolist(), strict=True
+                ):
                     piece = torch.from_numpy(tokens[start : start + length].copy())
                     builder.add_document(piece, [length])
                 rows = parquet.read_table(stem.with_suffix(".parquet")).select(LABELS)
-                for i in range(0, len(mine.row), _SHARE):
-                    some = rows.take(mine.row[i : i + _SHARE])
-                    column = pa.array(mine.length[i : i + _SHARE])
+                for i in range(0, len(selected.row), _SHARE):
+                    some = rows.take(selected.row[i : i + _SHARE])
+                    column = pa.array(selected.length[i : i + _SHARE])
                     table.write_table(some.append_column("tokens", column))
         builder.finalize(str(idx))
 

@@ -92,39 +92,39 @@ class _Signatures:
         self.files, self.starts = files, starts
 
     def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.uint32]:
-        found = np.empty((len(numbers), ROWS), np.uint32)
+        block = np.empty((len(numbers), ROWS), np.uint32)
         shard = np.searchsorted(self.starts, numbers, side="right") - 1
         for s in np.unique(shard):
             here = shard == s
             sketches = _sketches(self.files[s])
-            found[here] = sketches["signature"][numbers[here] - self.starts[s]]
-        return found
+            block[here] = sketches["signature"][numbers[here] - self.starts[s]]
+        return block
 
 
 def _near(
     signatures: _Signatures, numbers: NDArray[np.int64], threshold: float, work: Path
 ) -> NDArray[np.uint64]:
     """Near pairs among the documents `numbers`, later << 32 | earlier, in order."""
-    found = np.zeros(0, np.uint64)
+    similar = np.zeros(0, np.uint64)
     if not len(numbers):
-        return found
+        return similar
     keys = np.memmap(work, np.uint64, mode="w+", shape=(BANDS, len(numbers)))
     for i in range(0, len(numbers), _CHUNK):
         keys[:, i : i + _CHUNK] = _keys(signatures[numbers[i : i + _CHUNK]])
     for band in range(BANDS):
         pairs = _candidates(np.array(keys[band]))
         later, earlier = numbers[pairs >> _HALF], numbers[pairs & _LOW]
-        pairs = np.setdiff1d(later.astype(np.uint64) << _HALF | earlier.astype(np.uint64), found)
+        pairs = np.setdiff1d(later.astype(np.uint64) << _HALF | earlier.astype(np.uint64), similar)
         for i in range(0, len(pairs), _CHUNK):
             some = pairs[i : i + _CHUNK]
             one, two = (
                 signatures[(some >> _HALF).view(np.int64)],
                 signatures[(some & _LOW).view(np.int64)],
             )
-            found = np.union1d(found, some[(one == two).mean(1) >= threshold])
+            similar = np.union1d(similar, some[(one == two).mean(1) >= threshold])
     del keys
     work.unlink()
-    return found
+    return similar
 
 
 def _keys(signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
@@ -136,12 +136,12 @@ def _keys(signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
 def _candidates(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Pairs of equal keys, later << 32 | earlier: with the run's first and those just before."""
     order = np.argsort(keys, kind="stable").astype(np.uint64)
-    place = np.arange(len(keys))
+    rows = np.arange(len(keys))
     begins = np.ones(len(keys), bool)
     begins[1:] = keys[order[1:]] != keys[order[:-1]]
-    first = np.maximum.accumulate(np.where(begins, place, 0))
+    first = np.maximum.accumulate(np.where(begins, rows, 0))
     pairs = []
-    for partner in (first, *(place - back for back in range(1, _BACK + 1))):
-        some = np.flatnonzero((partner >= first) & (partner < place))
+    for partner in (first, *(rows - back for back in range(1, _BACK + 1))):
+        some = np.flatnonzero((partner >= first) & (partner < rows))
         pairs.append(order[some] << _HALF | order[partner[some]])
     return np.unique(np.concatenate(pairs))

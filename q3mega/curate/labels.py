@@ -194,8 +194,8 @@ def _text(r: Rules, d: Document) -> str:
         most = max(Counter(itertools.pairwise(some)).values())
         if most > r.repeated_pairs * (len(some) - 1):
             return "repeated_pairs"
-    found = _STOP_WORDS & set(map(str.lower, words[:1000]))
-    if r.stop_words and d.language == "en" and prose and len(found) < r.stop_words:
+    stop_words = _STOP_WORDS & set(map(str.lower, words[:1000]))
+    if r.stop_words and d.language == "en" and prose and len(stop_words) < r.stop_words:
         return "stop_words"
     if r.boilerplate and len(set(_BOILERPLATE.findall(d.text.lower()))) >= r.boilerplate:
         return "boilerplate"

@@ -18,8 +18,8 @@ def weight(factors: Sequence[Weight], d: Document) -> float:
     """The product of the factors whose labels are all the document's; 1 without any."""
     product = 1.0
     for factor in factors:
-        wanted = ((getattr(factor, label), getattr(d, label)) for label in _LABELS)
-        if all(given is None or given == own for given, own in wanted):
+        pairs = ((getattr(factor, label), getattr(d, label)) for label in _LABELS)
+        if all(given is None or given == actual for given, actual in pairs):
             product *= factor.weight
     return product
 

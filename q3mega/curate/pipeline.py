@@ -62,8 +62,8 @@ def curate(config: Config, out: Path, workers: int = 2) -> dict[str, Any]:
             _add(seconds, pool.each("label", label_shard, out / "documents", todo))
             with _timed(seconds, "near copies"):
                 starts = _duplicates(config, out, len(pieces))
-            rest = [(config, out, i, start) for i, start in enumerate(starts)]
-            _add(seconds, pool.each("tokenise", token_shard, out / "tokens", rest))
+            jobs = [(config, out, i, start) for i, start in enumerate(starts)]
+            _add(seconds, pool.each("tokenise", token_shard, out / "tokens", jobs))
         with _timed(seconds, "assemble"):
             tokens = out / "tokens"
             assemble(tokens, len(pieces), out / "dataset", config.lengths, config.seed)
@@ -104,10 +104,14 @@ def _plan(config: Config, out: Path) -> dict[str, Any]:
         before = read_json(out / "config.json")
         if not (out / "manifest.json").exists():  # the last step's, which may find too little text
             before["lengths"] = settled["lengths"]
-        if found := changed(before, settled):
-            raise UserError(f"--out {out} was begun with another config: {found}; use a new folder")
-        if found := changed(read_json(out / "plan.json"), plan):
-            raise UserError(f"--out {out} was begun with other inputs: {found}; use a new folder")
+        if difference := changed(before, settled):
+            raise UserError(
+                f"--out {out} was begun with another config: {difference}; use a new folder"
+            )
+        if difference := changed(read_json(out / "plan.json"), plan):
+            raise UserError(
+                f"--out {out} was begun with other inputs: {difference}; use a new folder"
+            )
     write_json(out / "config.json", settled)
     with atomic_write(out / "evaluation.npz") as partial:
         forbidden.write(partial)

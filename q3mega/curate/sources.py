@@ -62,8 +62,8 @@ class Row:
 
 def shards(name: str, pattern: str, field: str, shard_mb: int) -> list[Shard]:
     """The files of a glob, in order of their names, cut up; UserError where one cannot be read."""
-    found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-    files = [f for p in found for f in (sorted(p.rglob("*.arrow")) if p.is_dir() else [p])]
+    paths = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+    files = [f for p in paths for f in (sorted(p.rglob("*.arrow")) if p.is_dir() else [p])]
     if not files:
         raise UserError(f"{name}: glob={pattern!r} finds no file here: check it")
     return [shard for file in files for shard in _cut(name, file, field, shard_mb << 20)]
@@ -141,12 +141,12 @@ def rows(shard: Shard, field: str) -> Iterator[Row]:
             yield _whole_file(path, packed)
         elif kind == ".jsonl":
             with _open(path, packed) as file:
-                for place, line in _lines(file, shard, packed):
-                    reading.place = place
-                    yield _from_json(place, line, field)
+                for number, line in _lines(file, shard, packed):
+                    reading.place = number
+                    yield _from_json(number, line, field)
         else:
-            for place, value in enumerate(_column(path, kind, shard, field), 1):
-                yield _from_value(place, value)
+            for number, value in enumerate(_column(path, kind, shard, field), 1):
+                yield _from_value(number, value)
 
 
 @contextmanager
@@ -194,45 +194,45 @@ def _lines(file: BinaryIO, shard: Shard, packed: str) -> Iterator[tuple[int, byt
     if at:
         file.seek(at - 1)
         at += len(file.readline()) - 1  # the line that began before is another shard's
-    place = 0
+    number = 0
     while packed or at < shard.stop:
         line = file.readline(LONGEST)
         if not line:
             return
         at += len(line)
-        piece, place, long = line, place + 1, False
+        piece, number, long = line, number + 1, False
         while len(piece) == LONGEST and not piece.endswith(b"\n"):
             piece = file.readline(LONGEST)
             at += len(piece)
             long = long or bool(piece)
-        if place == 1 and not shard.start:
+        if number == 1 and not shard.start:
             line = line.removeprefix(codecs.BOM_UTF8)
         if long:
-            yield place, None
+            yield number, None
         elif line.strip():
-            yield place, line
+            yield number, line
 
 
-def _from_json(place: int, line: bytes | None, field: str) -> Row:
+def _from_json(number: int, line: bytes | None, field: str) -> Row:
     if line is None:
-        return Row(place, None, "too_long")
+        return Row(number, None, "too_long")
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        return Row(place, None, "invalid_utf8")
+        return Row(number, None, "invalid_utf8")
     except (ValueError, RecursionError):
-        return Row(place, None, "no_json")
+        return Row(number, None, "no_json")
     if not isinstance(row, dict) or field not in row:
-        return Row(place, None, "no_field")
-    return _from_value(place, row[field])
+        return Row(number, None, "no_field")
+    return _from_value(number, row[field])
 
 
-def _from_value(place: int, value: Any) -> Row:
+def _from_value(number: int, value: Any) -> Row:
     if isinstance(value, UnicodeDecodeError):
-        return Row(place, None, "invalid_utf8")
+        return Row(number, None, "invalid_utf8")
     if not isinstance(value, str):
-        return Row(place, None, "no_text")
-    return Row(place, value)
+        return Row(number, None, "no_text")
+    return Row(number, value)
 
 
 def _column(path: Path, kind: str, shard: Shard, field: str) -> Iterator[Any]:
@@ -288,14 +288,14 @@ class MalformedRow:
         book = format_of(Path(self.shard.path))[0] == ".txt"  # of one row there is no share
         if (book and self.share) or self.bad <= self.share * self.rows:
             return
-        place = self.first.place
+        number = self.first.place
         if format_of(Path(self.shard.path)) == (".jsonl", ""):
             with open(self.shard.path, "rb") as file:
                 left = max(0, self.shard.start - 1)
                 while chunk := file.read(min(left, 1 << 20)):
-                    place += chunk.count(b"\n")
+                    number += chunk.count(b"\n")
                     left -= len(chunk)
-                place += bool(self.shard.start and file.readline())
+                number += bool(self.shard.start and file.readline())
         why = {
             "no_json": "is not JSON",
             "no_field": f"has no field {short(self.field)}",
@@ -304,6 +304,6 @@ class MalformedRow:
             "too_long": f"is longer than {LONGEST >> 20} MiB",
         }[self.first.reason]
         raise UserError(
-            f"{self.shard.path} row {place} {why}; {self.bad} of {self.rows} rows cannot be read, "
+            f"{self.shard.path} row {number} {why}; {self.bad} of {self.rows} rows cannot be read, "
             f"more than malformed={self.share}"
         )

@@ -56,14 +56,14 @@ class Batch:
         lengths = self.cu_seqlens.diff().long()
         return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
-    def at(self, place: Tensor, length: int) -> "Batch":
+    def at(self, index: Tensor, length: int) -> "Batch":
         """The same tokens at places (T,) of a pack of `length`; zeros without weight elsewhere.
 
         The borders are the caller's to set.
         """
 
         def spread(column: Tensor) -> Tensor:
-            return column.new_zeros(length, *column.shape[1:]).index_copy_(0, place, column)
+            return column.new_zeros(length, *column.shape[1:]).index_copy_(0, index, column)
 
         return self._each(spread, self.cu_seqlens)
 

@@ -351,6 +351,6 @@ def last_flag(messages: Sequence[Mapping[str, Any]]) -> Literal["think", "no_thi
     Raises UserError for what `normalised` refuses.
     """
     for message in reversed(normalised(messages)):
-        if message["role"] in ("user", "system") and (found := _FLAG.findall(message["content"])):
-            return found[-1]
+        if message["role"] in ("user", "system") and (flags := _FLAG.findall(message["content"])):
+            return flags[-1]
     return None

@@ -52,8 +52,8 @@ class Words:
         joined = "\n".join(folded) + "\n"
         codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
         kind = _kinds()[np.minimum(codes, _LIMIT - 1)]
-        place = np.arange(len(kind))
-        base = np.maximum.accumulate(np.where(kind == _MARK, 0, place))  # what a mark stands on
+        positions = np.arange(len(kind))
+        base = np.maximum.accumulate(np.where(kind == _MARK, 0, positions))  # what a mark stands on
         kind = np.where(kind == _MARK, (kind[base] == _LETTER) * np.uint8(_LETTER), kind)
         begins = kind == _IDEOGRAPH
         before = np.concatenate([[0], kind[:-1]])
@@ -63,8 +63,8 @@ class Words:
         self.offsets = np.zeros(len(texts) + 1, np.int64)
         if len(first):
             lengths = np.diff(np.append(first, len(inside)))
-            place = np.arange(len(inside)) - np.repeat(first, lengths)
-            terms = codes[inside].astype(np.uint64) * _factors()[place % _SPAN]
+            positions = np.arange(len(inside)) - np.repeat(first, lengths)
+            terms = codes[inside].astype(np.uint64) * _factors()[positions % _SPAN]
             self.hashes = mixed(np.add.reduceat(terms, first))
         else:
             self.hashes = np.zeros(0, np.uint64)

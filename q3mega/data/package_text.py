@@ -80,23 +80,23 @@ def documents(name: str) -> Iterator[str]:
     """
     match name:
         case "stdlib":
-            found = _stdlib()
+            texts = _stdlib()
         case "stdlib_docs":
-            found = _docstrings(_stdlib())
+            texts = _docstrings(_stdlib())
         case "python_reference":
-            found = _topics()
+            texts = _topics()
         case "year_2889":
-            found = _book()
+            texts = _book()
         case "sympy_docs":
-            found = _docstrings(_modules("sympy", _SYMPY))
+            texts = _docstrings(_modules("sympy", _SYMPY))
         case "numpy_docs":
-            found = _docstrings(_modules("numpy", _NUMPY))
+            texts = _docstrings(_modules("numpy", _NUMPY))
         case _ if name in sources():
             catalogues = translations(name.removeprefix("django_"))
-            found = ("\n".join(map("\n".join, pairs)) for pairs in catalogues)
+            texts = ("\n".join(map("\n".join, pairs)) for pairs in catalogues)
         case _:
             raise UserError(f"source={name!r} is unknown: use one of {', '.join(sources())}")
-    return map(clean, found)
+    return map(clean, texts)
 
 
 def _package(module: str, package: str) -> Path:
@@ -250,7 +250,7 @@ def decontaminate(
             forbidden.setdefault(size, set()).update(grams(text, size))
     kept, dropped = [], 0
     for text in texts:
-        if any(grams(text, size) & found for size, found in forbidden.items()):
+        if any(grams(text, size) & known for size, known in forbidden.items()):
             dropped += 1
         else:
             kept.append(text)

@@ -51,10 +51,10 @@ def epochs(samples: Sequence[Sample], batch: int, seed: int) -> Callable[[int], 
     steps = -(-len(samples) // batch)
 
     def draw(step: int) -> list[Sample]:
-        epoch, place = divmod(step - 1, steps)
+        epoch, index = divmod(step - 1, steps)
         order = list(range(len(samples)))
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        return [samples[i] for i in order[place * batch : (place + 1) * batch]]
+        return [samples[i] for i in order[index * batch : (index + 1) * batch]]
 
     return draw
 

@@ -118,10 +118,10 @@ class Tokenizer:
 
     def id(self, token: str) -> int:
         """The id of one token; UserError when the vocabulary lacks it."""
-        found = self._tokenizer.token_to_id(token)
-        if found is None:
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
             raise UserError(f"tokenizer {self.path} has no token {token!r}: is it a Qwen3 one?")
-        return found
+        return token_id
 
     def encode(self, text: str) -> list[int]:
         """Raises UserError for half a surrogate pair, which no text holds."""

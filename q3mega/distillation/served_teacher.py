@@ -19,7 +19,7 @@ from q3mega.errors import UserError
 from q3mega.model import Qwen3Shape
 from q3mega.rollout.base import Completion, SamplingParams
 from q3mega.rollout.servers import vllm
-from q3mega.rollout.servers.client import Sampled
+from q3mega.rollout.servers.client import RequestResult
 from q3mega.rollout.servers.sampler import ServerSampler
 
 # letters, digits, several scripts and special tokens: other tokenizers give other ids
@@ -66,7 +66,7 @@ class ServedTeacher:
         position of each batch, at temperature 1.
 
         After a document's last token nothing is predicted: its row repeats the one before. Raises
-        EngineFailed when the server gave no usable answer, UserError for what it refuses.
+        RolloutServerFailed when the server gave no usable answer, UserError for what it refuses.
         """
         return parallel.broadcast_from_leader(lambda: self._asked(batches, k))
 
@@ -86,16 +86,16 @@ class ServedTeacher:
                 f"teacher_topk={k}: {error}; a server tells as many as its --max-logprobs"
             ) from None
         rows = iter([self._best(d, c, k) for d, c in zip(documents, choices, strict=True)])
-        found = []
+        results = []
         for batch in batches:
             parts = [next(rows) for _ in batch.cu_seqlens[1:]]
             ids, logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
-            found.append((ids, logprobs))
-        return found
+            results.append((ids, logprobs))
+        return results
 
-    def _best(self, document: list[int], found: Sampled, k: int) -> tuple[Tensor, Tensor]:
+    def _best(self, document: list[int], sampled: RequestResult, k: int) -> tuple[Tensor, Tensor]:
         """(T, K) each; the server's row i is what could stand in the place of token i + 1."""
-        rows = found.prompt_logprobs
+        rows = sampled.prompt_logprobs
         best = [
             of_tokenizer(sorted(row.items(), key=lambda pair: -pair[1])[:k], self.ids)
             for row in rows

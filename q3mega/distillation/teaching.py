@@ -9,18 +9,18 @@ from q3mega.algorithms.losses import distillation, distillation_topk
 from q3mega.config.stages import DistillOnPolicy
 from q3mega.data.batch import Batch
 from q3mega.distillation.served_teacher import ServedTeacher
-from q3mega.distillation.service.client import RemoteTeacher
+from q3mega.distillation.service.client import TeacherClient
 from q3mega.distillation.service.server import head_weight
 from q3mega.engine import Engine, LMHead, LossFn
 from q3mega.rollout.logprobs import top_logprobs
 
-Teacher = Engine | RemoteTeacher | ServedTeacher
+Teacher = Engine | TeacherClient | ServedTeacher
 Teaching = tuple[LossFn, Callable[[list[Batch]], None]]  # a loss, and what it needs in a batch
 
 
 def taught_by(teacher: Teacher, config: DistillOnPolicy) -> Teaching:
     """The loss of a teacher, and the function that adds to a batch what the loss needs."""
-    if isinstance(teacher, RemoteTeacher):
+    if isinstance(teacher, TeacherClient):
         return hidden_of_job(teacher, config)
     if isinstance(teacher, ServedTeacher) or config.teacher_topk:
         return topk_of_teacher(teacher, config)
@@ -40,7 +40,7 @@ def hidden_of_teacher(teacher: Engine, config: DistillOnPolicy) -> Teaching:
     return loss, prepare
 
 
-def hidden_of_job(teacher: RemoteTeacher, config: DistillOnPolicy) -> Teaching:
+def hidden_of_job(teacher: TeacherClient, config: DistillOnPolicy) -> Teaching:
     """The same of a teacher in another job, whose states come when a micro-batch's loss is due."""
     exact = distillation(teacher.weight, config.divergence, config.temperature)
 
@@ -55,8 +55,8 @@ def topk_of_teacher(teacher: Engine | ServedTeacher, config: DistillOnPolicy) ->
     """The teacher's best tokens join the batch."""
 
     def prepare(batches: list[Batch]) -> None:
-        found = best_of(teacher, batches, config.teacher_topk, config.temperature)
-        for batch, (ids, logprobs) in zip(batches, found, strict=True):
+        candidates = best_of(teacher, batches, config.teacher_topk, config.temperature)
+        for batch, (ids, logprobs) in zip(batches, candidates, strict=True):
             batch.columns |= {"teacher_ids": ids.float(), "teacher_logprobs": logprobs}
 
     return distillation_topk(config.divergence, config.temperature), prepare

@@ -127,17 +127,17 @@ class TopKWriter:
                 f"(T, {self.k})"
             )
         # numpy, in place: passes this small are not worth threads, which busy cores make wait
-        places, steps = ids.cpu().numpy(), logprobs.float().cpu().numpy()
-        if places.size and not 0 <= places.min() <= places.max() < self.vocab_size:
+        id_array, steps = ids.cpu().numpy(), logprobs.float().cpu().numpy()
+        if id_array.size and not 0 <= id_array.min() <= id_array.max() < self.vocab_size:
             raise UserError(
-                f"ids lie in {places.min()}..{places.max()}: the vocabulary has "
+                f"ids lie in {id_array.min()}..{id_array.max()}: the vocabulary has "
                 f"0..{self.vocab_size - 1}"
             )
         if steps.size and not steps.max() < 1e-3:  # NaN is no less
             raise UserError(f"logprobs up to {float(steps.max())}: must be at most 0")
         steps = steps * np.float32(-STEPS_A_NAT)
         np.clip(np.rint(steps, out=steps), 0, LAST_STEP, out=steps)
-        entries = places.astype(ENTRY)
+        entries = id_array.astype(ENTRY)
         entries <<= STEP_BITS
         entries |= steps.astype(ENTRY)
         self.file.write(entries.data)

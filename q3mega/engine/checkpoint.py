@@ -75,8 +75,8 @@ class _Writing:
 
     def __post_init__(self) -> None:
         self.rng = {"torch": torch.get_rng_state()}
-        own = self.request.preload_fn() if self.request.preload_fn else []  # off the GPU
-        self.buckets = [(path, name, (raw, _copied(pairs))) for path, name, (raw, pairs) in own]
+        tensors = self.request.preload_fn() if self.request.preload_fn else []  # off the GPU
+        self.buckets = [(path, name, (raw, _copied(pairs))) for path, name, (raw, pairs) in tensors]
         self.thread = threading.Thread(target=self._write, daemon=True)
         self.thread.start()
 
@@ -89,10 +89,10 @@ class _Writing:
             if self.buckets:
                 rank, _, results = self.request.async_fn_args
                 self.request.async_fn(rank, self.buckets, results)
-                found = results.get()  # megatron's word for what went wrong, or the records
-                if isinstance(found, Exception):
-                    raise found
-                results.put(found)
+                outcome = results.get()  # megatron's word for what went wrong, or the records
+                if isinstance(outcome, Exception):
+                    raise outcome
+                results.put(outcome)
             for file in (name, *(name for _, name, _ in self.buckets)):
                 self.checksums[file] = _crc(self.unfinished / file)
         except Exception as error:
@@ -210,10 +210,12 @@ def _publish(
 
 def _checksums(folder: Path, known: dict[str, int]) -> dict[str, int]:
     """Of every file but state.json; the ranks share the reading of those that none knows."""
-    found = dict(parallel.gather_over_all(list(known.items())))
-    names = sorted(p.name for p in folder.iterdir() if p.name not in {"state.json", *found})
-    mine = names[dist.get_rank() :: dist.get_world_size()]
-    return found | dict(parallel.gather_over_all([(name, _crc(folder / name)) for name in mine]))
+    checksums = dict(parallel.gather_over_all(list(known.items())))
+    names = sorted(p.name for p in folder.iterdir() if p.name not in {"state.json", *checksums})
+    shares = names[dist.get_rank() :: dist.get_world_size()]
+    return checksums | dict(
+        parallel.gather_over_all([(name, _crc(folder / name)) for name in shares])
+    )
 
 
 def _crc(path: Path) -> int:
@@ -239,11 +241,11 @@ def complete(folder: Path) -> list[Path]:
 
 
 def load_latest(engine: Any, folder: Path) -> tuple[int, dict[str, Any]] | None:
-    found = complete(folder)
-    if not found:
+    steps = complete(folder)
+    if not steps:
         return None
-    state = _load(found[-1], partial(_load_step, engine))
-    tensors = found[-1] / TENSORS
+    state = _load(steps[-1], partial(_load_step, engine))
+    tensors = steps[-1] / TENSORS
     return state.pop("step"), state | ({"tensors": load_file(tensors)} if tensors.exists() else {})
 
 

@@ -234,12 +234,12 @@ class Engine:
 
         def loss_func(part: ContextShard, out: LMHead) -> tuple[Tensor, Tensor, Any]:
             zero = out.hidden.new_zeros(())
-            whole = replace(out, hidden=part.whole(out.hidden), cp_group=None)
-            return zero, torch.tensor(1, dtype=torch.int), fn(whole, part.original)
+            gathered = replace(out, hidden=part.whole(out.hidden), cp_group=None)
+            return zero, torch.tensor(1, dtype=torch.int), fn(gathered, part.original)
 
-        found = self._forward(parts, loss_func, forward_only=True)[: len(batches)]
+        outputs = self._forward(parts, loss_func, forward_only=True)[: len(batches)]
         routes = self._whole_routes(parts[: len(batches)])
-        return parallel.gather_over_pipeline(found), routes  # the other stages have none
+        return parallel.gather_over_pipeline(outputs), routes  # the other stages have none
 
     def _part(self, batch: Batch) -> ContextShard:
         config = self.config
@@ -320,7 +320,7 @@ class Engine:
         -> (tokens of the context-parallel rank, topk)."""
         assert self.routing is not None
         return [
-            {layer: self.gathered(found) for layer, found in layers.items()}
+            {layer: self.gathered(indices) for layer, indices in layers.items()}
             for layers in self.routing.passes()
         ]
 
@@ -329,15 +329,15 @@ class Engine:
         nothing is recorded."""
         if self.routing is None or self.routing.recorded is None:
             return []
-        mine = []
+        by_layer = []
         for part, layers in zip(parts, self.routes(), strict=False):  # fillers come last
-            mine.append({layer: part.whole(found).cpu() for layer, found in layers.items()})
-        stages = parallel.gather_over_pipeline([mine])
-        found = []
+            by_layer.append({layer: part.whole(indices).cpu() for layer, indices in layers.items()})
+        stages = parallel.gather_over_pipeline([by_layer])
+        indices = []
         for passes in zip(*stages, strict=True):
             layers = {layer: routes for stage in passes for layer, routes in stage.items()}
-            found.append(torch.cat([layers[i] for i in sorted(layers)], 1))
-        return found
+            indices.append(torch.cat([layers[i] for i in sorted(layers)], 1))
+        return indices
 
     def _in_step(self, parts: list[ContextShard]) -> tuple[list[ContextShard], Count]:
         # an interleaved pipeline goes round in whole turns
@@ -379,9 +379,9 @@ class Engine:
     def load_latest(self, folder: Path) -> tuple[int, dict[str, Any]] | None:
         """Resume from the newest complete checkpoint: (step, state), or None when there is none."""
         self.finish_saving()
-        found = checkpoint.load_latest(self, folder)
-        self.updated = found is not None
+        loaded = checkpoint.load_latest(self, folder)
+        self.updated = loaded is not None
         self.weight_version += self.updated
-        if found and self.balance:
-            self.balance.restore(found[1].pop(_CHOICES, None))
-        return found
+        if loaded and self.balance:
+            self.balance.restore(loaded[1].pop(_CHOICES, None))
+        return loaded

@@ -25,16 +25,16 @@ class LMHead:
 
     def logits(self) -> Tensor:
         """(T, ids) fp32, of the whole vocabulary: for a few rows to sample from or to compare."""
-        own = (self.hidden @ self.weight.T).float()
+        shard = (self.hidden @ self.weight.T).float()
         if self.tp_group is None:
-            return own[:, : self.valid_vocab]
-        shards = [torch.empty_like(own) for _ in range(self.tp_group.size())]
-        dist.all_gather(shards, own, group=self.tp_group)
+            return shard[:, : self.valid_vocab]
+        shards = [torch.empty_like(shard) for _ in range(self.tp_group.size())]
+        dist.all_gather(shards, shard, group=self.tp_group)
         return torch.cat(shards, -1)[:, : self.valid_vocab]
 
     def rows(self, ids: Tensor) -> Tensor:
         """(n, H) the lm_head's rows of the ids, whichever rank holds them; differentiable."""
-        place = ids - vocab.shard_offset(self.weight, self.tp_group)
-        held = ((place >= 0) & (place < len(self.weight)))[:, None]
-        own = self.weight[place.clamp(0, len(self.weight) - 1)]
-        return vocab.reduce_from_tp_region(torch.where(held, own, 0.0), self.tp_group)
+        index = ids - vocab.shard_offset(self.weight, self.tp_group)
+        held = ((index >= 0) & (index < len(self.weight)))[:, None]
+        local_rows = self.weight[index.clamp(0, len(self.weight) - 1)]
+        return vocab.reduce_from_tp_region(torch.where(held, local_rows, 0.0), self.tp_group)

@@ -4,7 +4,7 @@ and sums over data-parallel ranks.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,12 +19,13 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 
 from q3mega.config.layout import Layout, launched
-from q3mega.data.batch import Batch
+from q3mega.data.batch import Batch, Sample, collate, pack
 from q3mega.engine import megatron_patches
 from q3mega.errors import UserError
 from q3mega.ops import context_parallel
 
 _T = TypeVar("_T")
+_Item = TypeVar("_Item")
 # Ranks wait for the one that prepares data, and for those that sample longest; a dead one is seen
 # at once by whoever started it.
 PATIENCE = timedelta(hours=6)
@@ -157,18 +158,18 @@ def shard_for_context_parallel(
     filled = (lengths + document - 1) // document * document
     end = torch.cat([filled.new_zeros(1), filled.cumsum(0)])
     row = torch.repeat_interleave(end[:-1] - batch.cu_seqlens[:-1], lengths)
-    place = row + torch.arange(len(batch), device=row.device)
-    rest = -int(end[-1]) % math.lcm(document, size * ways * multiple)
-    if rest:
-        end = torch.cat([end, end[-1:] + rest])
+    positions = row + torch.arange(len(batch), device=row.device)
+    padding = -int(end[-1]) % math.lcm(document, size * ways * multiple)
+    if padding:
+        end = torch.cat([end, end[-1:] + padding])
     end = end.to(batch.cu_seqlens.dtype)
-    spread = batch.at(place, int(end[-1]))
+    spread = batch.at(positions, int(end[-1]))
     rank = ps.get_context_parallel_rank()
     held = context_parallel.zigzag(end, rank, size) if size > 1 else torch.arange(len(spread))
-    held = held.to(place.device)
-    real = torch.zeros(len(spread), dtype=torch.bool, device=place.device)
-    real[place] = not batch.filler
-    return ContextShard(batch, spread.take(held, end // size), end, place, real[held])
+    held = held.to(positions.device)
+    real = torch.zeros(len(spread), dtype=torch.bool, device=positions.device)
+    real[positions] = not batch.filler
+    return ContextShard(batch, spread.take(held, end // size), end, positions, real[held])
 
 
 @dataclass
@@ -305,3 +306,35 @@ def max_over_expert_group(count: int) -> int:
     most = torch.tensor(count, device=device.device())
     dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
     return int(most)
+
+
+def map_over_data_ranks(
+    items: Sequence[_Item], compute: Callable[[list[_Item]], Sequence[_T]]
+) -> list[_T]:
+    """compute's result for each item, in order, on every rank.
+
+    Every data-parallel rank computes every `data_size`-th item. Collective: all ranks call it with
+    the same items.
+    """
+    numbers = range(len(items))[data_rank() :: data_size()]
+    results = compute([items[number] for number in numbers])
+    by_number = dict(gather_over_data(list(zip(numbers, results, strict=True))))
+    return [by_number[number] for number in range(len(items))]
+
+
+def shard_by_length(samples: Sequence[Sample], capacity: int) -> list[Batch]:
+    """This data-parallel rank's part of a global batch, in micro-batches of `capacity` tokens.
+
+    Longest first to the rank with the least, so that ranks finish together. With fewer samples than
+    ranks (few groups of a rollout batch may carry a signal) the others get a filler.
+    """
+    size, rank = data_size(), data_rank()
+    loads, local_samples = [0] * size, []
+    for sample in sorted(samples, key=len, reverse=True):
+        lightest = loads.index(min(loads))
+        loads[lightest] += len(sample)
+        if lightest == rank:
+            local_samples.append(sample)
+    if samples and not local_samples:
+        return [collate([min(samples, key=len)]).as_filler()]
+    return pack(local_samples, capacity)

@@ -65,8 +65,8 @@ def averages(scores: Sequence[Sequence[float | None]]) -> dict[str, float]:
     """
     judged = [_judged(tries) for tries in scores]
     means = proportion(statistics.fmean(tries) for tries in judged if tries)
-    asked, left = sum(map(len, scores)), sum(map(len, judged))
-    return means if left == asked else means | {"unscored_fraction": 1 - left / asked}
+    total, left = sum(map(len, scores)), sum(map(len, judged))
+    return means if left == total else means | {"unscored_fraction": 1 - left / total}
 
 
 def pass_at_k(correct: Sequence[Sequence[bool | None]], k: int) -> dict[str, float]:
@@ -131,16 +131,16 @@ def answers(
 ) -> list[list[Answer]]:
     """params.n answers to each problem, the work shared by the data-parallel ranks."""
     rank, size = parallel.data_rank(), parallel.data_size()
-    mine = list(enumerate(problems))[rank::size]
+    numbered = list(enumerate(problems))[rank::size]
     prompts = [
         tokenizer.encode(render(flagged(p, mode), tools=p.tools, add_generation_prompt=True))
-        for _, p in mine
+        for _, p in numbered
     ]
     completions = sampler.generate(prompts, replace(params, seed=params.seed + rank))
-    done = [(i, c) for (i, _), c in zip(mine, completions, strict=True)]
-    found = dict(parallel.gather_over_data(done))
+    done = [(i, c) for (i, _), c in zip(numbered, completions, strict=True)]
+    by_number = dict(parallel.gather_over_data(done))
     return [
-        [Answer(p, c, text_of(c, tokenizer), params.max_tokens) for c in found[i]]
+        [Answer(p, c, text_of(c, tokenizer), params.max_tokens) for c in by_number[i]]
         for i, p in enumerate(problems)
     ]
 
@@ -180,8 +180,8 @@ def graded(
     prompts = [tokenizer.encode(text) for text in texts]
     each = [i for i in range(len(rows)) for _ in range(params.n)]
     environments = [environment_of(problems[i]) for i in each]
-    asked = [prompts[i] for i in each]
-    episodes = run_episodes(sampler, tokenizer, asked, environments, params)
+    prompts_now = [prompts[i] for i in each]
+    episodes = run_episodes(sampler, tokenizer, prompts_now, environments, params)
     scores = [
         _scored(turns[-1], rows[i], sum(c.mask), params.max_tokens * len(turns))
         for i, (c, turns) in zip(each, episodes, strict=True)
@@ -194,9 +194,9 @@ def _scored(text: str, row: Mapping[str, Any], tokens: int, max_tokens: int) -> 
     return score(row["reward"], text, given).score
 
 
-def accuracy(found: Sequence[Sequence[Answer]]) -> dict[str, float]:
+def accuracy(answered: Sequence[Sequence[Answer]]) -> dict[str, float]:
     """Share of right answers, over problems and tries."""
-    return averages([[a.correct for a in tries] for tries in found])
+    return averages([[a.correct for a in tries] for tries in answered])
 
 
 def thinking(
@@ -216,13 +216,13 @@ def thinking(
         ("think_accuracy_greedy", 0.0),
     ):
         params = SamplingParams(max_tokens, temperature, seed=seed)
-        found = answers(sampler, tokenizer, problems, params, mode)
-        results[name] = accuracy(found)
+        answered = answers(sampler, tokenizer, problems, params, mode)
+        results[name] = accuracy(answered)
         if name == "think_accuracy":
             for family in dict.fromkeys(p.family for p in problems):
-                members = [tries for tries in found if tries[0].problem.family == family]
+                members = [tries for tries in answered if tries[0].problem.family == family]
                 results[f"think_accuracy/{family}"] = accuracy(members)
-            results["answered"] = proportion(a.answered for tries in found for a in tries)
+            results["answered"] = proportion(a.answered for tries in answered for a in tries)
     return results
 
 
@@ -249,19 +249,19 @@ def capabilities(
             f, 2 * per_family if f == "think_follow" else per_family, seed=0, heldout=True
         )
     ]
-    mine = list(enumerate(problems))[parallel.data_rank() :: parallel.data_size()]
+    numbered = list(enumerate(problems))[parallel.data_rank() :: parallel.data_size()]
     prompts = [
         tokenizer.encode(render(p.messages, tools=p.tools, add_generation_prompt=True))
-        for _, p in mine
+        for _, p in numbered
     ]
     params = SamplingParams(max_tokens, 0.6, seed=seed + parallel.data_rank())
-    environments = [environment_of(p) for _, p in mine]
+    environments = [environment_of(p) for _, p in numbered]
     episodes = run_episodes(sampler, tokenizer, prompts, environments, params)
-    scored = [(i, success(p, turns)) for (i, p), (_, turns) in zip(mine, episodes, strict=True)]
-    found = dict(parallel.gather_over_data(scored))
+    scored = [(i, success(p, turns)) for (i, p), (_, turns) in zip(numbered, episodes, strict=True)]
+    by_number = dict(parallel.gather_over_data(scored))
     results = {}
     for name in general.CAPABILITIES:
-        rows = [(p.family, found[i]) for i, p in enumerate(problems) if p.capability == name]
+        rows = [(p.family, by_number[i]) for i, p in enumerate(problems) if p.capability == name]
         results[f"capability_{name}"] = proportion(s for _, s in rows)
         for family in dict.fromkeys(f for f, _ in rows):
             results[f"task/{family}"] = proportion(s for f, s in rows if f == family)
@@ -291,11 +291,11 @@ def budget_curve(
     """Accuracy by thinking budget (Qwen3 report, figure 2), and the smallest share answered."""
     rows, shares = [], []
     for budget in budgets:
-        found = answers(
+        answered = answers(
             sampler, tokenizer, problems, replace(params, thinking_budget=budget), "think"
         )
-        rows.append(accuracy(found))
-        shares.append(proportion(a.answered for tries in found for a in tries))
+        rows.append(accuracy(answered))
+        shares.append(proportion(a.answered for tries in answered for a in tries))
     curve = {
         "x": list(budgets),
         "y": [r["value"] for r in rows],
@@ -332,10 +332,10 @@ def loss_by_kind(
 def nll(engine: Engine, documents: Iterable[list[int]], sequence: int) -> tuple[float, float]:
     """(sum of nats, number of tokens) over the first `sequence` tokens of each document."""
     tokens = [ids[:sequence] for ids in documents if len(ids) > 1]
-    mine = [Sample(t, [0.0] + [1.0] * (len(t) - 1)) for t in tokens][
+    samples = [Sample(t, [0.0] + [1.0] * (len(t) - 1)) for t in tokens][
         parallel.data_rank() :: parallel.data_size()
     ]
-    parts = engine.evaluate(pack(mine, 4 * sequence), _nll)
+    parts = engine.evaluate(pack(samples, 4 * sequence), _nll)
     total, n = np.array(parallel.gather_over_data(parts)).sum(0)
     return total, n
 
@@ -365,8 +365,8 @@ def expert_load(
     for hook in hooks:
         hook.remove()
     counts = [parallel.sum_over_tokens(total) for total in counts]
-    own = [float(total.max() / total.mean()) for total in counts]
-    loads = parallel.gather_over_pipeline(own)
+    imbalance = [float(total.max() / total.mean()) for total in counts]
+    loads = parallel.gather_over_pipeline(imbalance)
     return {
         "expert_load_worst_layer": {"value": max(loads), "n": len(loads)},
         "expert_load_best_layer": {"value": min(loads), "n": len(loads)},
@@ -383,8 +383,8 @@ def retrieval(engine: Engine, samples: Sequence[Sample]) -> dict[str, float]:
 
     Teacher-forced arg-max on every token of the value, which is what greedy decoding would give.
     """
-    mine = samples[parallel.data_rank() :: parallel.data_size()]
-    parts = engine.evaluate(pack(mine, max(map(len, samples))), _read_back)
+    local_samples = samples[parallel.data_rank() :: parallel.data_size()]
+    parts = engine.evaluate(pack(local_samples, max(map(len, samples))), _read_back)
     return proportion(hit for part in parallel.gather_over_data(parts) for hit in part)
 
 
@@ -394,22 +394,24 @@ def _haystacks(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Sam
     for _ in range(n):
         beginning, value = documents.needle(rng)
         line = tokenizer.encode(f"{beginning}{value}.\n")
-        asked, answer = tokenizer.encode(beginning), tokenizer.encode(value)
-        room = length - len(line) - len(asked) - len(answer)
+        question, answer = tokenizer.encode(beginning), tokenizer.encode(value)
+        room = length - len(line) - len(question) - len(answer)
         straw: list[list[int]] = []
         while (missing := room - sum(map(len, straw))) > 0:
             straw.append(tokenizer.encode(TaggedText(next(hay) + "\n"))[:missing])
         straw.insert(rng.randint(0, len(straw)), line)
-        prompt = [t for part in straw for t in part] + asked
+        prompt = [t for part in straw for t in part] + question
         samples.append(Sample(prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer)))
     return samples
 
 
 def _read_back(head: LMHead, batch: Batch) -> list[bool]:
     """One outcome a value: a run of weighted positions."""
-    asked = batch.loss_weights > 0
-    few = replace(head, hidden=head.hidden[asked])  # logits of a whole document would fill a GPU
-    right = (few.logits().argmax(-1) == batch.targets[asked]).tolist()
-    places = asked.nonzero()[:, 0].tolist()
-    values = itertools.groupby(enumerate(places), key=lambda pair: pair[1] - pair[0])
+    is_answer = batch.loss_weights > 0
+    few = replace(
+        head, hidden=head.hidden[is_answer]
+    )  # logits of a whole document would fill a GPU
+    right = (few.logits().argmax(-1) == batch.targets[is_answer]).tolist()
+    positions = is_answer.nonzero()[:, 0].tolist()
+    values = itertools.groupby(enumerate(positions), key=lambda pair: pair[1] - pair[0])
     return [all(right[i] for i, _ in value) for _, value in values]

@@ -42,18 +42,18 @@ def measure(
     """Compare on what the sampler writes, at temperature 1 and, for `flipped`, greedily; with
     params.routes a mixture's experts, too."""
     even = replace(params, temperature=1.0, top_p=1.0, top_k=0)
-    found = _pairs(prompts, sampler.generate(prompts, even))
-    pairs = [(p, c.tokens) for p, c in found]
+    completions = _pairs(prompts, sampler.generate(prompts, even))
+    pairs = [(p, c.tokens) for p, c in completions]
     routes = None
     if params.routes:
-        trainer, own = map(list, zip(*routed_logprobs(engine, pairs), strict=True))
-        routes = _differing([c.routes for _, c in found], own, engine.shape.topk)
+        trainer, own_experts = map(list, zip(*routed_logprobs(engine, pairs), strict=True))
+        routes = _differing([c.routes for _, c in completions], own_experts, engine.shape.topk)
     else:
         trainer = token_logprobs(engine, pairs)
     deltas = [
         a - b
-        for own, (_, c) in zip(trainer, found, strict=True)
-        for a, b, chosen in zip(own, c.logprobs, c.mask, strict=True)
+        for own_experts, (_, c) in zip(trainer, completions, strict=True)
+        for a, b, chosen in zip(own_experts, c.logprobs, c.mask, strict=True)
         if chosen
     ]
     greedy = _pairs(
@@ -62,8 +62,8 @@ def measure(
     best = each_sequence(engine, [p + c.tokens for p, c in greedy], _best)
     flips = [
         a != b
-        for own, (p, c) in zip(best, greedy, strict=True)
-        for a, b, chosen in zip(own[len(p) - 1 : -1], c.tokens, c.mask, strict=True)
+        for own_experts, (p, c) in zip(best, greedy, strict=True)
+        for a, b, chosen in zip(own_experts[len(p) - 1 : -1], c.tokens, c.mask, strict=True)
         if chosen
     ]
     return _gap(deltas, flips, routes)
@@ -85,12 +85,12 @@ def record(engine: Engine, documents: Sequence[list[int]]) -> Record:
     pairs = [(d[:1], d[1:]) for d in documents]
     routes = None
     if engine.routing:
-        found, own = map(list, zip(*routed_logprobs(engine, pairs), strict=True))
-        routes = [each.tolist() for each in own]
+        logprobs, experts = map(list, zip(*routed_logprobs(engine, pairs), strict=True))
+        routes = [each.tolist() for each in experts]
     else:
-        found = token_logprobs(engine, pairs)
+        logprobs = token_logprobs(engine, pairs)
     best = [row[:-1] for row in each_sequence(engine, documents, _best)]
-    return Record(documents=list(documents), logprobs=found, best=best, routes=routes)
+    return Record(documents=list(documents), logprobs=logprobs, best=best, routes=routes)
 
 
 def between(one: Record, other: Record, topk: int) -> Gap:
@@ -123,17 +123,17 @@ def _gap(deltas: Sequence[float], flips: Sequence[bool], routes: float | None) -
     )
 
 
-def _differing(found: Sequence[Tensor | None], own: Sequence[Tensor], topk: int) -> float:
-    pairs = zip(found, own, strict=True)
+def _differing(sampled: Sequence[Tensor | None], ours: Sequence[Tensor], topk: int) -> float:
+    pairs = zip(sampled, ours, strict=True)
     counts = [differing(theirs, routes, topk) for theirs, routes in pairs if theirs is not None]
     differ, of = (sum(each) for each in zip(*counts, strict=True))
     return differ / of
 
 
 def _pairs(
-    prompts: Sequence[list[int]], found: Sequence[Sequence[Completion]]
+    prompts: Sequence[list[int]], completions: Sequence[Sequence[Completion]]
 ) -> list[tuple[list[int], Completion]]:
-    return [(p, c) for p, group in zip(prompts, found, strict=True) for c in group]
+    return [(p, c) for p, group in zip(prompts, completions, strict=True) for c in group]
 
 
 def _best(head: LMHead, batch: Batch) -> list[list[int]]:

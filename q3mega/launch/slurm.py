@@ -106,9 +106,9 @@ def script(recipe: Recipe, run_dir: Path, stage: str) -> str:
         "signal": f"B:USR1@{ask.lead}",
         "output": _pattern(run_dir / "slurm") + f"/{stage}-%j.log",
     }
-    asked = [f"#SBATCH --{k}={_quoted(str(v))}" for k, v in options.items() if v is not None]
-    asked += ["#SBATCH --exclusive"] * ask.exclusive
-    asked += [f"#SBATCH {option}" for option in ask.options]
+    directives = [f"#SBATCH --{k}={_quoted(str(v))}" for k, v in options.items() if v is not None]
+    directives += ["#SBATCH --exclusive"] * ask.exclusive
+    directives += [f"#SBATCH {option}" for option in ask.options]
     folder = recipe.stage_dir(run_dir, stage)
     began = run_dir / "slurm" / f".{stage}.began"
     python, here = shlex.quote(ask.python or sys.executable), shlex.quote(sys.executable)
@@ -122,7 +122,7 @@ def script(recipe: Recipe, run_dir: Path, stage: str) -> str:
     return "\n".join(
         [
             "#!/bin/bash",
-            *asked,
+            *directives,
             "#SBATCH --requeue",
             "#SBATCH --open-mode=append",
             "",

@@ -164,9 +164,9 @@ def load(models: list[Any], shape: Qwen3Shape, folder: str | Path, ids: int | No
     Raises UserError for another shape, a missing tensor, and one that has no place in the model.
     """
     folder = Path(folder)
-    found = shape_of(folder)
-    if ids is not None and min(found.vocab, shape.vocab) >= ids:
-        found = replace(found, vocab=shape.vocab)
+    file_shape = shape_of(folder)
+    if ids is not None and min(file_shape.vocab, shape.vocab) >= ids:
+        file_shape = replace(file_shape, vocab=shape.vocab)
     width = "moe_ffn" if shape.experts else "ffn"
     for field in (
         "layers",
@@ -182,7 +182,7 @@ def load(models: list[Any], shape: Qwen3Shape, folder: str | Path, ids: int | No
         width,
         *(("topk", "norm_topk") if shape.experts else ()),
     ):
-        have, want = getattr(found, field), getattr(shape, field)
+        have, want = getattr(file_shape, field), getattr(shape, field)
         if have != want:
             raise UserError(
                 f"checkpoint {folder} has {field}={have} but the recipe's model has {field}={want}"
@@ -227,8 +227,8 @@ def whole(models: list[Any], shape: Qwen3Shape) -> Iterator[tuple[str, Tensor]]:
     count = sum(1 for model in models for _ in model.named_parameters())
     for _ in range(max(_of_all_ranks(count))):  # the ranks in step: stages differ in length
         row = next(rows, [])
-        said = [(n, t.shape, t.dtype) for n, t in row] if rank else []
-        for source, box in enumerate(_of_all_ranks(said)):
+        shapes = [(n, t.shape, t.dtype) for n, t in row] if rank else []
+        for source, box in enumerate(_of_all_ranks(shapes)):
             if rank == source:
                 for _, tensor in row if rank else ():
                     dist.send(tensor, 0)

@@ -64,10 +64,10 @@ class Reader:
             )
         return part[:] if index is None else part[index]
 
-    def check_leftovers(self, asked: set[str]) -> None:
+    def check_leftovers(self, read: set[str]) -> None:
         """Raise UserError for tensors that are not among those that any rank has asked for."""
         copies = {LM_HEAD} if self.tied else set()
-        left = sorted(self.where.keys() - asked - copies)
+        left = sorted(self.where.keys() - read - copies)
         if left:
             raise UserError(
                 f"checkpoint {self.folder} has {len(left)} tensors without a place in this model "
@@ -102,11 +102,11 @@ class Reader:
 def audit(folder: Path, shape: Qwen3Shape) -> dict[str, str]:
     """Every tensor of the folder and of the shape, by name: "mapped", "missing" or "left over"."""
     reader = Reader(folder, shape)
-    held, wanted = set(reader.where), set(reader.sizes)
+    held, expected = set(reader.where), set(reader.sizes)
     if shape.tied and LM_HEAD not in held:  # some write a copy of the embedding, too
-        wanted.remove(LM_HEAD)
-    states = {name: "mapped" if name in wanted else "left over" for name in held}
-    return dict(sorted((states | dict.fromkeys(wanted - held, "missing")).items()))
+        expected.remove(LM_HEAD)
+    states = {name: "mapped" if name in expected else "left over" for name in held}
+    return dict(sorted((states | dict.fromkeys(expected - held, "missing")).items()))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -157,7 +157,7 @@ def _sizes(shape: Qwen3Shape, held: dict[str, Any]) -> Iterator[tuple[str, tuple
     mlp = {
         "gate_proj": (width, s.hidden), "up_proj": (width, s.hidden), "down_proj": (s.hidden, width)
     }  # fmt: skip
-    places = [f"mlp.experts.{e}." for e in range(s.experts)] or ["mlp."]
+    prefixes = [f"mlp.experts.{e}." for e in range(s.experts)] or ["mlp."]
     for layer in range(s.layers):
         prefix = f"model.layers.{layer}."
         for name, size in (attention | router).items():
@@ -167,5 +167,5 @@ def _sizes(shape: Qwen3Shape, held: dict[str, Any]) -> Iterator[tuple[str, tuple
             yield f"{stacked}gate_up_proj", (s.experts, 2 * s.moe_ffn, s.hidden)
             yield f"{stacked}down_proj", (s.experts, s.hidden, s.moe_ffn)
             continue
-        for place in places:
-            yield from ((f"{prefix}{place}{name}.weight", size) for name, size in mlp.items())
+        for module in prefixes:
+            yield from ((f"{prefix}{module}{name}.weight", size) for name, size in mlp.items())

@@ -76,9 +76,9 @@ class Routing:
         """What was recorded since the last call: of each pass, layer -> (tokens held here, topk),
         as in a column of routes."""
         assert self.recorded is not None
-        found, self.recorded = self.recorded, {}
-        rows = zip(*found.values(), strict=True)
-        return [dict(zip(found, row, strict=True)) for row in rows]
+        recorded, self.recorded = self.recorded, {}
+        rows = zip(*recorded.values(), strict=True)
+        return [dict(zip(recorded, row, strict=True)) for row in rows]
 
 
 class _Router:
@@ -102,16 +102,16 @@ class _Router:
         balance = self.routing.balance
         if balance and real is not None:
             scores = balance.attach(self.layer, scores, real)
-        values, own = choose(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        values, chosen = choose(scores, topk, num_groups=num_groups, group_topk=group_topk)
         if balance and real is not None and self.routing.forward:
-            balance.count(self.layer, own, real)
+            balance.count(self.layer, chosen, real)
         recorded = self.routing.recorded
         if recorded is not None:
-            recorded.setdefault(self.layer, []).append((own + 1).to(self.routing.dtype))
+            recorded.setdefault(self.layer, []).append((chosen + 1).to(self.routing.dtype))
         if routes is None:
-            return values, own
-        routes = routes.to(own)  # ids are exact in whatever type they come
-        taken = torch.where(routes > 0, routes - 1, own)
+            return values, chosen
+        routes = routes.to(chosen)  # ids are exact in whatever type they come
+        taken = torch.where(routes > 0, routes - 1, chosen)
         return scores.gather(1, taken), taken
 
     def _of_these_tokens(self) -> tuple[Tensor | None, Tensor | None]:

@@ -164,7 +164,7 @@ CONTEXT_BYTES = 1.5 * GIB  # CUDA, NCCL, what the allocator cannot use
 
 def memory(job: Job) -> dict[str, float]:
     """Bytes of the fullest rank by component: bf16 weights, fp32 gradients, Adam."""
-    return max(by_stage(job), key=lambda found: sum(found.values()))
+    return max(by_stage(job), key=lambda parts: sum(parts.values()))
 
 
 def by_stage(job: Job) -> list[dict[str, float]]:
@@ -200,19 +200,19 @@ def _sent_of_layer(job: Job) -> dict[str, float]:
     s, a, t = job.shape, job.layout, job.tokens
     gathers = 4 if s.experts else 8  # and their scatters; a quarter more for the backward's
     kept = 2 * s.kv_heads * s.head_dim * 2 / a.tensor
-    found = {
+    bytes_by_axis = {
         "tensor": 1.25 * gathers * t * s.hidden * 2 * (a.tensor - 1) / a.tensor,
         "context": 2 * t * (a.context - 1) * kept,  # keys and values gathered, gradients summed
     }
     if not s.experts:
-        return found
+        return bytes_by_axis
     # there and back, forward and backward; between nodes a fused dispatcher sends a token once a
     # node, an all-to-all once an expert
     ways, volume = a.expert * a.expert_tensor, 4 * t / a.tensor * s.hidden * 2
     nodes = max(1.0, ways / job.card.node)
     far = min(s.topk, nodes) if job.dispatch == "fused" else s.topk
     near = s.topk / nodes * (1 - nodes / ways) if ways > 1 else 0.0
-    return found | {"experts": volume * near, "experts_far": volume * far * (1 - 1 / nodes)}
+    return bytes_by_axis | {"experts": volume * near, "experts_far": volume * far * (1 - 1 / nodes)}
 
 
 # What is recomputed is also told once more: times what the axes send without.
@@ -225,15 +225,17 @@ def sent(job: Job) -> dict[str, float]:
     a, middle = job.layout, 1 if job.layout.pipeline > 1 else 0
     times = _layers(job, middle) * job.micro_batches
     again = TOLD_AGAIN.get(job.recompute, {})
-    found = {axis: size * times * again.get(axis, 1) for axis, size in _sent_of_layer(job).items()}
+    bytes_by_axis = {
+        axis: size * times * again.get(axis, 1) for axis, size in _sent_of_layer(job).items()
+    }
     if a.pipeline > 1:  # activations on, their gradients back; of two stages each has one of them
         each = min(a.pipeline - 1, 2) * job.tokens * job.shape.hidden * 2 / _shards(job)
-        found["pipeline"] = each * job.micro_batches * a.virtual_pipeline
+        bytes_by_axis["pipeline"] = each * job.micro_batches * a.virtual_pipeline
     dense, experts = parameters(job, middle)
     copies, expert_copies = _copies(job)
     # fp32 gradients are reduced and scattered, bf16 weights gathered
-    found["data"] = 6 * (dense * (1 - 1 / copies) + experts * (1 - 1 / expert_copies))
-    return found
+    bytes_by_axis["data"] = 6 * (dense * (1 - 1 / copies) + experts * (1 - 1 / expert_copies))
+    return bytes_by_axis
 
 
 # -- time ------------------------------------------------------------------------------------------
@@ -273,41 +275,42 @@ def step(job: Job, rates: Rates = RATES) -> Step:
 
 def _layer(job: Job, rates: Rates) -> dict[str, float]:
     """Seconds of a layer's forward and backward over one micro-batch."""
-    s, a, card, told = job.shape, job.layout, job.card, _sent_of_layer(job)
+    s, a, card, bytes_sent = job.shape, job.layout, job.card, _sent_of_layer(job)
     t, q = job.tokens, s.heads * s.head_dim
     faster, casts = (rates.fp8, rates.casts) if job.precision == "fp8" else (1.0, 1.0)
     rate = card.flops * rates.projection * faster
     skew = rates.skew if s.experts and not job.forced else 1.0
-    own = t / a.tensor
-    traffic = own * 2 * (20 * s.hidden + 8 * (q + 2 * s.kv_heads * s.head_dim))
+    local_tokens = t / a.tensor
+    traffic = local_tokens * 2 * (20 * s.hidden + 8 * (q + 2 * s.kv_heads * s.head_dim))
     parts = {
-        "projections": 6 * own * s.attention_parameters() / rate,
-        "attention": 6 * own * q * job.sequence / (card.flops * rates.attention),
+        "projections": 6 * local_tokens * s.attention_parameters() / rate,
+        "attention": 6 * local_tokens * q * job.sequence / (card.flops * rates.attention),
     }
     launch = rates.launch
     if s.experts:
-        routed = own * s.topk * skew
+        routed = local_tokens * s.topk * skew
         products = 6 * routed * 3 * s.hidden * s.moe_ffn
         parts["experts"] = products / (card.flops * rates.expert * faster)
         share = rates.fused_dispatch if job.dispatch == "fused" else rates.all_to_all
         alone = (
-            told["experts_far"] / card.network_bandwidth + told["experts"] / card.nvlink_bandwidth
+            bytes_sent["experts_far"] / card.network_bandwidth
+            + bytes_sent["experts"] / card.nvlink_bandwidth
         )
         visible = 1 - rates.hidden if job.overlap else 1.0
         parts["dispatch"] = skew * alone * visible / share
         traffic += rates.permute * routed * 2 * (8 * s.hidden + 10 * s.moe_ffn)
         launch *= rates.graphs if job.graphs else 1.0
     else:
-        parts["mlp"] = 6 * own * 3 * s.hidden * s.ffn / rate
-        traffic += own * 2 * 8 * s.ffn
+        parts["mlp"] = 6 * local_tokens * 3 * s.hidden * s.ffn / rate
+        traffic += local_tokens * 2 * 8 * s.ffn
         launch *= rates.launch_dense
     parts["traffic"] = traffic * casts / (card.hbm_bandwidth * rates.traffic)
     parts["launch"] = launch
     if a.tensor > 1:
-        parts["tensor"] = told["tensor"] / (card.nvlink_bandwidth * rates.link)
+        parts["tensor"] = bytes_sent["tensor"] / (card.nvlink_bandwidth * rates.link)
     if a.context > 1:
         near = a.tensor * a.context <= card.node
-        seen = 0.75 * told["context"]  # the rest hides behind the products
+        seen = 0.75 * bytes_sent["context"]  # the rest hides behind the products
         parts["context"] = seen / (
             (card.nvlink_bandwidth if near else card.network_bandwidth) * rates.link
         )

@@ -96,22 +96,22 @@ def layouts(job: Job, gpus: int) -> Iterator[Job]:
                         expert=expert, sequence_parallel=tensor > 1,
                     )  # fmt: skip
                     for virtual in _virtual(s.layers, pipeline):
-                        own = layout.model_copy(update={"virtual_pipeline": virtual})
-                        found = replace(job, layout=own)
+                        tried = layout.model_copy(update={"virtual_pipeline": virtual})
+                        candidate = replace(job, layout=tried)
                         try:
-                            check_layout(own, s)
+                            check_layout(tried, s)
                         except UserError:
                             continue
-                        if found.data * found.micro_batch <= found.batch:
-                            yield found
+                        if candidate.data * candidate.micro_batch <= candidate.batch:
+                            yield candidate
 
 
 def _virtual(layers: int, pipeline: int) -> list[int]:
     """Up to four ways of cutting a stage's layers; the ends count as two if need be."""
-    whole = layers if layers % pipeline == 0 else layers + 2
-    if pipeline == 1 or whole % pipeline:
+    layers_counted = layers if layers % pipeline == 0 else layers + 2
+    if pipeline == 1 or layers_counted % pipeline:
         return [1]
-    per_stage = whole // pipeline
+    per_stage = layers_counted // pipeline
     return [v for v in range(1, per_stage + 1) if per_stage % v == 0][:4]
 
 
@@ -119,11 +119,11 @@ def best(job: Job, gpus: int, count: int = 5) -> list[Job]:
     """The fastest layouts that fit, each with the least recomputation that makes it fit."""
     choices: tuple[Recompute, ...] = ("none", "norms", "experts", "full")
     fitting = []
-    for found in layouts(job, gpus):
+    for candidate in layouts(job, gpus):
         for recompute in choices:
             if recompute == "experts" and not job.shape.experts:
                 continue
-            tried = replace(found, recompute=recompute)
+            tried = replace(candidate, recompute=recompute)
             if sum(memory(tried).values()) <= job.card.memory:
                 fitting.append(tried)
                 break
@@ -142,11 +142,11 @@ def table_of_stages(recipe: Recipe, card: str) -> tuple[str, bool]:
         verdict = "fits" if max(needed) <= job.card.memory else "TOO MUCH"
         fullest = planned.memory[needed.index(max(needed))]
         split = ", ".join(f"{n} {b / GIB:.3g}" for n, b in fullest.items() if b)
-        told = ", ".join(f"{n} {b / GIB:.3g}" for n, b in sent(job).items() if b)
+        traffic = ", ".join(f"{n} {b / GIB:.3g}" for n, b in sent(job).items() if b)
         times = ", ".join(f"{n} {t:.3g}" for n, t in planned.seconds.items())
         cells = [
             planned.stage, _layout(job), f"{max(needed) / GIB:.1f} {verdict}", split,
-            " ".join(f"{n / GIB:.0f}" for n in needed), told or "nothing", times,
+            " ".join(f"{n / GIB:.0f}" for n in needed), traffic or "nothing", times,
             f"{trained.bubble:.0%}", f"{trained.tokens_per_second:,.0f}",
             f"{trained.flops / 1e12:.0f}",
         ]  # fmt: skip
@@ -164,11 +164,11 @@ def table_of_layouts(
 ) -> tuple[str, bool]:
     """(Markdown, whether any fits): the fastest layouts of a model that fit."""
     job = _job(model, gpus, card, sequence, batch)
-    found = best(job, job.layout.processes)
-    if not found:
+    fastest = best(job, job.layout.processes)
+    if not fastest:
         return f"{model} fits no layout of {gpus} {card}: take more GPUs", False
     rows = []
-    for each in found:
+    for each in fastest:
         taken, needed = step(each), sum(memory(each).values())
         sent = sum(taken.parts.get(n, 0.0) for n in ("dispatch", "tensor", "context"))
         share = sent / sum(taken.parts.values())
@@ -219,26 +219,28 @@ def table_of_schedules(
     rows, in_turn = [], 0.0
     for share in (1, 0.75, 0.5, 0.25):
         training = int(gpus * share)
-        found = best(replace(base, batch=packed), training, 1) if training else []
+        fastest = best(replace(base, batch=packed), training, 1) if training else []
         serving = gpus - training if share < 1 else gpus
         rates = _serving(base, serving, mean)
-        if not found or rates is None:
+        if not fastest or rates is None:
             continue
-        rates = replace(rates, train=step(found[0]).seconds * updates)
+        rates = replace(rates, train=step(fastest[0]).seconds * updates)
         allowed = STALENESS if share < 1 else STALENESS[:1]
         times = [pace(finish_times(rates, lengths, n)) for n in allowed]
         in_turn = in_turn or times[0]
         cells = [f"{t:.3g}" for t in times] + [""] * (len(STALENESS) - len(times))
         where = (str(training), str(serving)) if share < 1 else ("all", "all")
-        cells = [*where, _layout(found[0]), f"{rates.train:.3g}", *cells]
+        cells = [*where, _layout(fastest[0]), f"{rates.train:.3g}", *cells]
         rows.append(f"| {' | '.join(cells)} | {in_turn / min(times):.2f} |")
     if not rows:
         return f"reinforcement of {model} does not fit {gpus} {card}: take more GPUs", False
-    told = (
+    summary = (
         f"{sequences} answers a batch of {mean:,.0f} tokens in the mean, {longest:,} at most, "
         f"{updates} updates; simulated, {BATCHES} batches"
     )
-    return "\n".join([told, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]), True
+    return "\n".join(
+        [summary, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]
+    ), True
 
 
 def _serving(job: Job, gpus: int, mean: float) -> Rates | None:

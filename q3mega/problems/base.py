@@ -123,20 +123,20 @@ def generate(
             f"difficulty={(low, high)} of {family}: give a range in {lowest}..{highest}"
         )
     rng = random.Random(f"{family}/{seed}/{heldout}/{low}/{high}")
-    found: dict[str, Problem] = {}
+    by_id: dict[str, Problem] = {}
     stale = 0
-    while len(found) < n:
+    while len(by_id) < n:
         drawn = spec.make(rng, rng.randint(low, high))
-        if drawn.heldout != heldout or drawn.id in found:
+        if drawn.heldout != heldout or drawn.id in by_id:
             stale += 1
             # Coupon collecting: many times more draws in vain than problems exist: none are left.
-            if stale > 1000 + 30 * len(found) * (HELDOUT_ONE_IN if heldout else 1):
+            if stale > 1000 + 30 * len(by_id) * (HELDOUT_ONE_IN if heldout else 1):
                 side = "held out" if heldout else "for training"
                 raise UserError(
-                    f"n={n}: {family} at difficulty {low}..{high} has only {len(found)} distinct "
+                    f"n={n}: {family} at difficulty {low}..{high} has only {len(by_id)} distinct "
                     f"problems {side}; ask for fewer or widen the difficulty"
                 )
             continue
         stale = 0
-        found[drawn.id] = drawn
-    return list(found.values())
+        by_id[drawn.id] = drawn
+    return list(by_id.values())

@@ -72,9 +72,9 @@ def rows(
         return ruler.rows(n or DRAWN, seed, int(length), tokenizer)
     if name == HUMAN_EVAL:
         return _human_eval()[:n]
-    found = list(read(Path(name)))
+    read_rows = list(read(Path(name)))
     ids: dict[str, str] = {}
-    for row in found:
+    for row in read_rows:
         where = row["where"]
         if "reward" not in row:
             raise UserError(
@@ -85,7 +85,7 @@ def rows(
         if "id" in row and (first := ids.setdefault(row["id"], where)) != where:
             raise UserError(f"{where}: id={row['id']!r:.80} is that of {first}: make ids differ")
         with_tools(row)
-    return found[:n]
+    return read_rows[:n]
 
 
 def problems(name: str) -> list[Problem]:
@@ -140,26 +140,26 @@ def _answered(row: Row) -> Row:
 
 def judged(name: str) -> list[Row]:
     """The rows of a file of answers that are known to be right or wrong: `answer`, `right`."""
-    found = answered(name)
-    for row in found:
+    examples = answered(name)
+    for row in examples:
         if not row.get("answer") or "right" not in row:
             raise UserError(
                 f"{row['where']}: a row needs answer, the reference, and right: true or false, "
                 f"not answer={row.get('answer')!r:.80} and right={row.get('right')!r}"
             )
-    return found
+    return examples
 
 
 def pairs(name: str) -> list[tuple[Problem, str, str]]:
     """(problem, chosen, rejected) of each row of a file of preferences."""
-    found = list(read(Path(name)))
-    for row in found:
+    read_rows = list(read(Path(name)))
+    for row in read_rows:
         both = row.get("chosen", ""), row.get("rejected", "")
         if not all(text.strip() for text in both) or both[0] == both[1]:
             raise UserError(f"{row['where']}: chosen and rejected must be two different texts")
         _asked(row)
     stem = Path(name).stem
-    return [(as_problem(row, stem), row["chosen"], row["rejected"]) for row in found]
+    return [(as_problem(row, stem), row["chosen"], row["rejected"]) for row in read_rows]
 
 
 def _asked(row: Row) -> None:
@@ -181,5 +181,5 @@ def _human_eval() -> list[Row]:
 
 def _of_human_eval(row: Row) -> Row:
     row = converted(row)
-    asked = [{"role": "user", "content": row["question"]}]
-    return {"id": row["task_id"], "messages": asked, "reward": "code", "tests": row["tests"]}
+    messages = [{"role": "user", "content": row["question"]}]
+    return {"id": row["task_id"], "messages": messages, "reward": "code", "tests": row["tests"]}

@@ -52,13 +52,13 @@ def _spoken(turn: Any, name: str) -> Row:
 
 def _alpaca(row: Row) -> Row:
     """instruction, input, output."""
-    asked = row.get("instruction")
-    if not isinstance(asked, str) or "messages" in row or "question" in row:
+    question = row.get("instruction")
+    if not isinstance(question, str) or "messages" in row or "question" in row:
         return row
     if isinstance(more := row.get("input"), str) and more:
-        asked = f"{asked}\n\n{more}"
+        question = f"{question}\n\n{more}"
     answer = {"response": row["output"]} if isinstance(row.get("output"), str) else {}
-    return answer | _without(row, "instruction", "input", "output") | {"question": asked}
+    return answer | _without(row, "instruction", "input", "output") | {"question": question}
 
 
 def _ifeval(row: Row) -> Row:
@@ -76,14 +76,14 @@ def _human_eval(row: Row) -> Row:
         return row
     if "tests" in row:
         return row
-    asked = "Complete this function. Give the whole program in one ```python block.\n\n"
-    asked += f"```python\n{row['prompt']}```"
+    question = "Complete this function. Give the whole program in one ```python block.\n\n"
+    question += f"```python\n{row['prompt']}```"
     tests = {
         "entry_point": row["entry_point"].removeprefix("Solution()."),
         "check": row["test"],
         "prompt": row["prompt"],
     }
-    return _program(_without(row, "prompt", "entry_point", "test"), tests, asked)
+    return _program(_without(row, "prompt", "entry_point", "test"), tests, question)
 
 
 def _mbpp(row: Row) -> Row:
@@ -98,9 +98,9 @@ def _mbpp(row: Row) -> Row:
     lines = [line for one in asserts for line in one.split("\n")]
     check = "def check(candidate):\n" + "\n".join(f"    {line}" for line in lines)
     tests = {"entry_point": name[1], "check": "\n".join([*imports, check])}
-    asked = row.get("question") or row.get("text") or row.get("prompt")
-    asked = f"{asked}\nYour function must be called {name[1]} and pass: {lines[0]}"
-    return _program(_without(row, "test_list", "text", "prompt"), tests, asked)
+    question = row.get("question") or row.get("text") or row.get("prompt")
+    question = f"{question}\nYour function must be called {name[1]} and pass: {lines[0]}"
+    return _program(_without(row, "test_list", "text", "prompt"), tests, question)
 
 
 def _apps(row: Row) -> Row:
@@ -153,11 +153,11 @@ def _live_code_bench(row: Row) -> Row:
             for c in cases
         ]  # fmt: skip
         tests = {"entry_point": about["func_name"], "calls": calls}
-    asked = row.get("question_content")
+    question = row.get("question_content")
     if isinstance(code := row.get("starter_code"), str) and code:
-        asked = f"{asked}\n\n```python\n{code}\n```"
+        question = f"{question}\n\n```python\n{code}\n```"
     gone = ("public_test_cases", "private_test_cases", "metadata", "starter_code")
-    return _program(_without(row, *gone, "question_content"), tests, asked)
+    return _program(_without(row, *gone, "question_content"), tests, question)
 
 
 def _question(row: Row) -> Row:
@@ -188,11 +188,11 @@ def _preferences(row: Row) -> Row:
     both = [row.get(name) for name in ("chosen", "rejected")]
     if not all(isinstance(turns, list) and turns for turns in both):
         return row
-    (*asked, better), (*_, worse) = both  # type: ignore[misc]
+    (*prompt, better), (*_, worse) = both  # type: ignore[misc]
     if not all(isinstance(t, dict) and t.get("role") == "assistant" for t in (better, worse)):
         raise ValueError("chosen and rejected must end in a turn of the assistant")
     replies = {"chosen": better.get("content"), "rejected": worse.get("content")}
-    return ({"messages": asked} if asked and "messages" not in row else {}) | row | replies
+    return ({"messages": prompt} if prompt and "messages" not in row else {}) | row | replies
 
 
 _CONVERSIONS: tuple[Callable[[Row], Row], ...] = (
@@ -201,8 +201,8 @@ _CONVERSIONS: tuple[Callable[[Row], Row], ...] = (
 )  # fmt: skip
 
 
-def _program(row: Row, tests: Row, asked: Any = None) -> Row:
-    question = {"question": asked} if isinstance(asked, str) and "messages" not in row else {}
+def _program(row: Row, tests: Row, text: Any = None) -> Row:
+    question = {"question": text} if isinstance(text, str) and "messages" not in row else {}
     return {"reward": "code"} | row | question | {"tests": tests}
 
 

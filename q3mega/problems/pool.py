@@ -24,8 +24,8 @@ class Pool:
         for drawn in itertools.chain.from_iterable(map(files.problems, names)):
             _agrees(drawn, distinct.setdefault(drawn.id, drawn))
         self._rows: dict[str, list[Problem]] = {}
-        for found in distinct.values():
-            self._rows.setdefault(found.family, []).append(found)
+        for problem in distinct.values():
+            self._rows.setdefault(problem.family, []).append(problem)
         self.generated = not names
         self.domains = tuple(self._rows) or REASONING
         if not self.held_out(1):

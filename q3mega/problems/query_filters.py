@@ -40,12 +40,12 @@ def query_filter(query: Problem) -> str | None:
     """Drop what cannot be verified, and what asks several things."""
     if query.meta.get("reward", "answer") == "answer" and not query.answer:
         return "not_verifiable"
-    asked = len(_QUESTION_MARKS.findall(query.question))
+    questions = len(_QUESTION_MARKS.findall(query.question))
     if _arithmetic(query):
-        asked += len(re.findall(r"(?<=\d)\.(?=\s|$)", query.question))
+        questions += len(re.findall(r"(?<=\d)\.(?=\s|$)", query.question))
     parts = {*_PARTS.findall(query.question), *_HAN_PARTS.findall(query.question)}
     several = any(pair <= parts for pair in ({"a", "b"}, {"i", "ii"}, {"1", "2"}))
-    return "several_questions" if asked > 1 or several else None
+    return "several_questions" if questions > 1 or several else None
 
 
 class ResponseFilter:
@@ -78,11 +78,11 @@ class ResponseFilter:
             return "guess"
         return "disagreement" if of.disagrees(lines, response, right) else None
 
-    def _copies(self, text: str, own: str) -> bool:
-        if any(question in text for question in self.validation if question != own):
+    def _copies(self, text: str, query_text: str) -> bool:
+        if any(question in text for question in self.validation if question != query_text):
             return True
-        shared = (self.grams.get(g, own) for g in grams(text, COPIED))
-        return any(question != own for question in shared)
+        shared = (self.grams.get(g, query_text) for g in grams(text, COPIED))
+        return any(question != query_text for question in shared)
 
 
 def balance(queries: Sequence[Problem], seed: int, most: int | None = None) -> list[Problem]:

@@ -100,8 +100,10 @@ def _distilled(metric: str, gain: float) -> Callable[[Evals], tuple[str, bool]]:
 
 
 def _cheaper_than_rl(evals: Evals) -> tuple[str, bool]:
-    found = evals["distill_on_policy"]
-    ours, rl, ratio = (found[m]["value"] for m in ("pass1", "rl_pass1", "flops_ratio_rl_over_opd"))
+    results = evals["distill_on_policy"]
+    ours, rl, ratio = (
+        results[m]["value"] for m in ("pass1", "rl_pass1", "flops_ratio_rl_over_opd")
+    )
     return f"{ours:.3f} against {rl:.3f}, RL took {ratio:.1f}x", ours >= rl and ratio >= 5
 
 

@@ -45,11 +45,11 @@ def bars(series: Mapping[str, Mapping[str, Metric]], title: str) -> str:
     figure, (axis,) = _panels(1)
     width = 0.8 / len(series)
     for i, (label, metrics) in enumerate(series.items()):
-        places = [groups.index(group) + (i - (len(series) - 1) / 2) * width for group in metrics]
+        positions = [groups.index(group) + (i - (len(series) - 1) / 2) * width for group in metrics]
         values = [m["value"] for m in metrics.values()]
         reach = [[m["value"] - _end(m, "low") for m in metrics.values()],
                  [_end(m, "high") - m["value"] for m in metrics.values()]]  # fmt: skip
-        axis.bar(places, values, width, yerr=reach, capsize=2, label=label)
+        axis.bar(positions, values, width, yerr=reach, capsize=2, label=label)
     axis.set_xticks(range(len(groups)))
     axis.set_xticklabels([g.replace("_", "\n", 1) for g in groups], parse_math=False, fontsize=8)
     axis.set_ylim(0, 1.05)

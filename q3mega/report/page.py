@@ -55,7 +55,7 @@ def publish(run_dir: str | Path) -> Path:
     if not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} does not exist: give the --run-dir of a run")
     evals = read_evals(run_dir)
-    results = {stage: dict(_metrics(found)) for stage, found in evals.items()}
+    results = {stage: dict(_metrics(evaluation)) for stage, evaluation in evals.items()}
     write_json(run_dir / "results.json", results, indent=2)
     path = run_dir / "report.html"
     path.write_text(render(run_dir, evals), encoding="utf-8")
@@ -66,8 +66,8 @@ def publish(run_dir: str | Path) -> Path:
 
 def read_evals(run_dir: Path) -> Evals:
     """stage -> its eval.json, in the order of the folders; stages without one are left out."""
-    found = {stage: _json(folder / "eval.json") for stage, folder in _stages(run_dir)}
-    return {stage: content for stage, content in found.items() if content}
+    evals = {stage: _json(folder / "eval.json") for stage, folder in _stages(run_dir)}
+    return {stage: content for stage, content in evals.items() if content}
 
 
 def _stages(run_dir: Path) -> Iterator[tuple[str, Path]]:
@@ -75,8 +75,8 @@ def _stages(run_dir: Path) -> Iterator[tuple[str, Path]]:
         yield folder.name[3:], folder
 
 
-def _metrics(found: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    return ((k, v) for k, v in found.items() if isinstance(v, dict) and "value" in v)
+def _metrics(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((k, v) for k, v in evaluation.items() if isinstance(v, dict) and "value" in v)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def _claims(evals: Evals) -> str:
 def _results(evals: Evals) -> str:
     rows = [
         [stage, name, *_cells(metric)]
-        for stage, found in evals.items()
-        for name, metric in _metrics(found)
+        for stage, evaluation in evals.items()
+        for name, metric in _metrics(evaluation)
         if not name.startswith("capability_")
     ]
     return _table(["stage", "metric", "value", "95 % interval", "n"], rows)
@@ -177,19 +177,21 @@ def _pretraining(run_dir: Path) -> str:
 
 def _accuracies(evals: Evals) -> str:
     series = {
-        mode: {s: found[n] for s, found in evals.items() for n in names if n in found}
+        mode: {
+            s: evaluation[n] for s, evaluation in evals.items() for n in names if n in evaluation
+        }
         for mode, names in _MODES.items()
     }
     return _bars("Accuracy by stage and mode", series)
 
 
 def _long_context(evals: Evals) -> str:
-    found = evals.get("pretrain_long", {})
-    asked = (re.fullmatch(r"retrieval_(\S+?x)_rope", name) for name in found)
-    lengths = [match[1] for match in asked if match]
+    evaluation = evals.get("pretrain_long", {})
+    matches = (re.fullmatch(r"retrieval_(\S+?x)_rope", name) for name in evaluation)
+    lengths = [match[1] for match in matches if match]
     series = {
-        label: {f"{length} the trained length": found[f"retrieval_{length}_{kind}"]
-                for length in lengths if f"retrieval_{length}_{kind}" in found}
+        label: {f"{length} the trained length": evaluation[f"retrieval_{length}_{kind}"]
+                for length in lengths if f"retrieval_{length}_{kind}" in evaluation}
         for label, kind in _LONG_CONTEXT.items()
     }  # fmt: skip
     return _bars("Retrieval at and beyond the trained length", series)
@@ -199,10 +201,10 @@ def _capabilities(evals: Evals) -> str:
     series = {
         stage: {
             name.removeprefix("capability_"): metric
-            for name, metric in _metrics(found)
+            for name, metric in _metrics(evaluation)
             if name.startswith("capability_")
         }
-        for stage, found in evals.items()
+        for stage, evaluation in evals.items()
     }
     return _bars("Capabilities", series)
 
@@ -217,12 +219,12 @@ def _bars(title: str, series: Mapping[str, Mapping[str, Any]]) -> str:
     return _titled("h2", title, figures.bars(series, title) + _table(["", *series], rows))
 
 
-def _score(found: Mapping[str, Any], name: str) -> str:
-    return " · ".join(_cells(found[name])[:2]) if name in found else ""
+def _score(evaluation: Mapping[str, Any], name: str) -> str:
+    return " · ".join(_cells(evaluation[name])[:2]) if name in evaluation else ""
 
 
-def _curves(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    yield from found.get("curves", {}).items()
+def _curves(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield from evaluation.get("curves", {}).items()
 
 
 def _curve(stage: str, name: str, curve: Mapping[str, Any]) -> str:
@@ -244,11 +246,11 @@ def _traces(folder: Path, keys: Iterable[str]) -> dict[str, list[tuple[float, fl
     steps = {
         r["step"]: r for r in whole_records(folder / "metrics.jsonl") if _number(r.get("step"))
     }
-    found = {
+    traces = {
         key: [(step, steps[step][key]) for step in sorted(steps) if _number(steps[step].get(key))]
         for key in keys
     }
-    return {key: points for key, points in found.items() if points}
+    return {key: points for key, points in traces.items() if points}
 
 
 def _number(value: object) -> bool:
@@ -291,13 +293,13 @@ def _rollouts(folder: Path) -> str:
     tables = []
     for path in sorted(folder.rglob(ledger.FILE)):
         try:
-            found = ledger.Ledger(path, writes=False).balance()
+            balance = ledger.Ledger(path, writes=False).balance()
         except UserError as error:
             tables.append(f"<p>{escape(str(error))}</p>")
             continue
-        rows = {"drawn": found.drawn, "used": found.used, "pending": found.pending}
-        rows |= {"prompts in flight": found.in_flight}
-        rows |= {f"dropped: {why}": n for why, n in found.dropped.items()}
+        rows = {"drawn": balance.drawn, "used": balance.used, "pending": balance.pending}
+        rows |= {"prompts in flight": balance.in_flight}
+        rows |= {f"dropped: {why}": n for why, n in balance.dropped.items()}
         head = ["/".join(path.relative_to(folder).parts[:-1]) or "rollouts", ""]
         tables.append(_table(head, [[name, str(n)] for name, n in rows.items()]))
     return _titled("h3", "Ledger of the rollouts", "\n".join(tables)) if tables else ""

@@ -160,12 +160,14 @@ class InProcessSampler:
             _hand_out(fed_routes, prompts, out)
         return out
 
-    def _whole(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    def _whole(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Places to go on with and the sequences there, filled up to a number that can be cut: by
         the first row again, for no sequence."""
-        missing = -len(places) % self.multiple
+        missing = -len(positions) % self.multiple
         idle = rows.new_full((missing,), IDLE)
-        return torch.cat([places, places.new_zeros(missing)]), torch.cat([rows[places], idle])
+        return torch.cat([positions, positions.new_zeros(missing)]), torch.cat(
+            [rows[positions], idle]
+        )
 
     def _next(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Feed one token a sequence (B,), return the next logits (B, V)."""
@@ -216,5 +218,5 @@ def _hand_out(
     owner, routes = (torch.cat(parts) for parts in zip(*fed, strict=True))
     counts = torch.bincount(owner - IDLE, minlength=len(prompts) + 1).tolist()
     of_each = routes[owner.argsort(stable=True)].split(counts)[1:]
-    for prompt, completion, found in zip(prompts, out, of_each, strict=True):
-        completion.routes = found[: len(prompt) + len(completion.tokens) - 1].clone()
+    for prompt, completion, layers in zip(prompts, out, of_each, strict=True):
+        completion.routes = layers[: len(prompt) + len(completion.tokens) - 1].clone()

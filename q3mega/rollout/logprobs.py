@@ -31,8 +31,8 @@ def token_logprobs(
     engine: Engine, sequences: Sequence[tuple[list[int], list[int]]], temperature: float = 1.0
 ) -> list[list[float]]:
     """Log-probability of each completion token, for (prompt, completion) pairs of ids."""
-    whole = each_sequence(engine, [p + c for p, c in sequences], partial(_score, temperature))
-    return [row[len(p) - 1 : -1] for row, (p, _) in zip(whole, sequences, strict=True)]
+    scores = each_sequence(engine, [p + c for p, c in sequences], partial(_score, temperature))
+    return [row[len(p) - 1 : -1] for row, (p, _) in zip(scores, sequences, strict=True)]
 
 
 def routed_logprobs(
@@ -51,10 +51,10 @@ def routed_logprobs(
         ]
     batches = _batches(samples)
     scores, chosen = engine.evaluate_routed(batches, partial(_score, temperature))
-    own = [r for b, c in zip(batches, chosen, strict=True) for r in c.split(_lengths(b))]
+    routes_each = [r for b, c in zip(batches, chosen, strict=True) for r in c.split(_lengths(b))]
     return [
         (row[len(p) - 1 : -1], r[:-1].clone())
-        for row, r, (p, _) in zip(chain.from_iterable(scores), own, sequences, strict=True)
+        for row, r, (p, _) in zip(chain.from_iterable(scores), routes_each, sequences, strict=True)
     ]
 
 
@@ -77,11 +77,11 @@ def top_logprobs(
     position of each batch."""
 
     def best(head: LMHead, batch: Batch) -> tuple[Tensor, Tensor]:
-        found = []
+        per_batch = []
         for hidden in head.hidden.split(ROWS):
             logprobs = (replace(head, hidden=hidden).logits() / temperature).log_softmax(-1)
-            found.append(logprobs.topk(k))
-        values, ids = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+            per_batch.append(logprobs.topk(k))
+        values, ids = (torch.cat(parts).cpu() for parts in zip(*per_batch, strict=True))
         return ids, values
 
     return engine.evaluate(batches, best)

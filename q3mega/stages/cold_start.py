@@ -27,7 +27,7 @@ from q3mega.problems.query_filters import ResponseFilter, balance, query_filter
 from q3mega.rewards import score_problem
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
-from q3mega.stages.common.asking import Asked
+from q3mega.stages.common.asking import ChatModelHandle
 from q3mega.stages.common.filter_report import FilterReport
 from q3mega.stages.common.fine_tune import fine_tune
 from q3mega.stages.common.stage import Stage
@@ -109,10 +109,10 @@ def _right(query: Problem) -> Callable[[str], bool]:
 
 def _described(item: Any) -> dict[str, Any]:
     query, candidate = item if isinstance(item, tuple) else (item, None)
-    said = {"id": query.id, "question": query.question}
+    description = {"id": query.id, "question": query.question}
     if isinstance(candidate, NoReply):
-        return said | {"reason": candidate.detail}
-    return said | (
+        return description | {"reason": candidate.detail}
+    return description | (
         {"thinking": candidate.thinking, "response": candidate.response} if candidate else {}
     )
 
@@ -154,15 +154,17 @@ class Generated:
     def guessed(self, queries: list[Problem]) -> list[str | None]:
         """By the base model, which has no room to think (the report's judge, at our scale)."""
         stage, rank, size = self.stage, parallel.data_rank(), parallel.data_size()
-        mine = queries[rank::size]
-        prompts = [stage.tokenizer.encode(TaggedText(f"Q: {p.question}\nA:")) for p in mine]
+        local_queries = queries[rank::size]
+        prompts = [
+            stage.tokenizer.encode(TaggedText(f"Q: {p.question}\nA:")) for p in local_queries
+        ]
         params = SamplingParams(max_tokens=24, temperature=0)
-        found = stage.sampler(self.base).generate(prompts, params)
-        said = []
-        for i, (p, (c,)) in enumerate(zip(mine, found, strict=True)):
+        completions = stage.sampler(self.base).generate(prompts, params)
+        replies = []
+        for i, (p, (c,)) in enumerate(zip(local_queries, completions, strict=True)):
             answer = boxed(text_of(c, stage.tokenizer).split("\n")[0])
-            said.append((rank + i * size, answer is not None and check(p, answer)))
-        right = dict(parallel.gather_over_data(said))
+            replies.append((rank + i * size, answer is not None and check(p, answer)))
+        right = dict(parallel.gather_over_data(replies))
         return [GUESSED if right[i] else None for i in range(len(queries))]
 
     def candidates(self, queries: list[Problem], held: list[Problem]) -> list[list[Candidate]]:
@@ -180,8 +182,8 @@ class FromFiles:
     def __init__(self, stage: Stage[ColdStart]) -> None:
         self.stage, config = stage, stage.config
         assert config.teacher is not None  # the recipe gives one with files of problems
-        self.teacher = Asked(stage, config.teacher, "teacher")
-        self.judge = Asked(stage, config.judge, "judge") if config.judge else None
+        self.teacher = ChatModelHandle(stage, config.teacher, "teacher")
+        self.judge = ChatModelHandle(stage, config.judge, "judge") if config.judge else None
 
     def queries(self) -> list[Problem]:
         return self.stage.problems(
@@ -193,35 +195,37 @@ class FromFiles:
             return queries, [None] * len(queries)
         domains = self.stage.config.domains
         questions = [q.question for q in queries]
-        said = judge_prompts.of_queries(questions, domains, self.judge.opinion, self.judge.count)
+        opinions = judge_prompts.of_queries(
+            questions, domains, self.judge.opinion, self.judge.count
+        )
         labelled = [
             q if isinstance(o, NoReply) else replace(q, family=o.domain)
-            for q, o in zip(queries, said, strict=True)
+            for q, o in zip(queries, opinions, strict=True)
         ]
         rules = [
             f"not judged ({o.rule})" if isinstance(o, NoReply)
             else "judged open-ended" if o.open_ended
             else "judged several questions" if o.questions > 1
             else None
-            for o in said
+            for o in opinions
         ]  # fmt: skip
         return labelled, rules
 
     def guessed(self, queries: list[Problem]) -> list[str | None]:
         judge = self.judge or self.teacher
-        said = judge([list(q.messages) for q in queries], temperature=0.0, thinking=False)
+        replies = judge([list(q.messages) for q in queries], temperature=0.0, thinking=False)
         return [
             f"not answered without thinking ({text.rule})" if isinstance(text, NoReply)
             else GUESSED if _right(q)(text)
             else None
-            for q, (text,) in zip(queries, said, strict=True)
+            for q, (text,) in zip(queries, replies, strict=True)
         ]  # fmt: skip
 
     def candidates(
         self, queries: list[Problem], held: list[Problem]
     ) -> list[list[Candidate | NoReply]]:
-        said = self.teacher([list(q.messages) for q in queries], n=self.stage.config.candidates)
-        return [[_candidate(text) for text in once(texts)] for texts in said]
+        replies = self.teacher([list(q.messages) for q in queries], n=self.stage.config.candidates)
+        return [[_candidate(text) for text in once(texts)] for texts in replies]
 
     def unsound(self, answers: list[Answered]) -> list[str | None]:
         if self.judge is None:

@@ -79,11 +79,11 @@ def run(stage: Stage[DistillOnPolicy]) -> None:
 
 def own_answers(stage: Stage[DistillOnPolicy], sampler: Sampler, step: int) -> list[Sample]:
     """The student's answers to this step's prompts: every token it chose carries the loss."""
-    asked = problems(stage, stage.config.prompts, f"step {step}")
+    queries = problems(stage, stage.config.prompts, f"step {step}")
     rank, size = parallel.data_rank(), parallel.data_size()
     prompts = [
         stage.tokenizer.encode(render(flagged(p, mode), add_generation_prompt=True))
-        for p, mode in asked[rank::size]
+        for p, mode in queries[rank::size]
     ]
     params = SamplingParams(stage.config.max_tokens, seed=stage.seed("rollout", step, rank))
     samples = []
@@ -127,8 +127,10 @@ def watcher(
     def watch(step: int) -> None:
         if step in at:
             params = SamplingParams(stage.answer_tokens, 0.6, seed=stage.seed("curve"))
-            found = evaluate.answers(stage.sampler(engine), stage.tokenizer, held, params, "think")
-            log.point(step, **evaluate.accuracy(found))
+            answered = evaluate.answers(
+                stage.sampler(engine), stage.tokenizer, held, params, "think"
+            )
+            log.point(step, **evaluate.accuracy(answered))
 
     return watch
 

@@ -49,9 +49,11 @@ def run(stage: Stage[GeneralRL]) -> None:
     sampler = stage.sampler(engine)
 
     def roll_out(step: int) -> list[Rollout]:
-        mine = tasks.prompts(step)[parallel.data_rank() :: parallel.data_size()]
-        groups = [parallel.data_rank() + i * parallel.data_size() for i in range(len(mine))]
-        problems = [p for p in mine for _ in range(config.rollouts)]
+        local_problems = tasks.prompts(step)[parallel.data_rank() :: parallel.data_size()]
+        groups = [
+            parallel.data_rank() + i * parallel.data_size() for i in range(len(local_problems))
+        ]
+        problems = [p for p in local_problems for _ in range(config.rollouts)]
         seed = stage.seed("rollout", step, parallel.data_rank())
         routes = config.routing_replay == "r3"
         params = SamplingParams(config.max_tokens, config.temperature, seed=seed, routes=routes)
@@ -150,10 +152,10 @@ def own_tasks(
     results = {}
     for name, pool in tasks.pools.items():
         held = [_in_mode(p, _own_mode(p) or "think") for p in pool.held_out(HELD_OUT)]
-        mine = held[rank::size]
+        local_problems = held[rank::size]
         params = SamplingParams(stage.answer_tokens, 0.6, seed=stage.seed("own", name, rank))
-        episodes = played(stage, sampler, mine, params)
-        verdicts = scorer(mine, episodes, stage.answer_tokens)
+        episodes = played(stage, sampler, local_problems, params)
+        verdicts = scorer(local_problems, episodes, stage.answer_tokens)
         scores = parallel.gather_over_data([v.score for v in verdicts])
         results[f"score/{Path(name).stem}"] = evaluate.averages([[score] for score in scores])
     return results

@@ -25,7 +25,7 @@ from q3mega.problems.generated import general
 from q3mega.problems.generated.reasoning import chain_sum
 from q3mega.problems.generated.solutions import response_text, solve, thinking_text
 from q3mega.rollout import STOP_THINKING, SamplingParams
-from q3mega.stages.common.asking import Asked
+from q3mega.stages.common.asking import ChatModelHandle
 from q3mega.stages.common.filter_report import FilterReport
 from q3mega.stages.common.fine_tune import fine_tune
 from q3mega.stages.common.modes import both_modes
@@ -72,18 +72,18 @@ def rejection_samples(
     queries += stage.problems(more // len(stage.pool.domains), "more")
     queries = rng.sample(queries, min(len(queries), config.thinking_queries))
     params = SamplingParams(config.max_tokens, 0.6, seed=stage.seed("reject"))
-    found = evaluate.answers(stage.sampler(model), stage.tokenizer, queries, params)
-    rows = [{"id": a.problem.id, "text": a.text} for (a,) in found]
+    answered = evaluate.answers(stage.sampler(model), stage.tokenizer, queries, params)
+    rows = [{"id": a.problem.id, "text": a.text} for (a,) in answered]
     filter_report.step("thinking answers", rows)
     rules = [
         "cannot be judged" if a.correct is None
         else None if a.correct and a.mode == "think"
         else "wrong or cut"
-        for (a,) in found
+        for (a,) in answered
     ]  # fmt: skip
     filter_report.keep("thinking answer", rows, rules)
     samples = []
-    for answer in (a for (a,), rule in zip(found, rules, strict=True) if rule is None):
+    for answer in (a for (a,), rule in zip(answered, rules, strict=True) if rule is None):
         flag = "" if rng.random() < FLAGLESS else "think"
         turns = with_flag(rng, answer.problem.messages, flag)
         samples.append(chat_sample(stage.tokenizer, turns, answer.text))
@@ -100,10 +100,10 @@ def with_flag(rng: random.Random, messages: Sequence[Turn], flag: str) -> list[T
     if flag and rng.random() < HISTORY:
         if not turns:
             turns = _sum_turns(rng)
-        asked = [turn for turn in turns if turn["role"] == "user"]
-        for turn in asked:
+        user_turns = [turn for turn in turns if turn["role"] == "user"]
+        for turn in user_turns:
             turn["content"] += f" /{rng.choice(FLAGS)}"
-        earlier = bool(asked)
+        earlier = bool(user_turns)
     if flag and not earlier and rng.random() < SYSTEM:
         if turns and turns[0]["role"] == "system":
             turns[0]["content"] += f"\n/{flag}"
@@ -128,11 +128,11 @@ def chat_samples(
     """Non-thinking chats from files, whose responses a judge holds to checklists."""
     rows = []
     for name, n in stage.config.non_thinking.items():
-        found = files.answered(name)
-        rows += rng.sample(found, min(n, len(found)))
+        rows_of_file = files.answered(name)
+        rows += rng.sample(rows_of_file, min(n, len(rows_of_file)))
     filter_report.step("answered chats", rows)
     if stage.config.judge and rows:
-        judge = Asked(stage, stage.config.judge, "judge")
+        judge = ChatModelHandle(stage, stage.config.judge, "judge")
         rows = filter_report.keep("chat", rows, unmet(rows, judge.opinion, judge.count))
     filter_report.step("non-thinking chats", rows)
     samples = []
@@ -155,18 +155,18 @@ def unmet(
     written = judge_prompts.checklists([questions[i] for i in bare], ask, count)
     for i, items in zip(bare, written, strict=True):
         lists[i] = items
-    asked = [
+    requests = [
         (question, row["response"], items)
         for question, row, items in zip(questions, rows, lists, strict=True)
         if not isinstance(items, NoReply)
     ]
-    met = iter(judge_prompts.check(asked, ask, count))
-    found = [items if isinstance(items, NoReply) else next(met) for items in lists]
+    met = iter(judge_prompts.check(requests, ask, count))
+    checklists = [items if isinstance(items, NoReply) else next(met) for items in lists]
     return [
         f"not judged ({some.rule})" if isinstance(some, NoReply)
         else None if all(some)
         else "misses its checklist"
-        for some in found
+        for some in checklists
     ]  # fmt: skip
 
 
@@ -193,10 +193,10 @@ def general_samples(stage: Stage[ModeFusion], rng: random.Random) -> list[Sample
         out.append(_silent(stage, rng, query, first["content"]))
         if more:
             result, last = more
-            (asked,) = flagged(query, "no_think")
+            (turn,) = flagged(query, "no_think")
             reply = reply_text("", last["content"])
             out.append(
-                chat_sample(stage.tokenizer, [asked, first, result], reply, tools=query.tools)
+                chat_sample(stage.tokenizer, [turn, first, result], reply, tools=query.tools)
             )
     return out
 

@@ -47,10 +47,10 @@ def select(stage: Stage[ReasoningRL], sampler: Sampler) -> None:
     pool = filter_report.keep("problem", pool, seen)
 
     params = SamplingParams(stage.config.max_tokens, n=rules.tries, seed=stage.seed("select"))
-    found = evaluate.answers(sampler, stage.tokenizer, pool, params)
+    answered = evaluate.answers(sampler, stage.tokenizer, pool, params)
     judged = {
         p.id: [a.correct for a in tries if a.correct is not None]
-        for p, tries in zip(pool, found, strict=True)
+        for p, tries in zip(pool, answered, strict=True)
     }
     unjudged = (None if judged[p.id] else "no try could be judged" for p in pool)
     pool = filter_report.keep("problem", pool, unjudged)

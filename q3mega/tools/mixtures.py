@@ -47,16 +47,16 @@ def compare(recipe: str, folders: Sequence[str], out: Path, overrides: Sequence[
 
 def held_out(folders: Sequence[str]) -> dict[_Cell, list[list[int]]]:
     """Tokens of the held-out documents of all folders, by their values of LABELS."""
-    found: dict[bytes, tuple[_Cell, list[int]]] = {}
+    by_text: dict[bytes, tuple[_Cell, list[int]]] = {}
     for folder in folders:
         curated = Curated(folder)
         labels = parquet.read_table(
             curated.folder / "dataset" / "heldout.parquet", columns=list(LABELS)
         )
         for row, ids in zip(labels.to_pylist(), curated.data(heldout=True), strict=True):
-            found.setdefault(ids.tobytes(), (tuple(row[n] for n in LABELS), ids.tolist()))
+            by_text.setdefault(ids.tobytes(), (tuple(row[n] for n in LABELS), ids.tolist()))
     cells: dict[_Cell, list[list[int]]] = defaultdict(list)
-    for cell, ids in list(found.values())[:MOST]:
+    for cell, ids in list(by_text.values())[:MOST]:
         cells[cell].append(ids)
     return cells
 
@@ -82,7 +82,7 @@ def _table(
     lines += [f"{number}: {folder}" for number, folder in enumerate(folders, 1)]
     lines.append(f"{'':<28}{'tokens':>9}" + "".join(f"{i + 1:>9}" for i in range(len(folders))))
     for label, (_, n) in sorted(losses[0].items()):
-        values = [found[label][0] / n for found in losses]
+        values = [losses_by_label[label][0] / n for losses_by_label in losses]
         cells = (f"{v:>8.4f}{'*' if v == min(values) else ' '}" for v in values)
         lines.append(f"{' '.join(label):<28}{n:>9.0f}" + "".join(cells))
     return "\n".join(lines)

@@ -90,9 +90,9 @@ class Ledger:
                 table.execute("DELETE FROM in_flight WHERE step = ?", (step,))
                 _insert(table, step, rollouts)
 
-    def used(self, step: int, update: int, places: Sequence[int]) -> None:
+    def used(self, step: int, update: int, positions: Sequence[int]) -> None:
         """Optimizer update number `update` of the stage, from 1, has learnt from these."""
-        self._settle("used", step, dict.fromkeys(places, update), "used_by")
+        self._settle("used", step, dict.fromkeys(positions, update), "used_by")
 
     def dropped(self, step: int, why: Mapping[int, str]) -> None:
         """These, by place, teach nothing, and why."""
@@ -101,10 +101,10 @@ class Ledger:
     def balance(self) -> Balance:
         """What stands in the file now."""
         with self._transaction() as table:
-            found = table.execute(
+            states = table.execute(
                 "SELECT state, why, COUNT(*) FROM rollouts GROUP BY 1, 2 ORDER BY 2"
             )
-            counts = {(state, why): n for state, why, n in found}
+            counts = {(state, why): n for state, why, n in states}
             ((in_flight,),) = table.execute("SELECT COUNT(*) FROM in_flight")
         return Balance(
             drawn=sum(counts.values()),
@@ -114,16 +114,16 @@ class Ledger:
             in_flight=in_flight,
         )
 
-    def _settle(self, state: str, step: int, said: Mapping[int, int | str], column: str) -> None:
+    def _settle(self, state: str, step: int, values: Mapping[int, int | str], column: str) -> None:
         if not self.writes:
             return
         change = f"UPDATE rollouts SET state = '{state}', {column} = ? WHERE step = ? AND place = ?"
         with self._transaction() as table:
-            rows = ((value, step, place) for place, value in said.items())
+            rows = ((value, step, position) for position, value in values.items())
             changed = table.executemany(f"{change} AND state = 'pending'", rows).rowcount
-            if said and changed != len(said):  # one was never drawn, or already has its end
+            if values and changed != len(values):  # one was never drawn, or already has its end
                 raise AssertionError(
-                    f"{changed} of {len(said)} rollouts of step {step} were pending"
+                    f"{changed} of {len(values)} rollouts of step {step} were pending"
                 )
 
     @contextmanager
@@ -149,7 +149,7 @@ def _insert(table: sqlite3.Connection, step: int, rollouts: "Sequence[Rollout]")
         "INSERT INTO rollouts (step, place, prompt, problem, task, versions, reward) "
         "VALUES (?, ?, ?, ?, ?, ?, ?)",
         (
-            (step, place, r.group, r.problem, r.task, json.dumps(r.versions), r.reward)
-            for place, r in enumerate(rollouts)
+            (step, position, r.group, r.problem, r.task, json.dumps(r.versions), r.reward)
+            for position, r in enumerate(rollouts)
         ),
     )

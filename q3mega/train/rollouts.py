@@ -59,14 +59,14 @@ def pack(batches: Batches) -> tuple[Rows, dict[str, Tensor]]:
             columns[name] += values
         rows.append(
             {name: getattr(r, name) for name in _PLAIN}
-            | {"step": step, "parts": dict(r.parts), "weights": completion.weights}
+            | {"step": step, "parts": dict(r.parts), "weights": completion.weight_versions}
             | {"finish_reason": completion.finish_reason}
             | {"lengths": {name: len(values) for name, values in parts.items()}}
             | {"routes": None if completion.routes is None else len(completion.routes)}
         )
     tensors = {n: torch.tensor(columns[n], dtype=kind) for n, kind in _COLUMNS.items()}
-    found = (r.completion.routes for batch in batches.values() for r in batch)
-    routes = [each for each in found if each is not None]
+    all_routes = (r.completion.routes for batch in batches.values() for r in batch)
+    routes = [each for each in all_routes if each is not None]
     return rows, tensors | ({"routes": torch.cat(routes)} if routes else {})
 
 

@@ -48,7 +48,7 @@ def steps(
         _State.in_steps = False
 
 
-def _anyone(asked: bool) -> bool:
-    flag = torch.tensor(int(asked), device=device.device())
+def _anyone(requested: bool) -> bool:
+    flag = torch.tensor(int(requested), device=device.device())
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)

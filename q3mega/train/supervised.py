@@ -1,31 +1,13 @@
-"""The first loop: predict the next token under a mask. Five of the nine stages are this loop."""
+"""The first loop: predict the next token under a mask. Seven of the nine stages are this loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from q3mega.algorithms.losses import normalise, supervised
-from q3mega.data.batch import Batch, Sample, collate, pack
+from q3mega.data.batch import Batch, Sample
 from q3mega.engine import Engine, LossFn, parallel
 from q3mega.train import stopping
 from q3mega.train.log import Log, size
-
-
-def shard(samples: Sequence[Sample], capacity: int) -> list[Batch]:
-    """This data-parallel rank's part of a global batch, in micro-batches of `capacity` tokens.
-
-    Longest first to the rank with the least, so that ranks finish together. With fewer samples than
-    ranks (few groups of a rollout batch may carry a signal) the others get a filler.
-    """
-    size, rank = parallel.data_size(), parallel.data_rank()
-    loads, mine = [0] * size, []
-    for sample in sorted(samples, key=len, reverse=True):
-        lightest = loads.index(min(loads))
-        loads[lightest] += len(sample)
-        if lightest == rank:
-            mine.append(sample)
-    if samples and not mine:
-        return [collate([min(samples, key=len)]).as_filler()]
-    return pack(mine, capacity)
 
 
 def train(
@@ -57,7 +39,7 @@ def train(
 
     for step in stopping.steps(first + 1, steps, save_every, save, engine.finish_saving):
         samples = draw(step)
-        batches = shard(normalise(samples), capacity)
+        batches = parallel.shard_by_length(normalise(samples), capacity)
         if prepare:
             prepare(batches)
         metrics = engine.train_step(batches, loss_fn)

@@ -22,6 +22,7 @@ from q3mega.algorithms.losses import (
 from q3mega.data.batch import Batch, pack
 from q3mega.engine import Engine, OptimizerSpec, checkpoint
 from q3mega.errors import UserError
+from q3mega.ops.grpo_loss import Settings as GrpoSettings
 
 SPEC = OptimizerSpec(lr=1e-2, steps=10, max_skipped=2, expert_shares="last_step")
 
@@ -50,7 +51,7 @@ def taught(name: str, row: list[float]) -> list[Batch]:
     return found
 
 
-LOSS = policy_gradient(variant="dapo")
+LOSS = policy_gradient(GrpoSettings(variant="dapo"))
 HIDDEN = distillation(torch.randn(64, 2, generator=torch.Generator().manual_seed(0)), "reverse_kl")
 TOPK = distillation_topk("forward_kl")
 BROKEN = {

@@ -23,6 +23,7 @@ from q3mega.distillation.teaching import hidden_of_teacher
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.errors import UserError
 from q3mega.model.sizes import rows_for
+from q3mega.ops.grpo_loss import Settings as GrpoSettings
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import token_logprobs, top_logprobs
@@ -71,8 +72,8 @@ def batches(seed=0):
 
 @pytest.mark.parametrize("loss", [
     supervised,
-    policy_gradient(variant="dapo", entropy_coef=0.01),
-    policy_gradient(variant="gspo"),
+    policy_gradient(GrpoSettings(variant="dapo", entropy_coef=0.01)),
+    policy_gradient(GrpoSettings(variant="gspo")),
     distillation_topk("reverse_kl"),
 ])  # fmt: skip
 def test_a_padded_model_learns_as_one_without_padding(padded, tmp_path, loss):

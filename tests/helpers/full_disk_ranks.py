@@ -15,14 +15,14 @@ import torch.distributed as dist
 from helpers.tiny_models import LAYOUT, SHAPES, documents, run_cases
 from q3mega.algorithms.losses import normalise, supervised
 from q3mega.engine import Engine, OptimizerSpec, parallel
+from q3mega.engine.parallel import shard_by_length
 from q3mega.errors import UserError
-from q3mega.train.supervised import shard
 
 
 def save(folder: str) -> list[str]:
     spec = OptimizerSpec(lr=1e-2, steps=10)
     engine = Engine(SHAPES["tied"], LAYOUT(processes=2), seed=1, optimizer=spec)
-    engine.train_step(shard(normalise(documents(0)), 96), supervised)
+    engine.train_step(shard_by_length(normalise(documents(0)), 96), supervised)
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))  # bytes of a file
     engine.save(Path(folder), 1, {})

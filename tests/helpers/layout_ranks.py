@@ -16,7 +16,8 @@ import torch
 from helpers.tiny_models import LAYOUT, SHAPES, documents, run_cases, weights
 from q3mega.algorithms.losses import distillation, normalise, policy_gradient, supervised
 from q3mega.engine import Engine, OptimizerSpec
-from q3mega.train.supervised import shard
+from q3mega.engine.parallel import shard_by_length
+from q3mega.ops.grpo_loss import Settings as GrpoSettings
 
 TEACHER = torch.randn(2, 64, 24, generator=torch.Generator().manual_seed(5))  # hidden, lm_head
 
@@ -30,8 +31,8 @@ def distill(head, batch):
 LOSSES = {
     "supervised": supervised,
     "distill": distill,
-    "policy": policy_gradient(variant="dapo", clip_high=0.28, entropy_coef=0.01),
-    "gspo": policy_gradient(variant="gspo", clip_low=3e-1, clip_high=4e-1),
+    "policy": policy_gradient(GrpoSettings(variant="dapo", clip_high=0.28, entropy_coef=0.01)),
+    "gspo": policy_gradient(GrpoSettings(variant="gspo", clip_low=3e-1, clip_high=4e-1)),
 }
 
 
@@ -43,7 +44,7 @@ def steps(kind: str, layout: dict, loss_name: str, wrong: bool) -> dict:
         samples = normalise(documents(step))
         if broken:
             samples[0].weights[-1] = math.nan  # the loss of one rank
-        batches = shard(samples, 96)
+        batches = shard_by_length(samples, 96)
         for batch in batches:
             batch.columns["teacher_hidden"] = TEACHER[0][batch.tokens]
             if wrong:

@@ -13,14 +13,14 @@ from q3mega import device  # noqa: F401
 from helpers.tiny_models import LAYOUT, SHAPES, documents, run_cases, weights
 from q3mega.algorithms.losses import normalise, supervised
 from q3mega.engine import Engine, OptimizerSpec
-from q3mega.train.supervised import shard
+from q3mega.engine.parallel import shard_by_length
 
 
 def save(kind: str, layout: dict, initial: str, checkpoints: str) -> None:
     engine = build(kind, layout)
     engine.load_hf(initial)
     for step in (0, 1):
-        engine.train_step(shard(normalise(documents(step)), 96), supervised)
+        engine.train_step(shard_by_length(normalise(documents(step)), 96), supervised)
     engine.save(Path(checkpoints), 2, {"position": 7})
     engine.finish_saving()
 
@@ -28,7 +28,7 @@ def save(kind: str, layout: dict, initial: str, checkpoints: str) -> None:
 def load(kind: str, layout: dict, initial: str, checkpoints: str) -> dict:
     engine = build(kind, layout)
     assert engine.load_latest(Path(checkpoints)) == (2, {"position": 7})
-    metrics = engine.train_step(shard(normalise(documents(2)), 96), supervised)
+    metrics = engine.train_step(shard_by_length(normalise(documents(2)), 96), supervised)
     return {"step": [metrics[n] for n in ("loss", "grad_norm", "lr")], "weights": weights(engine)}
 
 

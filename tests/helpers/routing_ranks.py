@@ -16,7 +16,8 @@ from q3mega import ops
 from q3mega.algorithms.losses import normalise, policy_gradient
 from q3mega.data.batch import Batch, Sample
 from q3mega.engine import Engine, OptimizerSpec, parallel
-from q3mega.train.supervised import shard
+from q3mega.engine.parallel import shard_by_length
+from q3mega.ops.grpo_loss import Settings as GrpoSettings
 
 SHAPE_OF = SHAPE(tied=False, layers=4, experts=8, topk=2, moe_ffn=32, router_aux_loss_coef=0.2)
 LAYERS = torch.arange(SHAPE_OF.layers).repeat_interleave(SHAPE_OF.topk)
@@ -51,7 +52,7 @@ def case(layout: dict, folder: str) -> dict:
     spec = OptimizerSpec(lr=2e-3, steps=10)
     engine = Engine(SHAPE_OF, LAYOUT(**layout), seed=3, optimizer=spec)
     engine.load_hf(folder)
-    batches = shard(samples(1), 96)
+    batches = shard_by_length(samples(1), 96)
     found, chosen = engine.evaluate_routed(batches, logprobs)
     out = {
         "logprobs": sum(float((x * x).sum()) for x in found),
@@ -63,7 +64,9 @@ def case(layout: dict, folder: str) -> dict:
     )
     out["steps"] = []
     for step in range(2):
-        metrics = engine.train_step(shard(samples(step), 96), policy_gradient(variant="dapo"))
+        metrics = engine.train_step(
+            shard_by_length(samples(step), 96), policy_gradient(GrpoSettings(variant="dapo"))
+        )
         out["steps"] += [metrics["loss"], metrics["grad_norm"]]
     return out | {"weights": weights(engine)}
 

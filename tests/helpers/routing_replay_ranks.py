@@ -21,8 +21,9 @@ from q3mega.io import whole_records
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.train.log import Log
-from q3mega.train.rl import PolicySettings, train
+from q3mega.train.rl import train
 from q3mega.train.rollouts import Rollout
+from q3mega.train.samples import PolicySettings
 from q3mega.train.schedule import SynchronousSchedule
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10]]

@@ -17,6 +17,7 @@ from q3mega.algorithms.losses import policy_gradient
 from q3mega.data.batch import collate
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.model.routing import differing
+from q3mega.ops.grpo_loss import Settings as GrpoSettings
 
 LAYOUTS = [
     {"expert": 2},
@@ -64,7 +65,7 @@ def test_recorded_routes_hold_while_the_weights_move():
     ((again,), (own,)) = engine.evaluate_routed([held], logprobs)
     torch.testing.assert_close(again, before, rtol=0, atol=1e-6)
     assert differing(routes, own, 2) == (0, len(free) * SHAPE_OF.layers * 2)
-    engine.train_step([held], policy_gradient(variant="dapo"))
+    engine.train_step([held], policy_gradient(GrpoSettings(variant="dapo")))
     (loose,), (moved,) = engine.evaluate_routed([free], logprobs)
     (tight,), _ = engine.evaluate_routed([held], logprobs)
     missed, of = differing(routes, moved, 2)

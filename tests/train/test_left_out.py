@@ -20,8 +20,9 @@ from q3mega.io import whole_records
 from q3mega.rollout import Completion
 from q3mega.train.ledger import FILE, Balance, Ledger
 from q3mega.train.log import Log
-from q3mega.train.rl import PolicySettings, train
+from q3mega.train.rl import train
 from q3mega.train.rollouts import Rollout
+from q3mega.train.samples import PolicySettings
 from q3mega.train.schedule import SynchronousSchedule
 
 

@@ -27,8 +27,9 @@ from q3mega.rollout import Completion, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import routed_logprobs, token_logprobs
 from q3mega.train.log import Log
-from q3mega.train.rl import PolicySettings, train
+from q3mega.train.rl import train
 from q3mega.train.rollouts import Rollout, pack, unpack
+from q3mega.train.samples import PolicySettings
 from q3mega.train.schedule import SynchronousSchedule
 
 TOKENIZER = SimpleNamespace(

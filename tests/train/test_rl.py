@@ -26,8 +26,9 @@ from q3mega.rollout import Completion, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.train.ledger import FILE, Ledger
 from q3mega.train.log import Log
-from q3mega.train.rl import PolicySettings, compute_advantages, train
+from q3mega.train.rl import train
 from q3mega.train.rollouts import Batches, Rollout, pack, unpack
+from q3mega.train.samples import PolicySettings, compute_advantages
 from q3mega.train.schedule import SynchronousSchedule
 
 TOKENIZER = SimpleNamespace(

@@ -1,8 +1,9 @@
 """The teacher's side: every rank of its job runs `serve`, for one student's job after another.
 
-Each of its replicas has a speaker, the first rank of those that end it; a speaker sends a batch's
-hidden states as soon as its last layer has made them, so nothing is kept and nothing is gathered,
-and the stages before are at work on the next ones. A send waits until the student takes it.
+Each replica of the teacher has a data port: the first rank of those that hold its last layer. The
+data port sends a batch's hidden states as soon as the last layer has made them, so nothing is kept
+or gathered, and the pipeline stages before it go on with the next batches. A send waits until the
+student takes it.
 """
 
 import logging
@@ -21,13 +22,25 @@ from megatron.core import parallel_state as ps
 from torch import Tensor
 
 from q3mega.data.batch import Batch, Sample, collate
-from q3mega.distillation.service.connection import GLANCE, Gone, Listener, Wire
-from q3mega.distillation.service.messages import BLOCK_BYTES, DTYPES, Ask, Hello, Seat, Welcome
+from q3mega.distillation.service.connection import (
+    HANDSHAKE_TIMEOUT_S,
+    Connection,
+    ConnectionLost,
+    Listener,
+)
+from q3mega.distillation.service.messages import (
+    BLOCK_BYTES,
+    DTYPES,
+    ForwardRequest,
+    HandshakeReply,
+    HandshakeRequest,
+    StudentRank,
+)
 from q3mega.engine import Engine, LMHead, parallel
 from q3mega.errors import UserError
 from q3mega.ops import vocab
 
-TICK = 60.0  # seconds after which ranks that wait hear from each other
+SYNC_INTERVAL_S = 60.0  # seconds after which ranks that wait hear from each other
 _log = logging.getLogger(__name__)
 
 
@@ -37,56 +50,56 @@ def serve(
     """Teach until no student has come for `idle` seconds; one that is silent as long is gone.
 
     tokenizer: its digest. key: what both sides must hold. network: listen on all of the machine's
-    networks, not to this machine alone; the door is at `port` of rank 0. Raises UserError for a
-    port that cannot be had.
+    networks, not to this machine alone; the control port is `port` of rank 0. Raises UserError for
+    a port that cannot be had.
     """
     leads, speaks = torch.distributed.get_rank() == 0, _is_first_of_last_stage()
     with ExitStack() as opened:
-        desk = opened.enter_context(Listener(0, key, network=network)) if speaks else None
-        desks = [(parallel.data_rank(), desk.address)] if desk else []
-        speakers = [address for _, address in sorted(parallel.gather_over_all(desks))]
-        door = None
+        data_listener = opened.enter_context(Listener(0, key, network=network)) if speaks else None
+        addresses = [(parallel.data_rank(), data_listener.address)] if data_listener else []
+        data_ports = [address for _, address in sorted(parallel.gather_over_all(addresses))]
+        control = None
         if leads:
             try:
-                door = opened.enter_context(Listener(port, key, network=network))
+                control = opened.enter_context(Listener(port, key, network=network))
             except (OSError, OverflowError) as error:
                 raise UserError(f"--port {port} cannot be listened on: {error}") from None
-            print(f"teaching at tcp://{door.address}", flush=True)
-        offer = Welcome(
-            shape=engine.shape, dtype=_dtype(engine), speakers=speakers, session="",
-            block=max(1, BLOCK_BYTES // (4 * engine.shape.hidden)),
+            print(f"teaching at tcp://{control.address}", flush=True)
+        offer = HandshakeReply(
+            shape=engine.shape, dtype=_dtype(engine), data_ports=data_ports, session="",
+            block_rows=max(1, BLOCK_BYTES // (4 * engine.shape.hidden)),
         )  # fmt: skip
         while True:
-            session = _next_session(door, offer, tokenizer, idle)
+            session = _next_session(control, offer, tokenizer, idle)
             if session is None:
                 return
-            askers = _seat(desk, session, idle) if desk else []
-            _teach(engine, askers, session.block)
-            for asker in askers:
-                asker.close()
+            students = _connect_students(data_listener, session, idle) if data_listener else []
+            _serve_session(engine, students, session.block_rows)
+            for student in students:
+                student.close()
 
 
-class _Asker:
-    """A student's rank at this speaker; once it is gone it is told nothing more."""
+class _Student:
+    """A student's rank at this data_port; once it is gone it is told nothing more."""
 
-    def __init__(self, wire: Wire | None, gone: str = "") -> None:
+    def __init__(self, wire: Connection | None, gone: str = "") -> None:
         self.wire, self.gone = wire, gone
 
     def tell(self, tensor: Tensor) -> None:
         if self.wire and not self.gone:
             try:
                 self.wire.send_tensor(tensor)
-            except Gone as error:
+            except ConnectionLost as error:
                 self.gone = str(error)
 
     def ask(self, vocabulary: int) -> list[list[list[int]]]:
         """Its next batches, each a list of documents; none when it is gone."""
         if self.wire and not self.gone:
             try:
-                lengths = self.wire.receive(Ask).lengths
+                lengths = self.wire.receive(ForwardRequest).lengths
                 tokens = self.wire.receive_tensor((sum(map(sum, lengths)),), torch.int32)
                 vocab.check_ids(tokens, vocabulary)
-            except (Gone, UserError) as error:
+            except (ConnectionLost, UserError) as error:
                 self.gone = str(error)
             else:
                 documents = iter(tokens.split([n for batch in lengths for n in batch]))
@@ -98,38 +111,44 @@ class _Asker:
             self.wire.close()
 
 
-class _Session(Welcome):
-    askers: int
+class _Session(HandshakeReply):
+    student_ranks: int
 
 
 def _next_session(
-    door: Listener | None, offer: Welcome, tokenizer: str, idle: float
+    control: Listener | None, offer: HandshakeReply, tokenizer: str, idle: float
 ) -> _Session | None:
     """The next student's, known to all ranks; None when none has come."""
     until = time.monotonic() + idle
     while True:
         left = until - time.monotonic()
-        found: list[Any] = []  # [] to wait on, [None] to end
-        if door:
-            found = [None] if left <= 0 else _welcome(door, offer, tokenizer, min(TICK, left))
-        if said := parallel.gather_over_all(found):
-            return said[0]
+        outcome: list[Any] = []  # [] to wait on, [None] to end
+        if control:
+            outcome = (
+                [None]
+                if left <= 0
+                else _handshake(control, offer, tokenizer, min(SYNC_INTERVAL_S, left))
+            )
+        if outcomes := parallel.gather_over_all(outcome):
+            return outcomes[0]
 
 
-def _welcome(door: Listener, offer: Welcome, tokenizer: str, patience: float) -> list[_Session]:
+def _handshake(
+    control: Listener, offer: HandshakeReply, tokenizer: str, patience: float
+) -> list[_Session]:
     try:
-        wire = door.accept(patience, GLANCE)
+        wire = control.accept(patience, HANDSHAKE_TIMEOUT_S)
     except TimeoutError:
         return []
-    except Gone as error:
+    except ConnectionLost as error:
         _log.warning("a stranger was turned away: %s", error)
         return []
     try:
-        hello = wire.receive(Hello)
+        hello = wire.receive(HandshakeRequest)
         refusal = _objection(hello, offer.shape.vocab, tokenizer)
         answer = offer.model_copy(update={"refusal": refusal, "session": secrets.token_hex(8)})
         wire.send(answer)
-    except Gone as error:
+    except ConnectionLost as error:
         _log.warning("a student was turned away: %s", error)
         return []
     finally:
@@ -137,10 +156,10 @@ def _welcome(door: Listener, offer: Welcome, tokenizer: str, patience: float) ->
     if refusal:
         _log.warning("a student was turned away: %s", refusal)
         return []
-    return [_Session(**dict(answer), askers=hello.askers)]
+    return [_Session(**dict(answer), student_ranks=hello.student_ranks)]
 
 
-def _objection(hello: Hello, rows: int, tokenizer: str) -> str:
+def _objection(hello: HandshakeRequest, rows: int, tokenizer: str) -> str:
     if hello.vocab > rows:
         return f"its lm_head has {rows} rows, the student's {hello.vocab} ids need more"
     if hello.tokenizer != tokenizer:
@@ -148,74 +167,77 @@ def _objection(hello: Hello, rows: int, tokenizer: str) -> str:
     return ""
 
 
-def _seat(desk: Listener, session: _Session, idle: float) -> list[_Asker]:
-    """This replica's askers, in the order of their numbers."""
-    wanted = range(parallel.data_rank(), session.askers, parallel.data_size())
-    found: dict[int, _Asker] = {}
-    while len(found) < len(wanted):
+def _connect_students(data_listener: Listener, session: _Session, idle: float) -> list[_Student]:
+    """This replica's students, in the order of their numbers."""
+    numbers = range(parallel.data_rank(), session.student_ranks, parallel.data_size())
+    connected: dict[int, _Student] = {}
+    while len(connected) < len(numbers):
         try:
-            wire = desk.accept(GLANCE, idle)
-            seat = wire.receive(Seat)
-        except Gone as error:
+            wire = data_listener.accept(HANDSHAKE_TIMEOUT_S, idle)
+            seat = wire.receive(StudentRank)
+        except ConnectionLost as error:
             _log.warning("a stranger was turned away: %s", error)
             continue
         except TimeoutError:
-            missing = ", ".join(str(i) for i in wanted if i not in found)
-            return [*found.values(), _Asker(None, f"its data-parallel rank {missing} did not come")]
-        if seat.session == session.session and seat.asker in wanted:
-            found[seat.asker] = _Asker(wire)
+            missing = ", ".join(str(i) for i in numbers if i not in connected)
+            return [
+                *connected.values(),
+                _Student(None, f"its data-parallel rank {missing} did not come"),
+            ]
+        if seat.session == session.session and seat.rank in numbers:
+            connected[seat.rank] = _Student(wire)
         else:  # a rank of a session that is over
             wire.close()
-    return [found[i] for i in wanted]
+    return [connected[i] for i in numbers]
 
 
-def _teach(engine: Engine, askers: Sequence[_Asker], block: int) -> None:
-    """One session: the lm_head to the first asker, then what each asks for, until one is gone."""
+def _serve_session(engine: Engine, students: Sequence[_Student], block: int) -> None:
+    """One session: the lm_head to the first student, then what each asks for, until one is gone."""
     if parallel.data_rank() == 0 and _ends_a_replica():
-        _send_head(engine, askers, block)
+        _send_head(engine, students, block)
     replica = parallel.data_rank()
     while True:
-        whole = not any(asker.gone for asker in askers)  # else the others may never ask
-        asked = [asker.ask(engine.shape.vocab) for asker in askers] if whole else []
-        said = (replica, asked, next((a.gone for a in askers if a.gone), ""))
-        rounds = parallel.gather_over_all([said] if _is_first_of_last_stage() else [])
+        complete = not any(student.gone for student in students)  # else the others may never ask
+        requests = [student.ask(engine.shape.vocab) for student in students] if complete else []
+        round_of_replica = (replica, requests, next((a.gone for a in students if a.gone), ""))
+        rounds = parallel.gather_over_all([round_of_replica] if _is_first_of_last_stage() else [])
         if gone := next((g for _, _, g in rounds if g), ""):
             if torch.distributed.get_rank() == 0:
                 print(f"the student is gone: {gone}; waiting for the next", flush=True)
             return
-        [mine] = [asked for at, asked, _ in rounds if at == replica]
-        _answer(engine, mine, askers)
+        [local_requests] = [requests for at, requests, _ in rounds if at == replica]
+        _send_states(engine, local_requests, students)
 
 
-def _answer(
-    engine: Engine, asked: Sequence[list[list[list[int]]]], askers: Sequence[_Asker]
+def _send_states(
+    engine: Engine, requests: Sequence[list[list[list[int]]]], students: Sequence[_Student]
 ) -> None:
-    """One batch of each asker in turn; the askers are those of the speaker."""
+    """One batch of each student in turn; the students are those of the data port."""
     batches: list[Batch] = []
-    turns: list[_Asker] = []
-    for row in zip_longest(*asked):
+    turns: list[_Student] = []
+    for row in zip_longest(*requests):
         for i, documents in enumerate(row):
             if documents is not None:
                 batches.append(collate([Sample(d, [0.0] * len(d)) for d in documents]))
-                turns += askers[i : i + 1]
+                turns += students[i : i + 1]
     turn = iter(turns)
     dtype = DTYPES[_dtype(engine)]
 
     def send(head: LMHead, _: Batch) -> None:
-        if asker := next(turn, None):  # none: of no batch, but of ranks that meet in every layer
-            asker.tell(head.hidden.to(dtype))
+        if student := next(turn, None):  # none: of no batch, but of ranks that meet in every layer
+            student.tell(head.hidden.to(dtype))
 
     engine.evaluate(batches, send)
 
 
 @torch.no_grad()
-def _send_head(engine: Engine, askers: Sequence[_Asker], block: int) -> None:
+def _send_head(engine: Engine, students: Sequence[_Student], block: int) -> None:
     weight = head_weight(engine)
     head = LMHead(weight, weight, engine.tp_group)
     for ids in torch.arange(engine.shape.vocab, device=weight.device).split(block):
         rows = head.rows(ids)
-        if askers:
-            askers[0].tell(rows)
+        if students:
+            students[0].tell(rows)
 
 
 def head_weight(engine: Engine) -> Tensor:

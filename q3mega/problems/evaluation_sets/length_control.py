@@ -68,9 +68,9 @@ def rows(n: int, seed: int) -> list[Row]:
 
 def _row(rng: random.Random, language: str, bound: str) -> Row:
     number, (a, b) = rng.choice(LENGTHS), rng.sample(_WORDS[language], 2)
-    asked = _BOUNDS[language][bound].format(n=number)
+    sentence = _BOUNDS[language][bound].format(n=number)
     genre = rng.choice(_GENRES[language])
-    text = _ASK[language].format(genre=genre, bound=asked, a=a, b=b)
+    text = _ASK[language].format(genre=genre, bound=sentence, a=a, b=b)
     return {
         "messages": [{"role": "user", "content": text}],
         "reward": ["length_control", "constraints_strict"],

@@ -49,8 +49,8 @@ class _Task:
 def _essay() -> list[str]:
     """Sentences of real prose, in order."""
     documents = (d for name in _SOURCES for d in package_text.documents(name))
-    found = (" ".join(s.split()) for d in documents for s in re.split(r"(?<=[.!?])\s+", d))
-    return [s for s in found if 20 < len(s) < 300]
+    sentences = (" ".join(s.split()) for d in documents for s in re.split(r"(?<=[.!?])\s+", d))
+    return [s for s in sentences if 20 < len(s) < 300]
 
 
 def _hidden(rng: random.Random, lines: list[str], hay: Callable[[int], str]) -> _Pieces:
@@ -58,10 +58,10 @@ def _hidden(rng: random.Random, lines: list[str], hay: Callable[[int], str]) -> 
     depths = sorted(rng.random() for _ in lines)
 
     def pieces(size: int) -> list[str]:
-        found = [hay(i) for i in range(size)]
+        haystack = [hay(i) for i in range(size)]
         for depth, line in reversed(list(zip(depths, lines, strict=True))):
-            found.insert(round(depth * size), line)
-        return found
+            haystack.insert(round(depth * size), line)
+        return haystack
 
     return pieces
 
@@ -72,19 +72,20 @@ def _in_essay(rng: random.Random, lines: list[str]) -> _Pieces:
     return _hidden(rng, lines, lambda i: essay[(start + i) % len(essay)])
 
 
-def _needles(rng: random.Random, keys: int, values: int, asked: int) -> _Task:
+def _needles(rng: random.Random, keys: int, values: int, queried: int) -> _Task:
     drawn = rng.sample([f"{a} {n}" for a in _ADJECTIVES for n in _NOUNS], keys)
     numbers = [str(v) for v in rng.sample(range(10**6, 10**7), keys * values)]
     pairs = list(zip(drawn * values, numbers, strict=True))
     lines = [f"The pass number of the {key} is {number}." for key, number in pairs]
     rng.shuffle(lines)
-    wanted = drawn[:asked]
+    keys_queried = drawn[:queried]
     return _Task(
         _in_essay(rng, lines),
         "Some pass numbers are hidden in the following text. Keep them in mind.",
-        f"Which pass numbers does the text give for the {' and the '.join(wanted)}? Name each one.",
-        [number for key, number in pairs if key in wanted],
-        [number for key, number in pairs if key not in wanted],
+        f"Which pass numbers does the text give for the {' and the '.join(keys_queried)}? "
+        "Name each one.",
+        [number for key, number in pairs if key in keys_queried],
+        [number for key, number in pairs if key not in keys_queried],
     )
 
 
@@ -243,9 +244,9 @@ def _largest(length: int, tokens: Callable[[int], int]) -> int:
     while high - low > 1 and at_low < 0.99 * length:
         guess = low + int((high - low) * (length - at_low) / (at_high - at_low))
         guess = min(high - 1, max(low + 1, guess))
-        found = tokens(guess)
-        if found <= length:
-            low, at_low = guess, found
+        size = tokens(guess)
+        if size <= length:
+            low, at_low = guess, size
         else:
-            high, at_high = guess, found
+            high, at_high = guess, size
     return low

@@ -44,10 +44,10 @@ def _floored(rng: random.Random) -> tuple[str, int]:
 
 
 def _shared(rng: random.Random) -> tuple[str, int]:
-    people, each, own = rng.randint(3, 9), rng.randint(3, 14), rng.randint(2, 20)
+    people, each, extra = rng.randint(3, 9), rng.randint(3, 14), rng.randint(2, 20)
     who, what = rng.choice(_PEOPLE), rng.choice(_ITEMS)
     text = f"{people} friends share {people * each} {what} evenly. {who}, one of them, already had"
-    return f"{text} {own}. How many {what} has {who} now?", each + own
+    return f"{text} {extra}. How many {what} has {who} now?", each + extra
 
 
 QUESTIONS: tuple[Callable[[random.Random], tuple[str, int]], ...] = (

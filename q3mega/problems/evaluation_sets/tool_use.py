@@ -202,8 +202,8 @@ def rows(n: int, seed: int) -> list[Row]:
 def _row(rng: random.Random, kind: str) -> Row:
     question, right = KINDS[kind](rng)
     calls = [] if kind == "no call" else right
-    wanted = {call["name"] for call in calls}
-    needed = [t for t in TOOLS if t["function"]["name"] in wanted]
+    called = {call["name"] for call in calls}
+    needed = [t for t in TOOLS if t["function"]["name"] in called]
     tools = needed + rng.sample([t for t in TOOLS if t not in needed], 5)
     rng.shuffle(tools)
     row = {

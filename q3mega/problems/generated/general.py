@@ -73,14 +73,14 @@ def json_digit(rng: random.Random, level: int) -> Problem:
 @family("bounded", capability="instruction", difficulties=range(3, 6))
 def bounded(rng: random.Random, length: int) -> Problem:
     """'The goat has 7. Start with 7, end with home, 4 words.': three constraints."""
-    (fact, number), place = _digit(rng), rng.choice(PLACES)
-    text = f"{fact} Start with {number}, end with {place}, {length} words."
+    (fact, number), location = _digit(rng), rng.choice(PLACES)
+    text = f"{fact} Start with {number}, end with {location}, {length} words."
     constraints = [
         {"kind": "starts_with", "start": str(number)},
-        {"kind": "ends_with", "end": place},
+        {"kind": "ends_with", "end": location},
         {"kind": "words", "exactly": length},
     ]
-    answer = f"{number} {BETWEEN[length]} {place}"
+    answer = f"{number} {BETWEEN[length]} {location}"
     return problem(
         "bounded", "instruction", text, answer, length, meta={"constraints": constraints}
     )
@@ -206,9 +206,9 @@ def draw(rng: random.Random, families: Sequence[str] = GENERAL) -> Problem:
     """A training-side problem of a random family."""
     while True:
         spec = FAMILIES[rng.choice(families)]
-        found = spec.make(rng, rng.choice(spec.difficulties))
-        if not found.heldout:
-            return found
+        drawn = spec.make(rng, rng.choice(spec.difficulties))
+        if not drawn.heldout:
+            return drawn
 
 
 def draw_follow(rng: random.Random) -> Problem:
@@ -218,10 +218,10 @@ def draw_follow(rng: random.Random) -> Problem:
     """
     look_back = rng.random() < 0.5
     while True:
-        found = draw(rng, ["think_follow"])
-        users = [m for m in found.messages if m["role"] == "user"]
+        drawn = draw(rng, ["think_follow"])
+        users = [m for m in drawn.messages if m["role"] == "user"]
         if not look_back or (len(users) > 1 and "/" not in users[-1]["content"]):
-            return found
+            return drawn
 
 
 def call(name: str, argument: str, value: str) -> str:

@@ -60,13 +60,13 @@ def _modular_product(problem: Problem, result: Result) -> Work:
 
 
 def _number_sorting(problem: Problem, result: Result) -> Work:
-    rest = [str(number) for number in problem.meta["numbers"]]
+    remaining = [str(number) for number in problem.meta["numbers"]]
     picked: list[str] = []
-    while rest:
-        right, *others = sorted(set(rest))
+    while remaining:
+        right, *others = sorted(set(remaining))
         picked.append(result(right, *others[:1]))
-        rest.remove(picked[-1])
-        yield {"work": picked[-1], "result": " ".join(rest), "answer": " ".join(picked)}
+        remaining.remove(picked[-1])
+        yield {"work": picked[-1], "result": " ".join(remaining), "answer": " ".join(picked)}
 
 
 TAKE = "take {work} get {result}"
@@ -121,8 +121,8 @@ def response_text(solution: Solution, rng: random.Random | None = None) -> str:
 
 def boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...} without inner braces, or None."""
-    found = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    return found[-1].strip() if found else None
+    boxes = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    return boxes[-1].strip() if boxes else None
 
 
 @cache

@@ -190,8 +190,8 @@ class World:
     def slots(self) -> Iterator[tuple[str, str]]:
         """(name, relation) of every fact."""
         for kind, names in self.names.items():
-            mine = [r for r, about in RELATIONS.items() if about.kind == kind]
-            yield from ((name, relation) for name in names for relation in mine)
+            relations = [r for r, about in RELATIONS.items() if about.kind == kind]
+            yield from ((name, relation) for name in names for relation in relations)
 
     def follow(self, name: str, path: Collection[str]) -> str:
         """What one relation after the other leads to."""
@@ -204,14 +204,14 @@ class World:
     ) -> list[str]:
         """One of each name and `notes` that state no fact, of 40 to 120 words, in any order; the
         fact `without` is in none of them."""
-        told = [
+        sentences = [
             _document(rng, kind, name, [f for f in self._told(name) if f[:2] != without])
             for kind, names in self.names.items()
             for name in names
         ]
-        told += [self._note(rng) for _ in range(notes)]
-        rng.shuffle(told)
-        return [re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text) for text in told]
+        sentences += [self._note(rng) for _ in range(notes)]
+        rng.shuffle(sentences)
+        return [re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text) for text in sentences]
 
     def _told(self, name: str) -> list[tuple[str, str, str]]:
         return [(n, relation, value) for (n, relation), value in self.facts.items() if n == name]
@@ -275,8 +275,8 @@ def _document(rng: random.Random, kind: str, name: str, facts: list[tuple[str, s
     fillers = rng.sample(_FILLERS[kind], len(_FILLERS[kind]))
     least = rng.randint(45, 90)
     while fillers and _length(sentences) < least:
-        place = rng.randint(0, len(sentences))
-        sentences.insert(place, _fill(rng, fillers.pop()))
+        index = rng.randint(0, len(sentences))
+        sentences.insert(index, _fill(rng, fillers.pop()))
     return " ".join([rng.choice(_OPENINGS[kind]).format(name), *sentences])
 
 

@@ -14,15 +14,15 @@ from safetensors import safe_open
 
 from q3mega.engine import Engine, parallel
 from q3mega.rollout.base import Completion, SamplingParams, cut_at_unknown
-from q3mega.rollout.servers.client import EngineFailed
+from q3mega.rollout.servers.client import RolloutServerFailed
 from q3mega.rollout.servers.sampler import ServerSampler
 from q3mega.rollout.weight_sync.broadcast import Broadcast, digests
 
-GLIMPSE = 0.05  # seconds between interrupts
+INTERRUPT_INTERVAL_S = 0.05  # seconds between interrupts
 _log = logging.getLogger(__name__)
 
 
-class SyncedSampler:
+class WeightSyncedSampler:
     """A `Sampler` whose servers have the engine's weights before every call.
 
     folder: of this sampler alone, on a file system that all ranks and servers see under one path.
@@ -47,10 +47,10 @@ class SyncedSampler:
             parallel.broadcast_from_leader(lambda: self.servers.generate(prompts, params))
         )
 
-    def known(self, found: list[list[Completion]]) -> list[list[Completion]]:
+    def known(self, completions: list[list[Completion]]) -> list[list[Completion]]:
         """Completions up to an id that the engine does not have."""
         ids = self.engine.valid_vocab
-        return [[cut_at_unknown(c, ids) for c in group] for group in found]
+        return [[cut_at_unknown(c, ids) for c in group] for group in completions]
 
     def sync(self) -> str:
         """Hand the weights over; their version. Also when they are the same: a server may have come
@@ -99,20 +99,20 @@ class SyncedSampler:
             for _ in tensors:
                 pass
         if first and not broadcast.is_current(version):
-            raise EngineFailed(
+            raise RolloutServerFailed(
                 f"weights did not reach the servers in {1 + self.servers.retries} tries: see the "
                 "warnings before this, and their logs; rollout_servers.weight_sync=folder needs "
                 "no group"
             )
 
 
-class Interruptible:
+class InterruptibleSampler:
     """A `Sampler` for threads of rank 0 that go on while all ranks train.
 
     New weights interrupt what is under way, which goes on under them from where it is.
     """
 
-    def __init__(self, synced: SyncedSampler) -> None:
+    def __init__(self, synced: WeightSyncedSampler) -> None:
         self.synced, self.servers = synced, synced.servers
         self.turn = threading.Condition()
         self.calls, self.handing_over = 0, False
@@ -121,25 +121,25 @@ class Interruptible:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[list[Completion]]:
         """See `Sampler`."""
-        found: list[list[Completion]] | None = None
-        while found is None or any(c.finish_reason == "abort" for group in found for c in group):
+        groups: list[list[Completion]] | None = None
+        while groups is None or any(c.finish_reason == "abort" for group in groups for c in group):
             with self.turn:
                 self.turn.wait_for(lambda: not self.handing_over)
                 self.calls += 1
             try:
-                found = self.servers.proceed(prompts, found, params)
+                groups = self.servers.resume(prompts, groups, params)
             finally:
                 with self.turn:
                     self.calls -= 1
                     self.turn.notify_all()
-        return self.synced.known(found)
+        return self.synced.known(groups)
 
     def sync(self) -> str:
-        """See `SyncedSampler.sync`: all ranks call it."""
+        """See `WeightSyncedSampler.sync`: all ranks call it."""
         self.synced.write()  # which the servers need not wait for
         with self.turn:
             self.handing_over = True
-            while not self.turn.wait_for(lambda: self.calls == 0, GLIMPSE):
+            while not self.turn.wait_for(lambda: self.calls == 0, INTERRUPT_INTERVAL_S):
                 self.servers.interrupt()  # again: a call may have begun since
         version = self.synced.sync()
         with self.turn:
@@ -151,10 +151,10 @@ class Interruptible:
 def norms(folder: Path) -> dict[str, set[str]]:
     """The norms' weights, which every layout of a server holds whole and under these names:
     SHA-256 of their bytes in each dtype."""
-    found = {}
+    norm_by_name = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 if name.endswith("norm.weight"):
-                    found[name] = digests(tensors.get_tensor(name))
-    return found
+                    norm_by_name[name] = digests(tensors.get_tensor(name))
+    return norm_by_name

@@ -9,15 +9,16 @@ from q3mega.config.rl import VARIANTS, RLSettings
 from q3mega.config.stage import StageConfig
 from q3mega.data.chat import render
 from q3mega.engine import Engine, parallel
+from q3mega.ops.grpo_loss import Settings as GrpoSettings
 from q3mega.problems import Problem
 from q3mega.rewards import Verdict, score_problem
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.base import text_of
-from q3mega.rollout.weight_sync.sampler import Interruptible, SyncedSampler
+from q3mega.rollout.weight_sync.sampler import InterruptibleSampler, WeightSyncedSampler
 from q3mega.stages.common.stage import Stage
 from q3mega.train import rl
-from q3mega.train.rl import PolicySettings
 from q3mega.train.rollouts import Rollout
+from q3mega.train.samples import PolicySettings
 from q3mega.train.schedule import AsynchronousSchedule, Schedule, SynchronousSchedule
 
 
@@ -75,8 +76,8 @@ def schedule(
 
     if config.schedule != "asynchronous":
         return SynchronousSchedule(this_rank, staleness=int(config.schedule == "one_step_off"))
-    assert isinstance(sampler, SyncedSampler)  # the recipe names servers
-    background = Interruptible(sampler)
+    assert isinstance(sampler, WeightSyncedSampler)  # the recipe names servers
+    background = InterruptibleSampler(sampler)
 
     def all_ranks(step: int) -> list[Rollout]:
         return sampled_and_scored(
@@ -87,12 +88,12 @@ def schedule(
 
 
 def policy(stage: Stage[StageConfig], config: RLSettings) -> PolicySettings:
-    loss = {
-        "variant": config.variant,
-        "clip_low": config.clip_low,
-        "clip_high": config.clip_high,
-        "kl_coef": config.kl_coef,
-    }
+    loss = GrpoSettings(
+        variant=config.variant,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        kl_coef=config.kl_coef,
+    )
     correction = None
     if config.rollout_correction != "none":
         caps = config.tis_cap, config.mis_band, config.sequence_delta

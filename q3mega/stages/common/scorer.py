@@ -22,6 +22,7 @@ from q3mega.data.batch import Batch, Sample, collate
 from q3mega.data.chat import parse, render
 from q3mega.data.sft import chat_sample, reply_text
 from q3mega.engine import Engine, LMHead, parallel
+from q3mega.engine.parallel import shard_by_length
 from q3mega.evaluation import evaluate
 from q3mega.evaluation.reward_probes import probes
 from q3mega.problems import FAMILIES, Problem, files
@@ -32,9 +33,8 @@ from q3mega.rewards.models.judge import judge, judge_examples
 from q3mega.rewards.models.preference import preference
 from q3mega.rollout import Completion
 from q3mega.rollout.logprobs import each_sequence
-from q3mega.stages.common.asking import Asked
+from q3mega.stages.common.asking import ChatModelHandle
 from q3mega.stages.common.stage import Stage
-from q3mega.train.supervised import shard
 
 CALL_SHARE = 0.3  # of a generated agent task's reward is for the call, the rest for the answer
 HELD_OUT_PAIRS = 400
@@ -53,9 +53,9 @@ class Scorer:
 
     def __init__(self, stage: Stage[GeneralRL], tasks: Sequence[Problem] = ()) -> None:
         self.stage = stage
-        asked = {name for p in tasks for name in model_rewards_of(p)} if tasks else set(MODELS)
-        self.judge = _judge(stage) if "judge" in asked else None
-        self.preference = PreferenceModel(stage) if "preference" in asked else None
+        models = {name for p in tasks for name in model_rewards_of(p)} if tasks else set(MODELS)
+        self.judge = _judge(stage) if "judge" in models else None
+        self.preference = PreferenceModel(stage) if "preference" in models else None
 
     def __call__(
         self, problems: Sequence[Problem], episodes: Sequence[Episode], max_tokens: int
@@ -75,7 +75,7 @@ class Scorer:
         obedient = [
             mode_of(turns[0]) == p.meta["mode"] for p, turns in zip(problems, episodes, strict=True)
         ]
-        said: list[dict[str, Verdict]] = [{} for _ in problems]
+        verdicts: list[dict[str, Verdict]] = [{} for _ in problems]
         for name, model in (("judge", self.judge), ("preference", self.preference)):
             rows = [
                 i for i, p in enumerate(problems) if obedient[i] and name in model_rewards_of(p)
@@ -83,13 +83,13 @@ class Scorer:
             if model:  # with no rows as well: ranks may meet in it
                 replies = [episodes[i][-1] for i in rows]
                 for i, v in zip(rows, model([problems[i] for i in rows], replies), strict=True):
-                    said[i][name] = v
+                    verdicts[i][name] = v
         return [
             _verdict(p, turns, scored=scored, tokens=n, max_tokens=max_tokens * len(turns))
             if good
             else Verdict(0.0, "wrong mode or malformed think block")
             for p, turns, scored, good, n in zip(
-                problems, episodes, said, obedient, lengths, strict=True
+                problems, episodes, verdicts, obedient, lengths, strict=True
             )
         ]
 
@@ -102,8 +102,8 @@ class Scorer:
         rows = {}
         for task, members in by_task.items():
             tried = [(p, name, text) for p in members for name, text in probes(p.row)]
-            asked, cheats = [p for p, *_ in tried], [[text] for *_, text in tried]
-            verdicts = self._judge(asked, cheats, [0] * len(tried), max_tokens=1)
+            problems, cheats = [p for p, *_ in tried], [[text] for *_, text in tried]
+            verdicts = self._judge(problems, cheats, [0] * len(tried), max_tokens=1)
             earned = {i: v.score for i, v in enumerate(verdicts) if v.score is not None}
             if not earned:
                 continue
@@ -119,8 +119,8 @@ class Scorer:
 
     def quality(self) -> dict[str, Any]:
         """How good the models are, on examples they have not seen."""
-        found: dict[str, Any] = self.judge.quality() if self.judge else {}
-        return found | (self.preference.quality() if self.preference else {})
+        results: dict[str, Any] = self.judge.quality() if self.judge else {}
+        return results | (self.preference.quality() if self.preference else {})
 
 
 def _verdict(problem: Problem, turns: list[str], **facts: Any) -> Verdict:
@@ -169,10 +169,10 @@ class TrainedJudge:
 
     def quality(self) -> dict[str, Any]:
         examples = judge_examples(HELD_OUT_PAIRS, self.stage.seed("judge held out"))
-        said = self.probability([prompt for prompt, _ in examples])
+        probabilities = self.probability([prompt for prompt, _ in examples])
         agree = [
             float((p > 0.5) == (truth == "yes"))
-            for p, (_, truth) in zip(said, examples, strict=True)
+            for p, (_, truth) in zip(probabilities, examples, strict=True)
         ]
         return {"judge_accuracy": evaluate.proportion(agree)}
 
@@ -181,7 +181,7 @@ class AskedJudge:
     """The recipe's judge, which grades against the reference (`rewards.reference_judge`)."""
 
     def __init__(self, stage: Stage[GeneralRL], spec: ChatModelSpec) -> None:
-        self.asked = Asked(stage, spec, "judge_model")
+        self.asked = ChatModelHandle(stage, spec, "judge_model")
         self.judge = ReferenceJudge(self.asked.opinion, self.asked.count)
         self.found: dict[str, float] = {}
         if stage.config.judge_examples:
@@ -190,17 +190,17 @@ class AskedJudge:
 
     def __call__(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
         """All ranks' answers go to the judge together, so that all ask it equally often."""
-        own = [(p.id, text) for p, text in zip(problems, texts, strict=True)]
+        keys = [(p.id, text) for p, text in zip(problems, texts, strict=True)]
         rows = [(p.id, text, p.row) for p, text in zip(problems, texts, strict=True)]
         every = {(i, text): row for i, text, row in parallel.gather_over_all(rows)}
-        said = self.judge([text for _, text in every], list(every.values()))
-        found = dict(zip(every, said, strict=True))
-        return [found[key] for key in own]
+        verdicts = self.judge([text for _, text in every], list(every.values()))
+        by_key = dict(zip(every, verdicts, strict=True))
+        return [by_key[key] for key in keys]
 
     def quality(self) -> dict[str, Any]:
-        found = self.found | {"disagreement": self.judge.disagreement}
-        found["failures"] = self.asked.failed / max(1, self.asked.asked)
-        return {f"judge_{name}": {"value": value} for name, value in found.items()}
+        results = self.found | {"disagreement": self.judge.disagreement}
+        results["failures"] = self.asked.failed / max(1, self.asked.asked)
+        return {f"judge_{name}": {"value": value} for name, value in results.items()}
 
 
 def train_judge(stage: Stage[GeneralRL]) -> Engine:
@@ -220,7 +220,9 @@ def train_judge(stage: Stage[GeneralRL]) -> Engine:
             )
             for prompt, verdict in judge_examples(config.questions, stage.seed("judge", step))
         ]
-        model.train_step(shard(normalise(samples), stage.config.micro_batch_tokens), supervised)
+        model.train_step(
+            shard_by_length(normalise(samples), stage.config.micro_batch_tokens), supervised
+        )
     return model
 
 
@@ -264,8 +266,8 @@ class PreferenceModel:
 def preference_text(problem: Problem, reply: str) -> str:
     """The chat without its flag, which is no matter of taste, and the reply."""
     *before, last = problem.messages
-    asked = {**last, "content": _FLAG.sub("", last["content"])}
-    return render([*before, asked, {"role": "assistant", "content": reply}])
+    question = {**last, "content": _FLAG.sub("", last["content"])}
+    return render([*before, question, {"role": "assistant", "content": reply}])
 
 
 def preference_pairs(
@@ -294,8 +296,8 @@ def train_preference(stage: Stage[GeneralRL]) -> Engine:
     loss = preference_loss(stage.tokenizer.eod, 1.0 / config.pairs)
     for step in range(config.steps):
         pairs = preference_pairs(stage, config.pairs, "pairs", step)
-        mine = pairs[parallel.data_rank() :: parallel.data_size()]
-        texts = [preference_text(p, reply) for p, *both in mine for reply in both]
+        local_pairs = pairs[parallel.data_rank() :: parallel.data_size()]
+        texts = [preference_text(p, reply) for p, *both in local_pairs for reply in both]
         samples = [Sample(t, [0.0] * len(t)) for t in stage.tokenizer.encode_batch(texts)]
         model.train_step([collate(samples)], loss)
     return model

@@ -28,7 +28,7 @@ from q3mega.rewards import plugins
 from q3mega.rollout import Sampler, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.servers.sampler import ServerSampler
-from q3mega.rollout.weight_sync.sampler import SyncedSampler
+from q3mega.rollout.weight_sync.sampler import WeightSyncedSampler
 from q3mega.train.log import Log
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -70,8 +70,8 @@ class Stage(Generic[_Config]):
     def latest(self, *, model: str) -> Path | None:
         """The weights of the nearest stage before this one that trains `model`."""
         before = list(self.recipe.stages)[: list(self.recipe.stages).index(self.name)]
-        found = [s for s in before if self.recipe.stages[s].trains == model]
-        return self.hf(found[-1]) if found else None
+        stages = [s for s in before if self.recipe.stages[s].trains == model]
+        return self.hf(stages[-1]) if stages else None
 
     @cached_property
     def pool(self) -> Pool:
@@ -159,13 +159,13 @@ class Stage(Generic[_Config]):
         )  # fmt: skip
         if reinforcement.routing_replay == "r3":  # do they tell their experts?
             servers.generate([[self.tokenizer.eos]], SamplingParams(1, routes=True))
-        self.write("rollout_servers.json", servers.engines)
+        self.write("rollout_servers.json", servers.server_versions)
         folder = (
             Path(spec.weights_folder or self.dir / "weights")
             if spec.weight_sync == "folder"
             else None
         )
-        return SyncedSampler(engine, servers, folder)
+        return WeightSyncedSampler(engine, servers, folder)
 
     @property
     def answer_tokens(self) -> int:
@@ -194,9 +194,9 @@ class Stage(Generic[_Config]):
 
     def prepared(self, name: str) -> bool:
         """Did an earlier try of this stage finish preparing `data/<name>`? (same on every rank)"""
-        found = (self.data / name).exists()
+        exists = (self.data / name).exists()
         dist.barrier()
-        return found
+        return exists
 
     def save_hf(self, engine: Engine, folder: Path | None = None) -> None:
         """A folder that transformers loads, tokenizer and chat template included."""

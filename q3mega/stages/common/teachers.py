@@ -12,7 +12,7 @@ from q3mega.data.batch import Sample, collate
 from q3mega.data.sft import chat_sample
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.distillation.served_teacher import ServedTeacher
-from q3mega.distillation.service.client import RemoteTeacher
+from q3mega.distillation.service.client import TeacherClient
 from q3mega.distillation.teaching import Teacher, best_of
 from q3mega.distillation.topk import TopKWriter
 from q3mega.engine import Engine, parallel
@@ -56,7 +56,7 @@ def teacher_of(stage: Distillation, rows: int) -> Iterator[Teacher]:
         yield served_teacher(stage)
     else:
         key = key_of("teacher_key_env", config.teacher_key_env).encode()
-        with RemoteTeacher(
+        with TeacherClient(
             config.teacher_url, vocab=stage.tokenizer.vocab_size, rows=rows,
             tokenizer=stage.tokenizer.digest(), key=key, timeout=config.teacher_timeout_s,
         ) as teacher:  # fmt: skip
@@ -88,10 +88,10 @@ def teacher_samples(stage: Distillation, n: int, purpose: str) -> list[Sample]:
     else:
         sampler = stage.sampler(stage.engine(teacher_folder(stage)))
     out = []
-    asked = problems(stage, n, purpose)
+    drawn = problems(stage, n, purpose)
     params = SamplingParams(stage.config.max_tokens, 0.6, seed=stage.seed(purpose, "sample"))
     for mode in ("think", "no_think"):
-        queries = [p for p, m in asked if m == mode]
+        queries = [p for p, m in drawn if m == mode]
         for (answer,) in evaluate.answers(sampler, stage.tokenizer, queries, params, mode):
             if answer.completion.finish_reason == "stop":
                 out.append(chat_sample(stage.tokenizer, flagged(answer.problem, mode), answer.text))
@@ -115,9 +115,9 @@ def keep_topk(stage: Distillation, samples: list[Sample]) -> None:
         store = leader.enter_context(writer) if writer else None
         for first in range(0, len(samples), KEPT_AT_ONCE):
             part = list(enumerate(samples[first : first + KEPT_AT_ONCE]))[rank::size]
-            found = best_of(teacher, [collate([sample]) for _, sample in part], k)
-            own = [(i, *best) for (i, _), best in zip(part, found, strict=True)]
-            for _, ids, logprobs in sorted(parallel.gather_over_data(own), key=itemgetter(0)):
+            candidates = best_of(teacher, [collate([sample]) for _, sample in part], k)
+            numbered = [(i, *best) for (i, _), best in zip(part, candidates, strict=True)]
+            for _, ids, logprobs in sorted(parallel.gather_over_data(numbered), key=itemgetter(0)):
                 if store:
                     store.add(ids, logprobs)
     stage.barrier()
@@ -127,10 +127,10 @@ def pass_rates(stage: Distillation, engine: Engine) -> dict[str, dict[str, float
     """pass@1 and pass@8 in thinking mode at T=0.6, and accuracy without thinking."""
     params = SamplingParams(stage.answer_tokens, 0.6, n=TRIES, seed=stage.seed("eval"))
     sampler, held = stage.sampler(engine), stage.held_out()
-    found = evaluate.answers(sampler, stage.tokenizer, held, params, "think")
-    correct = [[a.correct for a in tries] for tries in found]
+    answered = evaluate.answers(sampler, stage.tokenizer, held, params, "think")
+    correct = [[a.correct for a in tries] for tries in answered]
     return {
-        "pass1": evaluate.accuracy(found),
+        "pass1": evaluate.accuracy(answered),
         "pass8": evaluate.pass_at_k(correct, TRIES),
         "no_think_accuracy": evaluate.accuracy(
             evaluate.answers(sampler, stage.tokenizer, held, params, "no_think")

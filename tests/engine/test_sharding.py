@@ -3,17 +3,17 @@
 import pytest
 
 from q3mega.data.batch import Sample
-from q3mega.train import supervised
+from q3mega.engine import parallel
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 8])
 def test_every_rank_gets_work_and_every_sample_counts_once(monkeypatch, samples) -> None:
     batch = [Sample([1] * (2 + i), [0.0] + [1.0] * (1 + i)) for i in range(samples)]
-    monkeypatch.setattr(supervised.parallel, "data_size", lambda: 3)
+    monkeypatch.setattr(parallel, "data_size", lambda: 3)
     weight = 0.0
     for rank in range(3):
-        monkeypatch.setattr(supervised.parallel, "data_rank", lambda rank=rank: rank)
-        mine = supervised.shard(batch, 16)
+        monkeypatch.setattr(parallel, "data_rank", lambda rank=rank: rank)
+        mine = parallel.shard_by_length(batch, 16)
         assert mine  # a rank with nothing to do would leave the others waiting
         weight += sum(float(b.loss_weights.sum()) for b in mine)
     assert weight == sum(sum(s.weights) for s in batch)
