@@ -12,13 +12,15 @@ RunText = Callable[[str], str]  # from a tool's one argument to its result
 
 
 class Tool(Protocol):
-    """What the environment can call: a name and a schema for the prompt, text in, text out."""
+    """What an environment can call."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the model calls it by."""
 
     @property
-    def schema(self) -> Schema: ...
+    def schema(self) -> Schema:
+        """Its JSON schema in the prompt."""
 
     def call(self, arguments: Mapping[str, Any]) -> str:
         """The result as text; "error: ..." for arguments that do not fit."""
@@ -33,9 +35,11 @@ class TextTool:
 
     @property
     def name(self) -> str:
+        """See `Tool`."""
         return name_of(self.schema)
 
     def call(self, arguments: Mapping[str, Any]) -> str:
+        """See `Tool`."""
         (argument,) = arguments_of(self.schema)
         if set(arguments) != {argument} or not isinstance(arguments[argument], str):
             return f"error: give {argument} as a string"

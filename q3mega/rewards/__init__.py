@@ -1,12 +1,12 @@
-"""Rewards: one file each, one registry. A reward reads text and a row, and says why it gave what.
+"""Rewards: one file each, one registry. A reward reads a text and a row, and gives a reason.
 
     @reward("shouting")
     def shouting(completion, row):
         return Verdict(float(completion.isupper()), "all upper case?")
 
-A bare number will do for a verdict, and None where it cannot judge. `row` holds a problem's fields
-(family, answer, messages, meta, ...). The rewards `judge` and `preference` read what the models of
-general RL have said: row["scored"].
+A bare number will do for a verdict, and None where the reward cannot judge. `row` holds a problem's
+fields (family, answer, messages, meta, ...). The rewards `judge` and `preference` read the verdicts
+of general RL's models from row["scored"].
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Rewards of one's own: Python files beside the recipe, which register them with `@reward`."""
+"""A user's rewards: Python files beside the recipe that register them with `@reward`."""
 
 import importlib.util
 import sys
@@ -9,9 +9,9 @@ from q3mega.errors import UserError
 
 
 def load(files: Sequence[str]) -> None:
-    """Run the files, in every process that scores. They are the user's own code, and trusted.
+    """Run the files. Each process that scores calls this. The files are trusted code of the user.
 
-    Raises UserError for one that is not there or that breaks, with what it said.
+    Raises UserError for a file that does not exist, and with its error for one that breaks.
     """
     for file in files:
         path = Path(file).resolve()

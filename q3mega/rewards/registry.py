@@ -11,10 +11,12 @@ from q3mega.errors import UserError
 
 @dataclass(frozen=True)
 class Verdict:
-    """A finite score, 1 for full marks, or None for what cannot be judged; and the reason in a few
-    words. numpy's and torch's scalars become the numbers they hold; all else is a ValueError.
+    """What a reward gives.
 
-    parts: each reward's own score, where several make one.
+    score: a finite number, 1 for full marks; None where the reward cannot judge. Scalars of numpy
+        and torch become the numbers they hold. Anything else raises a ValueError.
+    reason: a few words.
+    parts: the score of each reward by its name, where several make one.
     """
 
     score: float | None
@@ -45,9 +47,9 @@ RENAMED = {"found": "string_match", "grounded": "groundedness", "premise": "fals
 def reward(name: str, needs: Needs | None = None) -> Callable[[_Reward], _Reward]:
     """Decorator: register `f(completion, row) -> Verdict | float | None` under `name`.
 
-    completion: the assistant's raw text, think tags and tool calls included, stop token not.
-    needs(row): raises ValueError for a row that the reward cannot judge by, which then is refused
-    before anything computes; a pydantic model's `model_validate` will do.
+    completion: the assistant's raw text with think tags and tool calls, without the stop token.
+    needs(row): raises ValueError for a row that the reward cannot judge by. Such a row is refused
+        before a stage computes. A pydantic model's `model_validate` will do.
     """
 
     def register(fn: _Reward) -> _Reward:
@@ -58,16 +60,17 @@ def reward(name: str, needs: Needs | None = None) -> Callable[[_Reward], _Reward
 
 
 def reward_names(names: RewardSpec) -> list[str]:
-    """The rewards that make one."""
+    """The names in a specification, in its order."""
     return [names] if isinstance(names, str) else list(names)
 
 
 def score(names: RewardSpec, completion: str, row: Mapping[str, Any]) -> Verdict:
-    """The verdict of one registered reward; of several the product, or with weights their mean.
+    """The verdict of one registered reward; of several their product, or with weights their mean.
 
-    The reason is the lowest one's. Where one cannot judge there is no score. A product with a
-    negative factor is the lowest one: two penalties make no reward.
-    Raises UserError for an unknown name, a weight of no use, and a reward that breaks.
+    The reason is that of the lowest score. Where one reward cannot judge, the score is None. A
+    product with a negative factor is its lowest factor, so that two penalties make no reward.
+    Raises UserError for an unknown name, a weight that is no number above 0, and a reward that
+    breaks.
     """
     weights = names if isinstance(names, Mapping) else None
     for name in reward_names(names):

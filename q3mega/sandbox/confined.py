@@ -1,9 +1,9 @@
 """Model-written Python in a process that can compute and print, and nothing else.
 
-`run(program)` starts it under `confine` (csrc/sandbox/confine.cpp), which says what it may do: the
-standard library to read, a scratch folder to write where there is one, no network, no other
-processes, and limits on CPU, wall time, memory and output. Where the machine can confine nothing,
-it is refused, unless Q3MEGA_UNCONFINED=1 is set.
+`run(program)` starts it under the launcher `confine` (csrc/sandbox/confine.cpp). The program may
+read the standard library, and write to a scratch folder where there is one. It has no network, no
+other processes, and limits on CPU time, wall time, memory and output. Where the machine can
+confine nothing, `run` refuses, unless Q3MEGA_UNCONFINED=1 is set.
 """
 
 import functools
@@ -55,9 +55,14 @@ Status = Literal["ok", "error", "time", "memory", "output", "signal"]
 
 @dataclass(frozen=True)
 class Limits:
-    """cpu, wall: seconds. memory: bytes of address space; a larger stack comes on top. output:
-    bytes of stdout, of stderr and of any other file. scratch: bytes of all files, on the level
-    "namespaces". stack: bytes that the main thread's may grow to, and another's that asks for it.
+    """Limits of one process.
+
+    cpu (s): CPU time.
+    wall (s): wall time.
+    memory (bytes): address space. A stack larger than the default comes on top.
+    output (bytes): of stdout, of stderr and of any other file.
+    scratch (bytes): of all files together, on the level "namespaces".
+    stack (bytes): of the main thread, and of another thread that asks for it.
     """
 
     cpu: int = 5
@@ -80,7 +85,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def limits_of(fields: Any) -> Limits:
-    """Limits from a row's fields; `wall` is twice `cpu` at least, where it is not given.
+    """Limits from a row's fields. A `wall` that is not given is at least twice `cpu`.
 
     Raises UserError for an unknown field, and for a value that is no number in its range.
     """
@@ -100,9 +105,13 @@ def limits_of(fields: Any) -> Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended. status "ok" is exit code 0; reason says in a line what else happened.
+    """How a program ended.
 
-    memory: peak bytes; cpu, seconds: CPU time and wall time, the launcher's included.
+    status: "ok" is exit code 0.
+    reason: one line on what happened.
+    stdout, stderr: what it printed, bytes that are no UTF-8 replaced.
+    memory (bytes): peak.
+    cpu (s), seconds (s): CPU time and wall time, the launcher's included.
     """
 
     status: Status
@@ -127,7 +136,7 @@ def run(
 
 @dataclass
 class Started:
-    """A program under way; its report and what it printed are read when it has ended."""
+    """A running program. Its report and its output are read when it has ended."""
 
     process: "subprocess.Popen[bytes]"
     limits: Limits
@@ -137,7 +146,7 @@ class Started:
     started_at: float
 
     def wait(self) -> Outcome:
-        """Wait until it ends, which the launcher sees to."""
+        """Wait for the program's end. The launcher holds it to its limits."""
         code = self.process.wait()
         printed = _read(self.stdout) if self.stdout else ""
         complaint = _read(self.stderr)
@@ -191,7 +200,7 @@ def started(
 
 
 def launcher(level: str, limits: Limits, read: Iterable[str] = ()) -> list[str]:
-    """The words before `--` and a command; read: more paths than the interpreter's own."""
+    """The words before `--` and a command. read: paths beside the interpreter's."""
     numbers = {
         "memory": limits.memory + max(0, limits.stack - Limits.stack),
         "stack": limits.stack,
@@ -254,7 +263,7 @@ def _judge(how: str, value: int, cpu: float, limits: Limits, complaint: str) -> 
 
 @contextmanager
 def _memory_file(text: str = "") -> Iterator[BinaryIO]:
-    """A file without a name; its position is at the start, which who inherits it shares."""
+    """A file without a name. Its position is at the start. A process that inherits it shares it."""
     with os.fdopen(os.memfd_create("q3mega"), "w+b", buffering=0) as file:
         file.write(text.encode("utf-8", "surrogatepass"))
         file.seek(0)

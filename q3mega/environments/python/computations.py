@@ -1,5 +1,6 @@
-"""Computations for a program: each a question, a draw of its numbers, and the function that solves
-it, which stands on its own with these imports.
+"""Computations for a program: a question, a draw of its numbers, and the function that solves it.
+
+A function uses only the imports of this module, so that its source runs alone.
 """
 
 import random
@@ -22,14 +23,17 @@ class Computation:
 
 
 def sum_of_multiples(a: int, b: int, n: int) -> int:
+    """Sum of the whole numbers below n that a or b divides."""
     return sum(i for i in range(n) if i % a == 0 or i % b == 0)
 
 
 def digit_sum_of_power(a: int, n: int) -> int:
+    """Sum of the decimal digits of a**n."""
     return sum(map(int, str(a**n)))
 
 
 def primes_between(low: int, high: int) -> int:
+    """Number of primes from low to high, both included."""
     sieve = bytearray([1]) * (high + 1)
     for i in range(2, int(high**0.5) + 1):
         if sieve[i]:
@@ -38,6 +42,8 @@ def primes_between(low: int, high: int) -> int:
 
 
 def longest_collatz(n: int) -> int:
+    """Start from 1 to n with the most Collatz steps; the smallest of several."""
+
     def steps(i: int) -> int:
         count = 0
         while i != 1:
@@ -48,6 +54,7 @@ def longest_collatz(n: int) -> int:
 
 
 def modular_recurrence(a: int, b: int, start: int, m: int, n: int) -> int:
+    """x_n of x_0 = start, x_(k+1) = (a x_k^2 + b) mod m."""
     x = start
     for _ in range(n):
         x = (a * x * x + b) % m
@@ -55,50 +62,58 @@ def modular_recurrence(a: int, b: int, start: int, m: int, n: int) -> int:
 
 
 def days_between(first: str, last: str) -> int:
+    """Days from one ISO date to another."""
     return (date.fromisoformat(last) - date.fromisoformat(first)).days
 
 
 def date_after(first: str, n: int) -> str:
+    """ISO date n days after another."""
     return (date.fromisoformat(first) + timedelta(days=n)).isoformat()
 
 
 def fridays_the_13th(low: int, high: int) -> int:
+    """Number of Fridays the 13th in the years low to high, both included."""
     years, months = range(low, high + 1), range(1, 13)
     return sum(date(y, m, 13).weekday() == 4 for y in years for m in months)
 
 
 def last_in_circle(n: int, k: int) -> int:
-    circle, place = list(range(1, n + 1)), 0
+    """Who is left of 1 to n when every k-th leaves (Josephus)."""
+    circle, position = list(range(1, n + 1)), 0
     while len(circle) > 1:
-        place = (place + k - 1) % len(circle)
-        circle.pop(place)
+        position = (position + k - 1) % len(circle)
+        circle.pop(position)
     return circle[0]
 
 
 def commonest_letter_count(text: str) -> int:
+    """Occurrences of the commonest letter, case kept."""
     return max(Counter(c for c in text if c.isalpha()).values())
 
 
 def shifted_and_turned(word: str, shift: int) -> str:
+    """Caesar's shift of a word, reversed."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     moved = (letters[(letters.index(c) + shift) % 26] for c in word)
     return "".join(moved)[::-1]
 
 
 def read_aloud(start: int, n: int) -> int:
+    """Length of the look-and-say line n steps after start."""
     line = str(start)
     for _ in range(n):
-        said, i = "", 0
+        spoken, i = "", 0
         while i < len(line):
             j = i
             while j < len(line) and line[j] == line[i]:
                 j += 1
-            said, i = f"{said}{j - i}{line[i]}", j
-        line = said
+            spoken, i = f"{spoken}{j - i}{line[i]}", j
+        line = spoken
     return len(line)
 
 
 def longest_rise(numbers: list[int]) -> int:
+    """Length of the longest strictly rising subsequence."""
     best: list[int] = []
     for i, x in enumerate(numbers):
         best.append(1 + max((best[j] for j in range(i) if numbers[j] < x), default=0))
@@ -106,10 +121,12 @@ def longest_rise(numbers: list[int]) -> int:
 
 
 def squares_sum_of_middle(numbers: list[int], k: int) -> int:
+    """Sum of squares without the k smallest and the k largest numbers."""
     return sum(x * x for x in sorted(numbers)[k:-k])
 
 
 def rabbits(young: int, pairs: int, years: int, every: int, sold: int) -> int:
+    """Rabbits after some years; every so often some of the old ones are sold."""
     old = 0
     for year in range(1, years + 1):
         young, old = pairs * old, old + young
@@ -119,6 +136,7 @@ def rabbits(young: int, pairs: int, years: int, every: int, sold: int) -> int:
 
 
 def visited_cells(a: int, c: int, m: int, start: int, n: int) -> int:
+    """Different cells of a walk whose turns a linear congruential generator draws."""
     x, y, seen, state = 0, 0, {(0, 0)}, start
     for _ in range(n):
         state = (a * state + c) % m
@@ -129,6 +147,7 @@ def visited_cells(a: int, c: int, m: int, start: int, n: int) -> int:
 
 
 def ways_to_pay(amount: int, coins: list[int]) -> int:
+    """Ways to pay an amount with coins of these values."""
     ways = [1] + [0] * amount
     for coin in coins:
         for total in range(coin, amount + 1):

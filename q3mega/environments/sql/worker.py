@@ -1,8 +1,8 @@
-"""The worker of the tool `sql`: reads {"script": ..., "query": ...} a line, writes {"text": ...} or
-{"wrong": ...} a line; wrong says why the script makes no database.
+"""The worker of the tool `sql`. It runs by path, confined, and imports nothing of this package.
 
-Run by path in a process of its own, confined, so it imports nothing of this package. SQLite looks
-at a budget only between two of its instructions, and one may take hours: the parent ends it.
+A line {"script": ..., "query": ...} asks. A line {"text": ...} answers, or {"wrong": ...} with the
+reason why the script makes no database. SQLite looks at a budget only between two of its
+instructions, and one may take hours. Then the parent ends the process.
 """
 
 import json
@@ -14,13 +14,13 @@ from collections.abc import Callable
 from functools import lru_cache
 
 MAX_ROWS = 50
-MAX_TEXT = 10_000  # characters of an answer; the tool cuts it once more
-MAX_VALUE = 1 << 20  # bytes
+MAX_ANSWER_CHARACTERS = 10_000  # characters of an answer; the tool cuts it once more
+MAX_VALUE_BYTES = 1 << 20  # bytes
 MAX_PAGES = 1 << 14  # of 4 KiB, of a database
-DATABASES = 8  # are kept; episodes ask theirs more than once
+MAX_DATABASES = 8  # are kept; episodes ask theirs more than once
 CPU_SECONDS = 20  # for one question; the parent's limit is what cuts, this one ends an orphan
-STEPS = 100_000  # instructions of SQLite's machine between two looks at the budget
-LOOKS = 100  # at most: some seconds
+STEPS_PER_LOOK = 100_000  # instructions of SQLite's machine between two looks at the budget
+MAX_LOOKS = 100  # at most: some seconds
 READS = {
     sqlite3.SQLITE_SELECT,
     sqlite3.SQLITE_READ,
@@ -39,15 +39,15 @@ class Database:
         self.connection = sqlite3.connect(":memory:")
         self.connection.execute("pragma temp_store = memory")  # it has no folder for large sorts
         self.connection.execute(f"pragma max_page_count = {MAX_PAGES}")
-        self.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE)
-        self.connection.set_progress_handler(self._over_budget, STEPS)
+        self.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+        self.connection.set_progress_handler(self._over_budget, STEPS_PER_LOOK)
         self._authorize(lambda action: action not in OUTSIDE)
         self.connection.executescript(script)
         self._authorize(lambda action: action in READS)
 
     def _over_budget(self) -> bool:
         self.looks += 1
-        return self.looks > LOOKS
+        return self.looks > MAX_LOOKS
 
     def _authorize(self, allows: Callable[[int], bool]) -> None:
         self.connection.set_authorizer(
@@ -67,18 +67,19 @@ class Database:
                 return "error: not a query"
             lines = []
             for row in cursor.fetchmany(MAX_ROWS):
-                lines.append(" | ".join(str(value)[:MAX_TEXT] for value in row))
-                if sum(map(len, lines)) > MAX_TEXT:
+                lines.append(" | ".join(str(value)[:MAX_ANSWER_CHARACTERS] for value in row))
+                if sum(map(len, lines)) > MAX_ANSWER_CHARACTERS:
                     break
         except ERRORS as error:
             return f"error: {error}" if str(error) else f"error: {type(error).__name__}"
-        return "\n".join(lines)[:MAX_TEXT] or "no rows"
+        return "\n".join(lines)[:MAX_ANSWER_CHARACTERS] or "no rows"
 
 
-database = lru_cache(maxsize=DATABASES)(Database)
+database = lru_cache(maxsize=MAX_DATABASES)(Database)
 
 
 def replied(script: str, query: str | None) -> dict[str, str]:
+    """The answer to one line. query: None only makes the database."""
     try:
         made = database(script)
     except ERRORS as error:

@@ -1,9 +1,9 @@
 """Instruction following that a program can check: constraints on a reply, and a registry of kinds.
 
-A constraint is a dict, `{"kind": "words", "at_least": 20}`. One place holds for every kind how it
-is checked, how it is put to the model and how it is drawn, so that generated prompts and their
-rewards cannot disagree. The kinds are in `constraint_counts` and `constraint_forms`; what they
-share is here. Verifiable instructions are IFEval's idea (arXiv 2311.07911).
+A constraint is a dict, `{"kind": "words", "at_least": 20}`. Its kind holds the check, the sentence
+for the model and the values to draw, so that generated prompts and their rewards cannot disagree.
+`constraint_counts` and `constraint_forms` have the kinds. This module has what they share.
+Verifiable instructions are IFEval's idea (arXiv 2311.07911).
 """
 
 import inspect
@@ -26,7 +26,7 @@ _TRIES = 100  # orders of the kinds; nearly always the first one already has n t
 
 
 class Count(NamedTuple):
-    """found: all there are. credited: what counts towards a minimum, where to repeat is no work."""
+    """total: all that occur. credited: those that count towards a minimum, without repeats."""
 
     total: int
     credited: int
@@ -34,13 +34,14 @@ class Count(NamedTuple):
 
 @dataclass(frozen=True)
 class Amount:
-    """How many are asked. format(amount, "word") is "at least 20 words"."""
+    """The bounds of a count, both included. format(amount, "word") is "at least 20 words"."""
 
     low: int
     high: int | None
 
     @classmethod
     def of(cls, constraint: Constraint) -> "Amount":
+        """The bounds that a constraint gives."""
         if "exactly" in constraint:
             return cls(constraint["exactly"], constraint["exactly"])
         return cls(constraint.get("at_least", 0), constraint.get("at_most"))
@@ -57,9 +58,15 @@ class Amount:
 
 @dataclass(frozen=True)
 class Kind:
-    """check: (text, **parameters) -> Count, or None where it is met, else what was found instead.
-    parameters: name -> annotation. settles: what of a reply it decides alone. uses: what it needs
-    left open. draws: parameters for generated prompts, see `kind`.
+    """One kind of constraint.
+
+    check(text, **parameters): a Count; or None where it is met, else what the text has instead.
+    ask: the sentence for the model, with {parameters} and {amount:noun}.
+    draws: the values of each parameter for generated prompts, see `kind`.
+    parameters: name -> annotation.
+    counts: whether `check` gives a Count.
+    settles: the parts of a reply that it decides alone.
+    uses: the parts that it needs left open.
     """
 
     check: Callable[..., Any]
@@ -71,6 +78,7 @@ class Kind:
     uses: frozenset[str]
 
     def draw(self, rng: random.Random) -> dict[str, Any]:
+        """Parameters of a constraint, with one bound where the kind counts."""
         drawn = {name: rng.choice(self.draws[name]) for name in self.parameters}
         if self.counts:
             bound = rng.choice([name for name in _AMOUNTS if name in self.draws])
@@ -78,7 +86,7 @@ class Kind:
         return drawn
 
     def clashes(self, other: "Kind") -> bool:
-        """One settles what the other settles or uses; "all" is everything."""
+        """Whether one settles what the other settles or uses. "all" is every part of a reply."""
         return bool(
             "all" in self.settles | other.settles
             or self.settles & (other.settles | other.uses)
@@ -94,11 +102,15 @@ def kind(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: register `f(text, **parameters)` under its own name.
 
-    text: as a reader sees it, never blank. f returns None where the demand is met, else what was
-    found; or a Count, which gives it the parameters at_least, at_most and exactly. Its own are
-    typed by annotations: int (1 or more), str, Letter, list[str], Annotated[str, choices]. ask: the
-    demand in English, with {parameters} and {amount:noun}. draws: for generated prompts, the values
-    of each parameter to choose from; of an amount its lowest and highest.
+    text: as a reader sees it, never blank.
+    f returns None where the demand is met, else what the text has instead. Or it returns a Count,
+    and then the kind has the parameters at_least, at_most and exactly. Annotations give the types
+    of other parameters: int (1 or more), str, Letter, list[str], Annotated[str, choices].
+
+    ask: the demand in English, with {parameters} and {amount:noun}.
+    settles, uses: see `Kind`, as words with blanks between.
+    draws: for generated prompts, the values of each parameter to choose from. For an amount its
+        lowest and highest.
     """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +127,7 @@ def kind(
 
 
 def unmet(text: str, constraints: Sequence[Constraint]) -> list[str]:
-    """Why the reply fails, one reason a constraint that it does not meet, in their order."""
+    """One reason for each constraint that the reply does not meet, in the constraints' order."""
     text = visible(text)
     if not words(text):
         return [f"{c['kind']}: the reply is empty" for c in constraints]

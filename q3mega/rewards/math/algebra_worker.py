@@ -37,6 +37,7 @@ def main() -> None:
 
 
 def same(reference: str, given: str) -> bool:
+    """Whether math-verify finds two pieces of LaTeX equal. An error of any kind is a no."""
     from math_verify import verify
 
     try:

@@ -26,13 +26,16 @@ _PLEAS = (
 
 @reward("judge", needs=reference)
 def judge_of_stage(completion: str, row: Mapping[str, Any]) -> Verdict:
-    """What the judge of the stage said, which had the whole batch before it."""
+    """The verdict that the stage's judge gave on the whole batch before."""
     return row["scored"]["judge"]
 
 
 def judge_prompt(reference: str, answer: str) -> str:
-    """The question put to the judge; tags and line ends are taken out of the answer, and the
-    question's own words, so that it cannot speak for the judge."""
+    """The question for the judge.
+
+    Tags, line ends and the question's own words are taken out of the answer, so that it cannot
+    speak for the judge.
+    """
     plain = re.sub(r"[<>=\s]+|Same\?", " ", answer)
     return f"Same? {' '.join(plain.split())} = {reference}"
 
@@ -42,8 +45,9 @@ def judge(
     rows: Sequence[Mapping[str, Any]],
     probability: Callable[[list[str]], list[float]],
 ) -> list[Verdict]:
-    """P(the reply after the thinking agrees with row["answer"]); no or a long reply gets 0.
+    """P(the reply after the thinking agrees with row["answer"]), a verdict a completion.
 
+    An empty reply, or one over MAX_CHARACTERS, gets 0. probability: from prompts to P(yes).
     Raises RuntimeError when the judge answers too few questions, or with no probability.
     """
     replies = [reply(c) or "" for c in completions]
@@ -59,9 +63,11 @@ def judge(
 
 
 def judge_examples(n: int, seed: int) -> list[tuple[str, str]]:
-    """n (prompt, "yes" | "no") to teach the judge: the same short answer or another one, bare or
-    in a sentence, lists that name the right answer among wrong ones ("no"), and words to the judge
-    ("no")."""
+    """n pairs (prompt, "yes" | "no") to teach the judge.
+
+    The answer is the reference or another one, bare or in a sentence. Lists that name the right
+    answer among wrong ones, and words to the judge, are a "no".
+    """
     rng = random.Random(f"judge/{seed}")
 
     def number() -> str:

@@ -11,7 +11,7 @@ WIDEST = 30.0  # standard deviations; beyond them the logistic is 0 or 1 and exp
 
 @reward("preference")
 def preference_of_stage(completion: str, row: Mapping[str, Any]) -> Verdict:
-    """What the preference model of the stage said, which had the whole batch before it."""
+    """The verdict that the stage's preference model gave on the whole batch before."""
     return row["scored"]["preference"]
 
 
