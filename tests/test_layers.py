@@ -4,7 +4,7 @@ import ast
 from collections.abc import Iterator
 
 import pytest
-from helpers.architecture import LAYERS, ROOT, TABLES
+from helpers.architecture import LAYERS, PAGES, ROOT, TABLES, written
 
 HEIGHT = {package: height for height, packages in enumerate(LAYERS) for package in packages}
 # Compiled extensions, and what every layer may ask: which device there is.
@@ -70,3 +70,43 @@ def test_imports_point_down(name):
 )
 def test_the_law_sees_what_breaks_it(source, found):
     assert upward("q3mega.rewards.math.answer", source) == found
+
+
+MOST_LINES = 400
+STAGES = {path.stem for path in (ROOT / "q3mega/stages").glob("*.py")} - {"__init__", "__main__"}
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_can_be_read_at_once(name):
+    assert modules()[name].count("\n") <= MOST_LINES
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_a_stage_imports_no_other(stage):
+    others = {f"q3mega.stages.{other}" for other in STAGES - {stage}}
+    found = imports(modules()[f"q3mega.stages.{stage}"])
+    assert not [name for name in found if ".".join(name.split(".")[:3]) in others]
+
+
+def undocumented(source: str) -> list[str]:
+    """Public functions and methods without a docstring."""
+    bodies = [ast.parse(source).body]
+    names = []
+    while bodies:
+        for node in bodies.pop():
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                bodies.append(node.body)
+            function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            if function and not node.name.startswith("_") and not ast.get_docstring(node):
+                names.append(node.name)
+    return names
+
+
+@pytest.mark.parametrize("name", modules())
+def test_what_is_public_says_what_it_does(name):
+    assert undocumented(modules()[name]) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_the_trees_in_the_pages_are_the_package(page):
+    assert page.read_text() == written(page.read_text()), "python tests/helpers/architecture.py"

@@ -39,6 +39,7 @@ def _terms(lq, lp, beta, KIND: tl.constexpr):
 def divergence_sums_kernel(
     S, T, LSE_S, LSE_T, SUMS, stride, columns, beta, KIND: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Sums of a row's divergence, one program a row."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     first = tl.zeros((BLOCK,), tl.float32)
@@ -69,6 +70,7 @@ def divergence_gradient_kernel(
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Gradient of a row's divergence by the student's logits."""
     row = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at, inside = row * stride + v, v < columns
@@ -97,6 +99,7 @@ def _load_picked(PICKED, at, ok, X, width, h):
 def picked_logits_kernel(
     HIDDEN, WEIGHT, PICKED, LOGITS, picks, width, PICKS: tl.constexpr, LANES: tl.constexpr
 ):
+    """Logits of the teacher's best tokens alone."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * PICKS + tl.arange(0, PICKS)
     dots = tl.zeros((PICKS, LANES), tl.float32)
@@ -111,6 +114,7 @@ def picked_logits_kernel(
 def picked_d_hidden_kernel(
     DZ, WEIGHT, PICKED, D_HIDDEN, picks, width, PICKS: tl.constexpr, LANES: tl.constexpr
 ):
+    """Gradient by the hidden states, through the picked tokens."""
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * LANES + tl.arange(0, LANES)
     parts = tl.zeros((PICKS, LANES), tl.float32)
@@ -123,6 +127,7 @@ def picked_d_hidden_kernel(
 
 @triton.jit
 def picked_d_weight_kernel(DZ, HIDDEN, PICKED, D_WEIGHT, picks, width, LANES: tl.constexpr):
+    """Gradient by the picked rows of the weight."""
     pick = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * LANES + tl.arange(0, LANES)
     row_of_weight, dz = tl.load(PICKED + pick), tl.load(DZ + pick)

@@ -1,1 +1,1 @@
-"""What a loss minimises, how credit is given: supervised, GRPO's family, distillation, entropy."""
+"""Losses, advantages, rollout correction, entropy control."""

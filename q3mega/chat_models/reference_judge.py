@@ -37,6 +37,7 @@ class ReferenceJudge:
 
     @property
     def disagreement(self) -> float:
+        """Share of the answers on which the judge's two readings differ."""
         return float(np.mean(self._differences)) if self._differences else 0.0
 
     def __call__(

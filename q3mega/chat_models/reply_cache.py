@@ -58,6 +58,7 @@ class ReplyCache:
         return database
 
     def replies(self, key: str) -> list[str]:
+        """The replies that are kept under a key."""
         rows = self._run(
             "select text from replies where key = ? and number >= 0 order by number", (key,)
         )

@@ -224,6 +224,7 @@ def nearest(
 
 
 def one_line(text: str) -> str:
+    """A text with every run of white space made one blank."""
     return " ".join(text.split())
 
 

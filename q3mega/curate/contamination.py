@@ -78,12 +78,14 @@ class EvalNgramIndex:
         return ["evaluation_text" if h else "" for h in hit]
 
     def write(self, path: Path) -> None:
+        """Write the index to a file."""
         arrays = {str(n): hashes for n, hashes in self.grams.items()}
         with path.open("wb") as file:
             np.savez(file, allow_pickle=False, head=self.head, heads=self.heads, **arrays)
 
     @classmethod
     def read(cls, path: Path) -> "EvalNgramIndex":
+        """Read an index that `write` has written."""
         with np.load(path) as stored:
             grams = {int(n): stored[n] for n in stored.files if n.isdigit()}
             return cls(int(stored["head"]), stored["heads"], grams)

@@ -51,6 +51,7 @@ class Encoder:
 
     @property
     def vocab_size(self) -> int:
+        """Ids that the tokenizer has."""
         return self._tokenizer.get_vocab_size()
 
     def __call__(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
@@ -99,6 +100,7 @@ class Pieces:
     length: NDArray[np.int64]
 
     def take(self, index: NDArray[np.int64]) -> "Pieces":
+        """The pieces at these indices."""
         return Pieces(self.shard[index], self.row[index], self.start[index], self.length[index])
 
 

@@ -52,6 +52,7 @@ class DropCounts:
         return kept
 
     def spend(self, name: str, seconds: float) -> None:
+        """Add seconds to a step."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def add(
@@ -67,6 +68,7 @@ class DropCounts:
 
 
 def empty() -> dict[str, Any]:
+    """The counts of a step before its first document."""
     sides = {side: {"documents": 0, "bytes": 0} for side in ("in", "out")}
     return {**sides, "dropped": {}}
 

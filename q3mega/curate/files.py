@@ -9,6 +9,7 @@ from q3mega.io import exclusive_lock
 
 
 def sha256(path: Path) -> str:
+    """The hash of a file's bytes, as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

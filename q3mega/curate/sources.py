@@ -278,6 +278,7 @@ class MalformedRow:
         self.rows, self.bad, self.first = 0, 0, Row(0, None)
 
     def count(self, row: Row) -> None:
+        """Count a row, and keep the first one without text."""
         self.rows += 1
         if row.text is None:
             self.bad += 1

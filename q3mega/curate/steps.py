@@ -33,12 +33,14 @@ DOCUMENTS = pa.schema(
 
 
 def normalise(documents: Sequence[Document]) -> list[str]:
+    """Step: clean the text; drop what is empty then."""
     for d in documents:
         d.text = package_text.clean(d.text)
     return ["" if d.text else "empty" for d in documents]
 
 
 def tell_language(documents: Sequence[Document]) -> list[str]:
+    """Step: label the language; drop nothing."""
     for d in documents:
         d.language, d.language_probability = identify(d.text)
     return [""] * len(documents)
@@ -154,7 +156,3 @@ def token_shard(config: Config, out: Path, number: int, first: int) -> dict[str,
             books.spend("tokenise", perf_counter() - began)
     write_json(path.with_suffix(".json"), books.steps)
     return books.seconds
-
-
-def done(out: Path, folder: str, number: int) -> bool:
-    return (out / folder / f"{number:05d}.json").exists()

@@ -1,1 +1,1 @@
-"""Data: real text, chat template, tokenizer, tasks, filters, mixtures, packing into batches."""
+"""Text, chat template, tokenizer, packing into batches, tool schemas, near copies."""

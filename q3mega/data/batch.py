@@ -72,6 +72,7 @@ class Batch:
         return self._each(lambda column: column[index], cu_seqlens)
 
     def to(self, device: torch.device) -> "Batch":
+        """The batch on another device."""
         if self.tokens.device == device:
             return self
         return self._each(lambda column: column.to(device), self.cu_seqlens.to(device))
@@ -88,6 +89,7 @@ class Batch:
         )
 
     def as_filler(self) -> "Batch":
+        """The batch without loss weight, for ranks and pipelines that need one more."""
         return replace(self, loss_weights=torch.zeros_like(self.loss_weights), filler=True)
 
 

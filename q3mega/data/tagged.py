@@ -49,6 +49,7 @@ class TaggedText(str):
         return _joined(other, self)
 
     def removeprefix(self, prefix: str, /) -> "TaggedText":
+        """See `str.removeprefix`."""
         if not self.startswith(prefix):
             return self
         cut = len(prefix)

@@ -1,1 +1,1 @@
-"""Teachers of a distillation: in process, in a job of their own, behind a server; top-k on disk."""
+"""Teachers: in process, in a job of their own, on a server; their top-k on disk."""

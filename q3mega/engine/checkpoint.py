@@ -241,6 +241,7 @@ def complete(folder: Path) -> list[Path]:
 
 
 def load_latest(engine: Any, folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """See `Engine.load_latest`."""
     steps = complete(folder)
     if not steps:
         return None

@@ -153,6 +153,7 @@ class Engine:
 
     @property
     def positions(self) -> Positions:
+        """How positions enter attention: RoPE, YaRN, dual-chunk attention."""
         return self.chunks[0].attention_state.positions
 
     @positions.setter

@@ -108,6 +108,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """See `torch.optim.Optimizer`."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:

@@ -127,12 +127,14 @@ class ContextShard:
     real: Tensor
 
     def to(self, device: torch.device) -> "ContextShard":
+        """The shard on another device."""
         batches = self.original.to(device), self.batch.to(device)
         return ContextShard(
             *batches, *(x.to(device) for x in (self.cu_seqlens, self.place, self.real))
         )
 
     def as_filler(self) -> "ContextShard":
+        """The shard without loss weight."""
         batches = self.original.as_filler(), self.batch.as_filler()
         return ContextShard(*batches, self.cu_seqlens, self.place, torch.zeros_like(self.real))
 
@@ -220,14 +222,17 @@ def _context_size() -> int:
 
 
 def data_group() -> dist.ProcessGroup:
+    """The ranks that hold other data than this one, and the same part of the model."""
     return ps.get_data_parallel_group()
 
 
 def data_rank() -> int:
+    """This rank's number among them."""
     return ps.get_data_parallel_rank()
 
 
 def data_size() -> int:
+    """How many they are."""
     return ps.get_data_parallel_world_size()
 
 

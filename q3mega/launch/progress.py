@@ -82,6 +82,7 @@ class Progress:
             print(text, flush=True)
 
     def show(self, stage: str, folder: Path, state: str) -> None:
+        """Show what a stage does now; `state` is a word for it."""
         now = time.monotonic()
         elapsed = now - self.started.setdefault(stage, now)
         part = _at_work(folder)

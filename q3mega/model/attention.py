@@ -104,6 +104,7 @@ class AttentionState:
     _inv_freq: dict[tuple[Positions, int], Tensor] = field(default_factory=dict)
 
     def inv_freq(self, head_dim: int, on: torch.device) -> Tensor:
+        """RoPE's inverse frequencies (head_dim / 2,), with YaRN where it is set."""
         key = (self.positions, head_dim)
         if key not in self._inv_freq:
             self._inv_freq[key] = self.positions.inv_freq(head_dim).to(on)

@@ -40,6 +40,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., H) over its root mean square, times the weight."""
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 

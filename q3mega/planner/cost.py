@@ -360,6 +360,7 @@ class Rollouts:
 
     @property
     def at_once(self) -> int:
+        """Sequences that a server decodes at once."""
         return min(self.batch, self.share)
 
     def cache(self) -> float:

@@ -38,6 +38,7 @@ Answered = tuple[Problem, Candidate]
 
 
 def run(stage: Stage[ColdStart]) -> None:
+    """Curate long chains of thought, fine-tune on them, evaluate."""
     source = stage.start()
     if not stage.prepared("samples.json"):
         curate(stage, Generated(stage, source) if stage.pool.generated else FromFiles(stage))
@@ -121,7 +122,9 @@ class Helpers(Protocol):
     """Who writes candidates and judges, where rules cannot: a script and the base model for the
     generated families, the recipe's teacher and judge for problems from files."""
 
-    def queries(self) -> list[Problem]: ...
+    def queries(self) -> list[Problem]:
+        """What may be learnt from, before the filters."""
+        ...
 
     def unfit(self, queries: list[Problem]) -> tuple[list[Problem], list[str | None]]:
         """The queries, by the judge's domains where it gives any, and what is wrong with each."""
@@ -131,7 +134,9 @@ class Helpers(Protocol):
 
     def candidates(
         self, queries: list[Problem], held: list[Problem]
-    ) -> Sequence[Sequence[Candidate | NoReply]]: ...
+    ) -> Sequence[Sequence[Candidate | NoReply]]:
+        """The teacher's answers to each query."""
+        ...
 
     def unsound(self, answers: list[Answered]) -> list[str | None]:
         """Of responses that passed the rules, what is wrong with them all the same."""
@@ -144,11 +149,13 @@ class Generated:
         self.stage, self.base = stage, stage.engine(source)
 
     def queries(self) -> list[Problem]:
+        """See `Helpers`."""
         stage, n = self.stage, self.stage.config.queries
         pool = stage.problems(n // len(stage.pool.domains), "queries")
         return pool + unsuitable_queries(n // UNSUITABLE_SHARE, stage.seed("unsuitable"))
 
     def unfit(self, queries: list[Problem]) -> tuple[list[Problem], list[str | None]]:
+        """See `Helpers`."""
         return queries, [None] * len(queries)
 
     def guessed(self, queries: list[Problem]) -> list[str | None]:
@@ -168,11 +175,13 @@ class Generated:
         return [GUESSED if right[i] else None for i in range(len(queries))]
 
     def candidates(self, queries: list[Problem], held: list[Problem]) -> list[list[Candidate]]:
+        """See `Helpers`."""
         copied = [p for p in held if p.family == "chain_sum"]
         n, seed = self.stage.config.candidates, self.stage.seed("teacher")
         return [candidates(query, n, seed, copied) for query in queries]
 
     def unsound(self, answers: list[Answered]) -> list[str | None]:
+        """See `Helpers`."""
         return [None] * len(answers)
 
 
@@ -186,11 +195,13 @@ class FromFiles:
         self.judge = ChatModelHandle(stage, config.judge, "judge") if config.judge else None
 
     def queries(self) -> list[Problem]:
+        """See `Helpers`."""
         return self.stage.problems(
             -(-self.stage.config.queries // len(self.stage.pool.domains)), "queries"
         )
 
     def unfit(self, queries: list[Problem]) -> tuple[list[Problem], list[str | None]]:
+        """See `Helpers`."""
         if self.judge is None:
             return queries, [None] * len(queries)
         domains = self.stage.config.domains
@@ -212,6 +223,7 @@ class FromFiles:
         return labelled, rules
 
     def guessed(self, queries: list[Problem]) -> list[str | None]:
+        """See `Helpers`."""
         judge = self.judge or self.teacher
         replies = judge([list(q.messages) for q in queries], temperature=0.0, thinking=False)
         return [
@@ -224,10 +236,12 @@ class FromFiles:
     def candidates(
         self, queries: list[Problem], held: list[Problem]
     ) -> list[list[Candidate | NoReply]]:
+        """See `Helpers`."""
         replies = self.teacher([list(q.messages) for q in queries], n=self.stage.config.candidates)
         return [[_candidate(text) for text in once(texts)] for texts in replies]
 
     def unsound(self, answers: list[Answered]) -> list[str | None]:
+        """See `Helpers`."""
         if self.judge is None:
             return [None] * len(answers)
         texts = [(q.question, c.thinking, c.response) for q, c in answers]

@@ -41,6 +41,7 @@ AUDITED = 5  # problems of each task that every known cheat is tried on
 
 
 def run(stage: Stage[GeneralRL]) -> None:
+    """Train judge and preference model, learn from rollouts of all tasks, audit, evaluate."""
     config = stage.config
     source = stage.start()
     tasks = Tasks(stage)

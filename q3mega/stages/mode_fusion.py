@@ -40,6 +40,7 @@ Turn = dict[str, Any]
 
 
 def run(stage: Stage[ModeFusion]) -> None:
+    """Build the set of both modes, fine-tune on it, evaluate both modes and the budget curve."""
     source = stage.start()
     if not stage.prepared("samples.json"):
         build(stage, stage.engine(source))

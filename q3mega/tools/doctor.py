@@ -24,6 +24,7 @@ _NOT_BUILT = "not built: pip install ."
 
 
 def findings() -> Iterator[tuple[str, str]]:
+    """(what, what is there or why it is not) of everything that this package can use."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for package in _PACKAGES:
         yield package, _version(package)

@@ -1,1 +1,1 @@
-"""The two loops: predict under a mask, and roll out - score - credit - update."""
+"""The two loops: predict under a mask; roll out, score, compute advantages, update."""

@@ -33,6 +33,7 @@ class Log:
                 path.write_text("".join(to_json(row) + "\n" for row in kept), encoding="utf-8")
 
     def step(self, step: int, **metrics: float) -> None:
+        """One line of metrics.jsonl."""
         seconds = round(time.monotonic() - self.started, 2)
         values = {k: float(f"{v:.6g}") for k, v in metrics.items()}
         self._write(
@@ -40,9 +41,11 @@ class Log:
         )
 
     def sample(self, step: int, **fields: Any) -> None:
+        """One line of samples.jsonl."""
         self._write("samples.jsonl", {"step": step, **fields})
 
     def point(self, step: int, **fields: Any) -> None:
+        """One line of points.jsonl: an evaluation on the way."""
         self._write("points.jsonl", {"step": step, **fields})
 
     def _write(self, name: str, row: dict[str, Any]) -> None:

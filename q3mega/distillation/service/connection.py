@@ -37,6 +37,7 @@ class Connection:
         self.connection = connection
 
     def send(self, message: BaseModel) -> None:
+        """Send a message as one line of JSON."""
         self._write(message.model_dump_json().encode() + b"\n")
 
     def receive(self, kind: type[_M]) -> _M:
@@ -54,6 +55,7 @@ class Connection:
             raise ConnectionLost(f"it sent {bytes(line[:80])!r}, which is {what}") from None
 
     def send_tensor(self, tensor: Tensor) -> None:
+        """Send a tensor's memory."""
         self._write(_bytes(tensor.detach().cpu().contiguous()))
 
     def receive_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -87,6 +89,7 @@ class Connection:
             self._write(proof(b"teacher"))
 
     def close(self) -> None:
+        """End the connection; the other side sees ConnectionLost."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()

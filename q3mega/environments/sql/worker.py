@@ -88,6 +88,7 @@ def replied(script: str, query: str | None) -> dict[str, str]:
 
 
 def main() -> None:
+    """Answer lines of JSON until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
     print("ready", file=answers, flush=True)

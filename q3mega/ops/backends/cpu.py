@@ -18,6 +18,7 @@ _cpu = import_module(f"q3mega.{BUILDS[0]}")
 
 
 def serves(x: Tensor) -> str | None:
+    """Why the backend cannot take the operand, or None."""
     if x.device.type != "cpu":
         return f"the tensors are on {x.device}"
     return "fp64 is the reference's" if x.dtype == torch.float64 else None

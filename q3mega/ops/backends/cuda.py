@@ -23,6 +23,7 @@ MAX_CHUNK = 1 << 30  # beyond every token; twice that fits an int32
 
 
 def serves(x: Tensor) -> str | None:
+    """Why the backend cannot take the operand, or None."""
     if not x.is_cuda:
         return f"the tensors are on {x.device}"
     major, minor = torch.cuda.get_device_capability(x.device)
@@ -32,6 +33,7 @@ def serves(x: Tensor) -> str | None:
 
 
 def serves_attention(q: Tensor) -> str | None:
+    """The same of attention's queries."""
     fits = q.dtype in DTYPE_CODES and q.shape[-1] in (64, 128)
     made_for = "its attention is made for bf16 and fp16 and heads of 64 or 128"
     return serves(q) or (None if fits else made_for)

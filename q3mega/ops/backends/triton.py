@@ -24,6 +24,7 @@ __all__ = [
 
 
 def serves(x: Tensor) -> str | None:
+    """Why the backend cannot take the operand, or None."""
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {x.device} and TRITON_INTERPRET=1 is not set"
     return "fp64 is the reference's" if x.dtype == torch.float64 else None

@@ -18,6 +18,7 @@ DIGITS = 40
 
 
 def main() -> None:
+    """Answer lines of JSON until the input ends."""
     sys.path += sys.argv[1:]
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
     answers = os.fdopen(os.dup(1), "w")

@@ -76,9 +76,13 @@ class RolloutServerKind(Protocol):
     ROUTES: str  # what to do when routes are not told
     VERSION: str  # where a server says which weights it has
 
-    async def connect(self, client: httpx2.AsyncClient, urls: Sequence[str]) -> list[Server]: ...
+    async def connect(self, client: httpx2.AsyncClient, urls: Sequence[str]) -> list[Server]:
+        """The servers at these addresses, each asked what it is."""
+        ...
 
-    async def is_healthy(self, client: httpx2.AsyncClient, server: Server) -> bool: ...
+    async def is_healthy(self, client: httpx2.AsyncClient, server: Server) -> bool:
+        """Whether a server answers."""
+        ...
 
     async def load(
         self,
@@ -98,9 +102,13 @@ class RolloutServerKind(Protocol):
         """Raises UserError for a server that can join no group."""
         ...
 
-    async def join(self, client: httpx2.AsyncClient, server: Server, group: Group) -> None: ...
+    async def join(self, client: httpx2.AsyncClient, server: Server, group: Group) -> None:
+        """Have a server join the transfer group of new weights."""
+        ...
 
-    async def leave(self, client: httpx2.AsyncClient, server: Server, group: str) -> None: ...
+    async def leave(self, client: httpx2.AsyncClient, server: Server, group: str) -> None:
+        """Have it leave that group."""
+        ...
 
     async def begin(self, client: httpx2.AsyncClient, server: Server) -> None:
         """Abort what is under way, take no more, and have the version LOADING_VERSION."""
@@ -120,7 +128,9 @@ class RolloutServerKind(Protocol):
         """Have it take these, under Hugging Face names, from the group's rank 0."""
         ...
 
-    async def close_update(self, client: httpx2.AsyncClient, server: Server) -> None: ...
+    async def close_update(self, client: httpx2.AsyncClient, server: Server) -> None:
+        """End a transfer."""
+        ...
 
     async def finish(
         self,
@@ -144,7 +154,9 @@ class RolloutServerKind(Protocol):
 
     async def generate(
         self, client: httpx2.AsyncClient, server: Server, body: dict[str, Any]
-    ) -> RequestResult: ...
+    ) -> RequestResult:
+        """Sample one sequence."""
+        ...
 
     async def abort(self, client: httpx2.AsyncClient, server: Server, names: list[str]) -> None:
         """End requests: their answers are what they have sampled. Unknown names are none."""
@@ -228,4 +240,5 @@ def described(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, list]:
 
 
 def in_brief(error: Exception) -> str:
+    """An error in one line, without what a page of HTML says around it."""
     return f"{type(error).__name__}: {excerpt(str(error))}"

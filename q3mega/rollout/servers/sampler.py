@@ -258,6 +258,8 @@ class ServerSampler:
                 )
 
     def run(self, work: Callable[[httpx2.AsyncClient], Awaitable[_T]]) -> _T:
+        """Run `work` with a client that has the servers' key and time limits."""
+
         async def inside() -> _T:
             async with httpx2.AsyncClient(
                 headers={"authorization": f"Bearer {self.key}"},

@@ -108,6 +108,7 @@ async def load(
     version: str,
     norms: Mapping[str, set[str]],
 ) -> None:
+    """See `RolloutServerKind`."""
     await begin(client, server)
     body = {"model_path": str(folder.resolve()), "flush_cache": True}
     await _order(client, server, "/update_weights_from_disk", body)
@@ -115,6 +116,7 @@ async def load(
 
 
 async def check_receives(client: httpx2.AsyncClient, server: Server) -> None:
+    """See `RolloutServerKind`."""
     info = await _info(client, server.url)
     if info.pp_size > 1 or info.dp_size > 1:
         raise UserError(
@@ -125,6 +127,7 @@ async def check_receives(client: httpx2.AsyncClient, server: Server) -> None:
 
 
 async def join(client: httpx2.AsyncClient, server: Server, group: Group) -> None:
+    """See `RolloutServerKind`."""
     body = {
         "master_address": group.address, "master_port": group.port, "rank_offset": group.first,
         "world_size": group.world, "group_name": group.name, "backend": group.backend,
@@ -133,10 +136,12 @@ async def join(client: httpx2.AsyncClient, server: Server, group: Group) -> None
 
 
 async def leave(client: httpx2.AsyncClient, server: Server, group: str) -> None:
+    """See `RolloutServerKind`."""
     await _order(client, server, "/destroy_weights_update_group", {"group_name": group})
 
 
 async def begin(client: httpx2.AsyncClient, server: Server) -> None:
+    """See `RolloutServerKind`."""
     await _order(client, server, "/pause_generation", {"mode": "abort"})
     await _order(client, server, "/update_weight_version", {"new_version": LOADING_VERSION})
 
@@ -156,6 +161,7 @@ async def finish(
 
 
 async def open_update(client: httpx2.AsyncClient, server: Server) -> None:
+    """See `RolloutServerKind`."""
     with contextlib.suppress(RetryableError):  # there is none that is open
         await _order(client, server, "/end_weight_update", {})
     await _order(client, server, "/begin_weight_update", {})
@@ -164,11 +170,13 @@ async def open_update(client: httpx2.AsyncClient, server: Server) -> None:
 async def receive(
     client: httpx2.AsyncClient, server: Server, group: str, tensors: Sequence[tuple[str, Tensor]]
 ) -> None:
+    """See `RolloutServerKind`."""
     body = described(tensors) | {"group_name": group, "flush_cache": False}
     await _order(client, server, "/update_weights_from_distributed", body)
 
 
 async def close_update(client: httpx2.AsyncClient, server: Server) -> None:
+    """See `RolloutServerKind`."""
     await _order(client, server, "/end_weight_update", {})
     await _order(client, server, "/flush_cache", {})
 
@@ -194,6 +202,7 @@ async def generate(
     client: httpx2.AsyncClient, server: Server, body: dict[str, Any]
 ) -> RequestResult:
     # An id that is under way is refused, also that of a request which the client gave up.
+    """See `RolloutServerKind`."""
     body = body | {"rid": f"{body['rid']}.{uuid.uuid4().hex[:8]}"}
     answer = await _ask(client, server, body)
     meta, stops = answer.meta_info, body["sampling_params"]["stop_token_ids"]
@@ -212,6 +221,7 @@ async def generate(
 
 
 async def abort(client: httpx2.AsyncClient, server: Server, names: list[str]) -> None:
+    """See `RolloutServerKind`."""
     for name in names:  # the server ends all requests whose id begins so
         usable(
             await client.post(f"{server.url}/abort_request", json={"rid": f"{name}."}), _REMEDIES
@@ -221,6 +231,7 @@ async def abort(client: httpx2.AsyncClient, server: Server, names: list[str]) ->
 async def best_logprob(
     client: httpx2.AsyncClient, server: Server, token: int, temperature: float
 ) -> float:
+    """See `RolloutServerKind`."""
     how = {"temperature": temperature, "top_p": 1.0, "top_k": 0, "seed": 0}
     body = request([token], 1, f"q3mega-{uuid.uuid4().hex}", logprobs=1, **how)
     try:

@@ -106,6 +106,7 @@ async def connect(client: httpx2.AsyncClient, urls: Sequence[str]) -> list[Serve
 
 
 async def is_healthy(client: httpx2.AsyncClient, server: Server) -> bool:
+    """See `RolloutServerKind`."""
     try:
         return (await client.get(f"{server.url}/health", timeout=HEALTH_TIMEOUT_S)).is_success
     except httpx2.HTTPError:
@@ -119,12 +120,14 @@ async def load(
     version: str,
     norms: Mapping[str, set[str]],
 ) -> None:
+    """See `RolloutServerKind`."""
     await begin(client, server)
     await _call(client, server, "reload_weights", weights_path=str(folder.resolve()))
     await finish(client, server, version, norms)
 
 
 async def check_receives(client: httpx2.AsyncClient, server: Server) -> None:
+    """See `RolloutServerKind`."""
     answer = await client.get(f"{server.url}/get_world_size", timeout=HEALTH_TIMEOUT_S)
     try:
         server.ranks = read(_World, usable(answer, _REMEDIES)).world_size
@@ -138,35 +141,42 @@ async def check_receives(client: httpx2.AsyncClient, server: Server) -> None:
 
 
 async def join(client: httpx2.AsyncClient, server: Server, group: Group) -> None:
+    """See `RolloutServerKind`."""
     await _call(client, server, "join_trainer", **group._asdict())
 
 
 async def leave(client: httpx2.AsyncClient, server: Server, group: str) -> None:
+    """See `RolloutServerKind`."""
     await _call(client, server, "leave_trainer")
 
 
 async def begin(client: httpx2.AsyncClient, server: Server) -> None:
+    """See `RolloutServerKind`."""
     await _ask(client, server, "/pause", {})
     await _ask(client, server, "/update_weight_version", {"new_version": LOADING_VERSION})
 
 
 async def open_update(client: httpx2.AsyncClient, server: Server) -> None:
+    """See `RolloutServerKind`."""
     await _call(client, server, "open_weights")
 
 
 async def receive(
     client: httpx2.AsyncClient, server: Server, group: str, tensors: Sequence[tuple[str, Tensor]]
 ) -> None:
+    """See `RolloutServerKind`."""
     await _call(client, server, "receive_weights", **described(tensors))
 
 
 async def close_update(client: httpx2.AsyncClient, server: Server) -> None:
+    """See `RolloutServerKind`."""
     await _call(client, server, "close_weights")
 
 
 async def finish(
     client: httpx2.AsyncClient, server: Server, version: str, norms: Mapping[str, set[str]]
 ) -> None:
+    """See `RolloutServerKind`."""
     answer = read(_Held, await _ask(client, server, "/weight_checker", {"action": "checksum"}))
     # the names begin with the place in the server's layout; norms are whole everywhere
     held = {name.rpartition(":")[2]: sha for name, sha in answer.checksums.items()}
@@ -179,6 +189,7 @@ def request(
     prompt: list[int], tokens: int, name: str, logprobs: int = 0, **how: Any
 ) -> dict[str, Any]:
     # The server would stop at ids of its own too, unless told to ignore them.
+    """See `RolloutServerKind`."""
     fixed = {"max_tokens": tokens, "logprobs": logprobs, "ignore_eos": True, "detokenize": False}
     return {"request_id": name, "token_ids": prompt, "sampling_params": fixed | how}
 
@@ -186,6 +197,7 @@ def request(
 async def generate(
     client: httpx2.AsyncClient, server: Server, body: dict[str, Any]
 ) -> RequestResult:
+    """See `RolloutServerKind`."""
     choice = parsed((await _ask(client, server, _GENERATE, body)).content)
     return RequestResult(
         choice.token_ids,
@@ -198,6 +210,7 @@ async def generate(
 
 
 async def abort(client: httpx2.AsyncClient, server: Server, names: list[str]) -> None:
+    """See `RolloutServerKind`."""
     inside = [f"generate-tokens-{name}" for name in names]  # as the endpoint renames them
     await _ask(client, server, "/inference/v1/abort_requests", {"request_ids": inside})
 
@@ -205,6 +218,7 @@ async def abort(client: httpx2.AsyncClient, server: Server, names: list[str]) ->
 async def best_logprob(
     client: httpx2.AsyncClient, server: Server, token: int, temperature: float
 ) -> float:
+    """See `RolloutServerKind`."""
     body = request([token], 1, "q3mega-probe", logprobs=1, temperature=temperature, seed=0)
     try:
         choice = parsed((await _ask(client, server, _GENERATE, body)).content)

@@ -66,6 +66,7 @@ class WeightSyncedSampler:
 
     @property
     def version(self) -> str:
+        """What servers call the engine's weights of now."""
         return f"weights-{self.name}-{self.engine.weight_version}"
 
     def write(self) -> None:

@@ -34,6 +34,7 @@ class Receiver:
         self.trainer = transfer_group.join(store, rank, world, name, backend)
 
     def leave_trainer(self) -> None:
+        """Leave the transfer group."""
         group, self.trainer = self.trainer, None
         if group is not None:
             dist.destroy_process_group(group)
@@ -56,12 +57,14 @@ class Receiver:
     def receive_weights(
         self, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]
     ) -> None:
+        """Take tensors from the trainer, and load them."""
         if self.trainer is None or not self.receiving:
             raise RuntimeError("no trainer's group was joined, or no update is open")
         tensors = transfer_group.receive(self.trainer, dtypes, shapes, self.device)
         self.model_runner.get_model().load_weights(zip(names, tensors, strict=True))
 
     def close_weights(self) -> None:
+        """End a transfer: pack what the first load packs."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 

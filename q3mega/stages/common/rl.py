@@ -88,6 +88,7 @@ def schedule(
 
 
 def policy(stage: Stage[StageConfig], config: RLSettings) -> PolicySettings:
+    """The policy settings of a recipe's section."""
     loss = GrpoSettings(
         variant=config.variant,
         clip_low=config.clip_low,

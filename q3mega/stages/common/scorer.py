@@ -168,6 +168,7 @@ class TrainedJudge:
         return each_sequence(self.model, self.tokenizer.encode_batch(texts), yes)
 
     def quality(self) -> dict[str, Any]:
+        """How good the model is on examples that it has not seen."""
         examples = judge_examples(HELD_OUT_PAIRS, self.stage.seed("judge held out"))
         probabilities = self.probability([prompt for prompt, _ in examples])
         agree = [
@@ -198,6 +199,7 @@ class AskedJudge:
         return [by_key[key] for key in keys]
 
     def quality(self) -> dict[str, Any]:
+        """How good the model is on examples that it has not seen."""
         results = self.found | {"disagreement": self.judge.disagreement}
         results["failures"] = self.asked.failed / max(1, self.asked.asked)
         return {f"judge_{name}": {"value": value} for name, value in results.items()}
@@ -256,6 +258,7 @@ class PreferenceModel:
         return each_sequence(self.model, self.tokenizer.encode_batch(texts), value)
 
     def quality(self) -> dict[str, Any]:
+        """How good the model is on examples that it has not seen."""
         pairs = preference_pairs(self.stage, HELD_OUT_PAIRS, "held out", heldout=True)
         chosen = self.scalars([(p, better) for p, better, _ in pairs])
         rejected = self.scalars([(p, worse) for p, _, worse in pairs])

@@ -58,9 +58,11 @@ class Stage(Generic[_Config]):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer, or the one that the recipe names."""
         return Tokenizer(self.recipe.tokenizer.path or self.run_dir / "tokenizer")
 
     def shape(self, spec: ModelSpec) -> Qwen3Shape:
+        """A model's shape with this tokenizer's vocabulary."""
         return spec.shape(self.tokenizer.vocab_size)
 
     def hf(self, stage: str) -> Path:
@@ -173,6 +175,7 @@ class Stage(Generic[_Config]):
         return max(MAX_ANSWER_TOKENS, self.config.longest_answer)
 
     def log(self, total: int, part: str = "") -> Log:
+        """The log of this stage, or of a part of it, over `total` steps."""
         folder = self.dir / part
         folder.mkdir(exist_ok=True)
         return Log(folder, total)
@@ -181,6 +184,7 @@ class Stage(Generic[_Config]):
 
     @property
     def leads(self) -> bool:
+        """Whether this process is rank 0."""
         return dist.get_rank() == 0
 
     def barrier(self) -> None:
