@@ -10,15 +10,9 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 demo: .venv/.ready
 	.venv/bin/q3mega run examples/laptop.yaml --run-dir runs/laptop
 
-# Two halves at once, of which the first waits for processes of its own most of the time. An
-# interrupt ends both, and each has its own exit status.
-JOBS := tests/stages tests/engine tests/rollout tests/train
+# A process for each core takes a test file at a time.
 test: .venv/.ready
-	@log=$$(mktemp); .venv/bin/pytest $(JOBS) > $$log 2>&1 & jobs=$$!; \
-	trap "kill $$jobs" INT TERM; \
-	.venv/bin/pytest $(JOBS:%=--ignore=%); others=$$?; \
-	wait $$jobs; status=$$?; cat $$log; rm -f $$log; \
-	[ $$others -eq 0 ] && [ $$status -eq 0 ]
+	.venv/bin/pytest -n logical
 
 bench: .venv/.ready
 	.venv/bin/python benchmarks/operators.py

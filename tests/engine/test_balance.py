@@ -58,6 +58,7 @@ def test_the_first_step_has_the_loss_and_gradient_of_transformers(tmp_path):
     assert metrics["expert_load"] == pytest.approx(busiest, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shares", ["step", "last_step"])
 def test_micro_batches_and_recomputation_make_no_difference(shares):
     runs = []

@@ -226,6 +226,7 @@ def test_too_little_disk(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.Mon
         go(recipe, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])
 def test_killing_the_driver_ends_the_stage_and_a_new_run_goes_on(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -347,6 +348,7 @@ def test_a_run_that_is_asked_to_stop_lets_its_stage_save(
     go(recipe, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_file_gets_lines_whatever_the_colour(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

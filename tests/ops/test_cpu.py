@@ -389,6 +389,7 @@ def test_attention(lengths, sizes) -> None:
     attend(lengths, (4, 2), 8, **sizes)
 
 
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4), heads=st.integers(1, 3),
     group=st.integers(1, 3), half=st.integers(1, 20), chunk=st.integers(1, 70), data=st.data(),

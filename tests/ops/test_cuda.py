@@ -145,6 +145,7 @@ def worst(case: tuple, device: str = "cpu") -> float:
     return float(torch.stack(errors).max()) / torch.finfo(dtype).eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_attention(emulated, case) -> None:
     assert worst(case) < 1

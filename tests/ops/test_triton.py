@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 CHECKS = ("logprob", "grpo", "distill", "topk", "picked", "packed", "continued")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 def test_interpreted(check: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}

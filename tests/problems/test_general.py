@@ -34,6 +34,7 @@ def test_five_capabilities_with_two_tasks_each_and_a_reward_for_all():
     assert set(TASK_REWARD) == set(GENERAL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", GENERAL)
 @pytest.mark.parametrize("skill", [0.0, 0.5, 1.0])
 def test_responses_succeed_at_the_rate_of_the_skill(family, skill):

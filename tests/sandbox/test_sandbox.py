@@ -69,6 +69,7 @@ def alive(pid):
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_no_program_gets_out(level, name, host, monkeypatch):

@@ -222,6 +222,7 @@ def test_a_conversion_that_is_refused_leaves_nothing(sources, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
+@pytest.mark.slow
 def test_an_odd_vocabulary_is_filled_up_and_cut_again(tmp_path):
     """97 rows over two ranks, and over one: what comes back has 97."""
     torch.manual_seed(0)

@@ -57,6 +57,7 @@ def folders(tmp_path_factory) -> tuple[Path, list[str]]:
     return path, found
 
 
+@pytest.mark.slow
 def test_held_out_documents_are_read_once(folders):
     _, (code, docs) = folders
     one, both, twice = (mixtures.held_out(f) for f in ([code], [code, docs], [code, docs, code]))

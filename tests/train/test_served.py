@@ -127,6 +127,7 @@ def good(tmp_path_factory):
     return folder, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [misses_an_update, comes_back_with_its_first_weights, dies])
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_a_run_with_a_bad_server_is_the_run_with_a_good_one(good, tmp_path, kind, fault, caplog):
@@ -151,6 +152,7 @@ def entries(folder):
         return connection.execute("SELECT * FROM rollouts ORDER BY step, place").fetchall()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_weights_load_ends_as_one_that_was_not(tmp_path):
     with token_server(Engine(SHAPES["tied"], LAYOUT(), seed=6), kind="sglang") as server:
         how = {"kind": "sglang", "urls": [server.url]}

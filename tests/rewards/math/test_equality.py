@@ -205,6 +205,7 @@ def test_hostile_answers_are_wrong(hasty, answer):
     assert not equal(r"(\pi,2]", answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_past_the_filter_changes_no_later_verdict(hasty, text):
     with hasty.session() as same:
@@ -212,6 +213,7 @@ def test_hostile_text_past_the_filter_changes_no_later_verdict(hasty, text):
     assert equal("2x+2", "2(x+1)") and not equal("2x+2", "2(x+2)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", HOSTILE)
 def test_hostile_references_are_not_met(hasty, reference):
     assert not equal(reference, "3y+1")

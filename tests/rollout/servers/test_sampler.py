@@ -121,6 +121,7 @@ def test_greedy_answers_and_budgets_are_those_in_process(engine, serve):
     assert sampler.server_versions == {first.url: said, second.url: said}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heat", [1.0, 0.6])
 def test_log_probabilities_are_the_trainers(engine, serve, heat):
     sampler, _ = serve(None)
@@ -157,6 +158,7 @@ def test_load_is_bounded_and_spread(serve):
     assert all(len(s.asked) >= 6 for s in servers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["slow", "500", "truncated", "aborted", "mixed", "kill"])
 def test_a_batch_outlives_a_fault(serve, fault):
     """Whatever breaks, the same sequences come back: the id and the seed go with the request."""

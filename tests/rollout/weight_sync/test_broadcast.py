@@ -94,6 +94,7 @@ def drawn(groups):
     return [c.tokens for group in groups for c in group]
 
 
+@pytest.mark.slow
 def test_every_tensor_arrives(trainer, processes, tmp_path, monkeypatch, caplog):
     """One by one, and all in one; the group stays."""
     sampler = synced(trainer, processes)
@@ -134,6 +135,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["begin", "receive", "close"])
 def test_a_server_that_fails_is_left_out_until_the_next_update(
     trainer, processes, one_by_one, step
@@ -179,6 +181,7 @@ def test_rank_0_sends_what_all_ranks_hold(trainer, processes, torchrun, tmp_path
         assert len({version for *_, runs in got for version, _ in runs}) == 1
 
 
+@pytest.mark.slow
 def test_one_that_dies_in_a_transfer_does_not_hold_up_the_others(trainer, processes, one_by_one):
     sampler = synced(trainer, processes)
     sampler.generate(PROMPTS, GREEDY)
