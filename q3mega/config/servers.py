@@ -125,7 +125,7 @@ class ChatModelSpec(Section):
 
 
 class RolloutServers(Section):
-    """Servers that sample instead of the training processes: docs/engines.md."""
+    """Servers that sample instead of the training processes: docs/rollout_servers.md."""
 
     kind: ChangesRounding[Literal["vllm", "sglang"]] = Field(description="What the servers are.")
     urls: Changeable[Annotated[tuple[Url, ...], Field(min_length=1)]] = Field(

@@ -1,7 +1,7 @@
 """A teacher behind a vLLM server: its text, and its best tokens at every position of a text.
 
 A position's best tokens come as log-probabilities of the prompt, one request a document, on the
-endpoint and with the retries of sampling (docs/engines.md).
+endpoint and with the retries of sampling (docs/rollout_servers.md).
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Rows in the columns of known data sets, made rows of ours: docs/own_data.md has the table.
+"""Rows in the columns of known data sets, made rows of ours: docs/your_own_data.md has the table.
 
 What names no reward gets one only where its columns are tests of a program. What cannot be said in
 our fields is refused by name.

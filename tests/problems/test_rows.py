@@ -13,7 +13,7 @@ from q3mega.problems import files
 from q3mega.problems.rows import of_line
 from q3mega.rewards import MODELS, Verdict, reward, score_problem
 
-DOCS = Path(__file__).parents[2] / "docs" / "own_data.md"
+DOCS = Path(__file__).parents[2] / "docs" / "your_own_data.md"
 FACTS = {"tokens": 0, "max_tokens": 1, "scored": dict.fromkeys(MODELS, Verdict(0.0, ""))}
 CHAT = [{"role": "user", "content": "1+1?"}]
 ASKED = {"question": "1+1?", "reward": "answer", "answer": "2"}

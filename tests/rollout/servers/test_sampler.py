@@ -1,6 +1,6 @@
 """The sampler over servers: a real HTTP server answers from an engine of ours, and breaks down.
 
-The same against a vLLM in an environment of its own: docs/engines.md has the command.
+The same against a vLLM in an environment of its own: docs/rollout_servers.md has the command.
 """
 
 import base64
