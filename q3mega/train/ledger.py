@@ -31,13 +31,13 @@ CREATE TABLE IF NOT EXISTS in_flight (
 """
 _ROLLOUTS = """
 CREATE TABLE IF NOT EXISTS rollouts (
-  step INTEGER NOT NULL, place INTEGER NOT NULL,  -- of the rollout batch, in the batch
+  step INTEGER NOT NULL, position INTEGER NOT NULL,  -- of the rollout batch, in the batch
   prompt INTEGER NOT NULL, problem TEXT NOT NULL, task TEXT NOT NULL,
   versions TEXT NOT NULL,  -- JSON: updates before each set of weights that sampled it
   reward REAL,
   state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'used', 'dropped')),
   used_by INTEGER, why TEXT,
-  PRIMARY KEY (step, place),
+  PRIMARY KEY (step, position),
   CHECK ((state = 'used') = (used_by IS NOT NULL) AND (state = 'dropped') = (why IS NOT NULL))
 ) WITHOUT ROWID
 """
@@ -84,7 +84,7 @@ class Ledger:
                 )
 
     def drawn(self, step: int, rollouts: "Sequence[Rollout]") -> None:
-        """The batch of `step` is pending; a rollout's place in it is its name from here on."""
+        """The batch of `step` is pending; a rollout's position in it is its name from here on."""
         if self.writes:
             with self._transaction() as table:
                 table.execute("DELETE FROM in_flight WHERE step = ?", (step,))
@@ -95,7 +95,7 @@ class Ledger:
         self._settle("used", step, dict.fromkeys(positions, update), "used_by")
 
     def dropped(self, step: int, why: Mapping[int, str]) -> None:
-        """These, by place, teach nothing, and why."""
+        """These, by position, teach nothing, and why."""
         self._settle("dropped", step, why, "why")
 
     def balance(self) -> Balance:
@@ -117,7 +117,9 @@ class Ledger:
     def _settle(self, state: str, step: int, values: Mapping[int, int | str], column: str) -> None:
         if not self.writes:
             return
-        change = f"UPDATE rollouts SET state = '{state}', {column} = ? WHERE step = ? AND place = ?"
+        change = (
+            f"UPDATE rollouts SET state = '{state}', {column} = ? WHERE step = ? AND position = ?"
+        )
         with self._transaction() as table:
             rows = ((value, step, position) for position, value in values.items())
             changed = table.executemany(f"{change} AND state = 'pending'", rows).rowcount
@@ -146,7 +148,7 @@ class Ledger:
 
 def _insert(table: sqlite3.Connection, step: int, rollouts: "Sequence[Rollout]") -> None:
     table.executemany(
-        "INSERT INTO rollouts (step, place, prompt, problem, task, versions, reward) "
+        "INSERT INTO rollouts (step, position, prompt, problem, task, versions, reward) "
         "VALUES (?, ?, ?, ?, ?, ?, ?)",
         (
             (step, position, r.group, r.problem, r.task, json.dumps(r.versions), r.reward)

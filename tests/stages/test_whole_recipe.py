@@ -65,7 +65,7 @@ def uncut(tmp_path_factory) -> Path:
 
 def rows_of(ledger: Path) -> list[tuple]:
     with sqlite3.connect(ledger) as connection:
-        return connection.execute("SELECT * FROM rollouts ORDER BY step, place").fetchall()
+        return connection.execute("SELECT * FROM rollouts ORDER BY step, position").fetchall()
 
 
 def folders(run_dir: Path) -> dict[str, Path]:

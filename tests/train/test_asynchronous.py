@@ -54,7 +54,7 @@ def run(tmp_path_factory, urls):
 def rows(folder: Path) -> list[tuple]:
     with sqlite3.connect(folder / FILE) as connection:
         return connection.execute(
-            "SELECT step, problem, versions, state FROM rollouts ORDER BY step, place"
+            "SELECT step, problem, versions, state FROM rollouts ORDER BY step, position"
         ).fetchall()
 
 

@@ -33,7 +33,7 @@ def batch(n: int, problem: str = "p") -> list[Rollout]:
 
 def rows(path: Path) -> list[tuple]:
     with sqlite3.connect(path) as connection:
-        return connection.execute("SELECT * FROM rollouts ORDER BY step, place").fetchall()
+        return connection.execute("SELECT * FROM rollouts ORDER BY step, position").fetchall()
 
 
 @pytest.fixture

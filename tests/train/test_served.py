@@ -149,7 +149,7 @@ def test_a_run_with_a_bad_server_is_the_run_with_a_good_one(good, tmp_path, kind
 
 def entries(folder):
     with sqlite3.connect(folder / FILE) as connection:
-        return connection.execute("SELECT * FROM rollouts ORDER BY step, place").fetchall()
+        return connection.execute("SELECT * FROM rollouts ORDER BY step, position").fetchall()
 
 
 @pytest.mark.slow

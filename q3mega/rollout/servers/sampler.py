@@ -1,7 +1,8 @@
 """Sampling from servers: token ids in and out, through their token-level endpoints.
 
 A request is one sequence with a seed and an id of its own, so that a retry, on whichever server,
-asks for that sequence again and for nothing else. docs/rollout_servers.md says how to start a server.
+asks for that sequence again and for nothing else. docs/rollout_servers.md says how to
+start a server.
 """
 
 import asyncio

@@ -1,4 +1,5 @@
-"""The sampler over a real vLLM, in an environment of its own: docs/rollout_servers.md has the command."""
+"""The sampler over a real vLLM, in an environment of its own; docs/rollout_servers.md has
+the command."""
 
 import os
 import socket
