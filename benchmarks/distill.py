@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from q3mega import ops
-from q3mega.distillation.service.connection import Listener, dial
+from q3mega.distillation.service.connection import Listener, connect
 from q3mega.distillation.topk import ENTRY, STEP_BITS, STEPS_A_NAT, TeacherTopK, TopKWriter
 
 VOCABULARY = 151_936
@@ -61,7 +61,7 @@ def teacher(form: str, n: int, hidden: int, pipe: Connection) -> None:
 
 def student(form: str, n: int, sizes: tuple[int, int], train: bool, at: str, pipe: Any) -> None:
     own, weight = operand(n, sizes[0], 0).requires_grad_(train), head(sizes[0], 1)
-    wire = dial(at, KEY, 600.0)
+    wire = connect(at, KEY, 600.0)
     theirs = torch.empty(0)
     before = resident("VmRSS")
     if form == "hidden":

@@ -25,7 +25,7 @@ from q3mega.problems.pool import Pool
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.base import text_of
 from q3mega.rollout.in_process import InProcessSampler
-from q3mega.rollout.servers.sampler import Kind, ServerSampler
+from q3mega.rollout.servers.sampler import ServerKind, ServerSampler
 
 _LOG = logging.getLogger(__name__)
 TASKS = (*REASONING, "capabilities")
@@ -128,7 +128,7 @@ class Checkpoint:
 
 def gap_to(
     folder: str | Path,
-    kind: Kind,
+    kind: ServerKind,
     urls: Sequence[str],
     problems: int,
     max_tokens: int,

@@ -24,14 +24,18 @@ from q3mega.chat_models.reply_cache import ReplyCache
 from q3mega.config.secrets import key_of, public_url, without_keys
 from q3mega.errors import NoReply, UserError
 
-RETRIES = 6  # of a request: with back-off, or as long as the server asks for
-TIMEOUT = 3600.0  # seconds: a long chain of thought is one reply
-BACK_OFF = 0.5  # seconds before the first retry; twice as long before each that follows
-LONGEST_BACK_OFF = 8.0
-LONGEST_WAIT = 600.0  # seconds that a server may ask to wait
-CONNECT = 30.0  # seconds in which a server takes a connection
-REAL_KEY = 16  # characters: replies are kept, and must not hold a key that a server echoes
-DEAD = 16  # failures without a reply between them: the next chat would fail as well
+MAX_RETRIES = 6  # of a request: with back-off, or as long as the server asks for
+REQUEST_TIMEOUT_S = 3600.0  # seconds: a long chain of thought is one reply
+FIRST_BACK_OFF_S = 0.5  # seconds before the first retry; twice as long before each that follows
+MAX_BACK_OFF_S = 8.0
+MAX_WAIT_S = 600.0  # seconds that a server may ask to wait
+CONNECT_TIMEOUT_S = 30.0  # seconds in which a server takes a connection
+MIN_KEY_CHARACTERS = (
+    16  # characters: replies are kept, and must not hold a key that a server echoes
+)
+MAX_FAILURES_IN_A_ROW = (
+    16  # failures without a reply between them: the next chat would fail as well
+)
 TokenLimit = Literal["max_tokens", "max_completion_tokens"]
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -81,14 +85,14 @@ class Endpoint:
         switch: bool = True,
         token_limit: TokenLimit = "max_tokens",
         extra_body: Mapping[str, Any] | None = None,
-        timeout: float = TIMEOUT,
-        retries: int = RETRIES,
+        timeout: float = REQUEST_TIMEOUT_S,
+        retries: int = MAX_RETRIES,
     ) -> None:
         key = key_of("key_env", key_env) or "none"
         self.url, self.model, self.switch = public_url(url), model, switch
         self.concurrency, self.token_budget, self.retries = concurrency, token_budget, retries
         self.token_limit, self.extra_body = token_limit, dict(extra_body or {})
-        limits = openai.Timeout(timeout, connect=min(timeout, CONNECT))
+        limits = openai.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT_S))
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=limits, max_retries=0)
         self.cache = ReplyCache(cache)
         self.left_out: frozenset[str] = frozenset()  # fields that the server does not take
@@ -194,7 +198,9 @@ class Endpoint:
     def _check_alive(self, failures: int, question: _Question) -> None:
         """Is there a sense in asking for more, after so many failures on end?"""
         broken = bool(question.failures) and question.failures[-1].rule == BROKEN
-        enough = max(DEAD, self.concurrency) if self.replied else DEAD
+        enough = (
+            max(MAX_FAILURES_IN_A_ROW, self.concurrency) if self.replied else MAX_FAILURES_IN_A_ROW
+        )
         if failures >= enough and (broken or not self.replied):
             raise EndpointFailed(f"{failures} requests on end: {question.failures[-1].detail}")
 
@@ -254,7 +260,7 @@ class Endpoint:
     def _signed(self, reply: str | NoReply) -> str | NoReply:
         """A reply that may be kept, or whose there is none."""
         if isinstance(reply, str):
-            return without_keys(reply, REAL_KEY)
+            return without_keys(reply, MIN_KEY_CHARACTERS)
         return replace(reply, detail=f"{self.model} at {self.url}: {reply.detail}")
 
     def _answer(self, chat: Chat, body: Mapping[str, Any]) -> Answer:
@@ -292,13 +298,13 @@ class Endpoint:
             try:
                 return attempt()
             except Fault as fault:
-                if fault.wait is not None and fault.wait > LONGEST_WAIT:
+                if fault.wait is not None and fault.wait > MAX_WAIT_S:
                     said = f"{fault.said}; it asks to wait {fault.wait:.0f} s"
                     raise Fault(fault.rule, said, REMEDIES["later"], ends=True) from None
                 slow = fault.remedy == REMEDIES["slow"]  # twice its timeout is long enough
                 if not fault.passes or tries >= min(self.retries, 1 if slow else self.retries):
                     raise
-                pause = min(LONGEST_BACK_OFF, BACK_OFF * 2**tries)
+                pause = min(MAX_BACK_OFF_S, FIRST_BACK_OFF_S * 2**tries)
                 tries += 1
                 if self.closing.wait(pause if fault.wait is None else fault.wait):
                     raise

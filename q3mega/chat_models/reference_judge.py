@@ -18,8 +18,8 @@ from q3mega.errors import NoReply, UserError
 from q3mega.rewards import Verdict
 from q3mega.rewards.mode import reply
 
-MAX_CHARACTERS = 20_000  # of an answer that is shown to the judge
-FEWEST = 20  # examples of a calibration
+MAX_ANSWER_CHARACTERS = 20_000  # of an answer that is shown to the judge
+MIN_EXAMPLES = 20  # examples of a calibration
 Example = tuple[Mapping[str, Any], str, bool]  # (row, completion, right)
 
 
@@ -48,7 +48,7 @@ class ReferenceJudge:
         Raises JudgeFailed for a judge that gave none where nobody counts those.
         """
         replies = [reply(text) for text in completions]
-        shown = [i for i, text in enumerate(replies) if text and len(text) <= MAX_CHARACTERS]
+        shown = [i for i, text in enumerate(replies) if text and len(text) <= MAX_ANSWER_CHARACTERS]
         raw = self._raw([(rows[i], replies[i] or "") for i in shown])
         verdicts = [Verdict(0.0, "no answer, or one too long to judge")] * len(completions)
         for i, grade in zip(shown, raw, strict=True):
@@ -75,9 +75,10 @@ class ReferenceJudge:
             np.array([grade for grade, _ in known]),
             np.array([right for _, right in known]),
         )
-        if len(truth) < FEWEST or truth.min() == truth.max():
+        if len(truth) < MIN_EXAMPLES or truth.min() == truth.max():
             raise UserError(
-                f"judge_examples: {len(truth)} examples; give {FEWEST} or more, right and wrong"
+                f"judge_examples: {len(truth)} examples; give {MIN_EXAMPLES} or more, right and "
+                "wrong"
             )
         auc, right = _auc(raw, truth), int(truth.sum())
         wrong = len(truth) - right

@@ -13,8 +13,8 @@ from urllib.parse import quote
 
 from q3mega.errors import UserError
 
-_HEADER = 100  # bytes; the 19th is 2 where a write-ahead log belongs to the file
-_WAIT = 60.0  # seconds for another process's transaction
+_HEADER_BYTES = 100  # bytes; the 19th is 2 where a write-ahead log belongs to the file
+_LOCK_TIMEOUT_S = 60.0  # seconds for another process's transaction
 
 
 class ReplyCache:
@@ -40,12 +40,14 @@ class ReplyCache:
     def _opened(self, how: str) -> sqlite3.Connection:
         path = self.path
         name = ":memory:" if path is None else f"file:{quote(str(path.absolute()))}{how}"
-        database = sqlite3.connect(name, timeout=_WAIT, uri=True, check_same_thread=False)
+        database = sqlite3.connect(name, timeout=_LOCK_TIMEOUT_S, uri=True, check_same_thread=False)
         if path is not None and _has_log(path):  # of an older version: taken in without its memory
             database.execute("pragma locking_mode = exclusive")
             database.execute("pragma journal_mode = delete")
             database.close()
-            database = sqlite3.connect(name, timeout=_WAIT, uri=True, check_same_thread=False)
+            database = sqlite3.connect(
+                name, timeout=_LOCK_TIMEOUT_S, uri=True, check_same_thread=False
+            )
         with database:
             database.execute("pragma journal_mode = delete")
             database.execute(
@@ -107,7 +109,7 @@ class ReplyCache:
 def _has_log(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            header = file.read(_HEADER)
+            header = file.read(_HEADER_BYTES)
     except OSError:
         return False
     return header.startswith(b"SQLite format 3\0") and header[18:19] == b"\x02"

@@ -19,7 +19,7 @@ from q3mega.errors import UserError
 from q3mega.model import Qwen3Shape
 from q3mega.rollout.base import Completion, SamplingParams
 from q3mega.rollout.servers import vllm
-from q3mega.rollout.servers.client import Sampled
+from q3mega.rollout.servers.client import RequestResult
 from q3mega.rollout.servers.sampler import ServerSampler
 
 # letters, digits, several scripts and special tokens: other tokenizers give other ids
@@ -66,7 +66,7 @@ class ServedTeacher:
         position of each batch, at temperature 1.
 
         After a document's last token nothing is predicted: its row repeats the one before. Raises
-        EngineFailed when the server gave no usable answer, UserError for what it refuses.
+        RolloutServerFailed when the server gave no usable answer, UserError for what it refuses.
         """
         return parallel.from_first(lambda: self._asked(batches, k))
 
@@ -93,7 +93,7 @@ class ServedTeacher:
             found.append((ids, logprobs))
         return found
 
-    def _best(self, document: list[int], found: Sampled, k: int) -> tuple[Tensor, Tensor]:
+    def _best(self, document: list[int], found: RequestResult, k: int) -> tuple[Tensor, Tensor]:
         """(T, K) each; the server's row i is what could stand in the place of token i + 1."""
         rows = found.prompt_logprobs
         best = [

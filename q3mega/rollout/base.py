@@ -60,17 +60,17 @@ class Completion:
     top-p and top-k. mask: 0 marks tokens that the model did not choose (the stop text, tool
     results); they stay out of every loss.
 
-    finish_reason "abort": it was interrupted, and can be continued. weights: the versions that a
-    server sampled with, in order, each with its number of tokens that the model chose. routes:
-    (prompt + tokens - 1, layers * topk) of every token that was fed, as in q3mega.model.routing;
-    the last one was not.
+    finish_reason "abort": it was interrupted, and can be continued. weight_versions: the versions
+    that a server sampled with, in order, each with its number of tokens that the model chose.
+    routes: (prompt + tokens - 1, layers * topk) of every token that was fed, as in
+    q3mega.model.routing; the last one was not.
     """
 
     tokens: list[int]
     logprobs: list[float]
     mask: list[int]
     finish_reason: Literal["stop", "length", "abort"]
-    weights: list[tuple[str, int]] = field(default_factory=list)
+    weight_versions: list[tuple[str, int]] = field(default_factory=list)
     routes: Tensor | None = field(default=None, compare=False)
 
 
@@ -91,7 +91,7 @@ def cut_at_unknown(completion: Completion, ids: int) -> Completion:
     if end is None:
         return completion
     left, weights = sum(completion.mask[:end]), []
-    for version, chosen in completion.weights:
+    for version, chosen in completion.weight_versions:
         weights.append((version, min(chosen, left)))
         left -= weights[-1][1]
     routes = completion.routes
@@ -103,9 +103,9 @@ def cut_at_unknown(completion: Completion, ids: int) -> Completion:
     )  # fmt: skip
 
 
-def joined(weights: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-    """The runs of `Completion.weights`, those of one version that follow each other as one."""
-    groups = groupby(weights, key=itemgetter(0))
+def merge_versions(versions: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """`Completion.weight_versions` with neighbouring entries of one version added up."""
+    groups = groupby(versions, key=itemgetter(0))
     return [(version, sum(n for _, n in runs)) for version, runs in groups]
 
 

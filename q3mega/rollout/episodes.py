@@ -14,7 +14,7 @@ from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import parallel
 from q3mega.environments.tools import Environment
 from q3mega.model.routing import continued
-from q3mega.rollout.base import Completion, Sampler, SamplingParams, joined
+from q3mega.rollout.base import Completion, Sampler, SamplingParams, merge_versions
 
 
 def run_episodes(
@@ -41,7 +41,7 @@ def run_episodes(
         for i, (new,) in zip(active, sampled, strict=True):
             _extend(done[i], new.tokens, new.logprobs, new.mask)
             done[i].finish_reason = new.finish_reason
-            done[i].weights = joined(done[i].weights + new.weights)
+            done[i].weight_versions = merge_versions(done[i].weight_versions + new.weight_versions)
             done[i].routes = continued(done[i].routes, new.routes)
             whole = new.finish_reason == "stop"
             turns[i].append(tokenizer.decode(new.tokens[:-1] if whole else new.tokens))

@@ -26,7 +26,7 @@ from q3mega.problems.query_filters import ResponseFilter, balance, query_filter
 from q3mega.rewards import judge_answer
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
-from q3mega.stages.common.asking import Asked
+from q3mega.stages.common.asking import ChatModelHandle
 from q3mega.stages.common.filter_report import Funnel
 from q3mega.stages.common.fine_tune import fine_tune
 from q3mega.stages.common.stage import Stage
@@ -178,8 +178,8 @@ class FromFiles:
 
     def __init__(self, stage: Stage) -> None:
         self.stage, config = stage, stage.config
-        self.teacher = Asked(stage, config.teacher, "teacher")
-        self.judge = Asked(stage, config.judge, "judge") if config.judge else None
+        self.teacher = ChatModelHandle(stage, config.teacher, "teacher")
+        self.judge = ChatModelHandle(stage, config.judge, "judge") if config.judge else None
 
     def queries(self) -> list[Problem]:
         return self.stage.problems(

@@ -25,7 +25,7 @@ from q3mega.data.chat import render
 from q3mega.data.sft import chat_sample, epochs, steps_of
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.distillation.served_teacher import ServedTeacher
-from q3mega.distillation.service.client import RemoteTeacher
+from q3mega.distillation.service.client import TeacherClient
 from q3mega.distillation.service.server import head_weight
 from q3mega.distillation.topk import TeacherTopK, TopKWriter, WithTeacher
 from q3mega.engine import Engine, Head, LossFn, parallel
@@ -130,7 +130,7 @@ def teacher_folder(stage: Stage) -> Path:
     return folder
 
 
-Teacher = Engine | RemoteTeacher | ServedTeacher
+Teacher = Engine | TeacherClient | ServedTeacher
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def teacher_of(stage: Stage, rows: int) -> Iterator[Teacher]:
     else:
         key = key_of("teacher_key_env", config.teacher_key_env).encode()
         how = {"key": key, "timeout": config.teacher_timeout}
-        with RemoteTeacher(
+        with TeacherClient(
             config.teacher_at, vocab=stage.tokenizer.vocab_size, rows=rows,
             tokenizer=stage.tokenizer.digest(), **how,
         ) as teacher:  # fmt: skip
@@ -230,7 +230,7 @@ Teaching = tuple[LossFn, Callable[[list[Batch]], None]]  # a loss, and what it n
 
 
 def taught_by(teacher: Teacher, config: DistillOnPolicy) -> Teaching:
-    if isinstance(teacher, RemoteTeacher):
+    if isinstance(teacher, TeacherClient):
         return hidden_of_job(teacher, config)
     if isinstance(teacher, ServedTeacher) or config.teacher_topk:
         return topk_of_teacher(teacher, config)
@@ -250,7 +250,7 @@ def hidden_of_teacher(teacher: Engine, config: DistillOnPolicy) -> Teaching:
     return loss, prepare
 
 
-def hidden_of_job(teacher: RemoteTeacher, config: DistillOnPolicy) -> Teaching:
+def hidden_of_job(teacher: TeacherClient, config: DistillOnPolicy) -> Teaching:
     """The same of a teacher in another job, whose states come when a micro-batch's loss is due."""
     exact = distillation(teacher.weight, config.divergence, config.temperature)
 

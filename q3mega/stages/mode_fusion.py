@@ -24,7 +24,7 @@ from q3mega.problems.generated import general
 from q3mega.problems.generated.reasoning import chain_sum
 from q3mega.problems.generated.solutions import response_text, solve, thinking_text
 from q3mega.rollout import STOP_THINKING, SamplingParams
-from q3mega.stages.common.asking import Asked
+from q3mega.stages.common.asking import ChatModelHandle
 from q3mega.stages.common.filter_report import Funnel
 from q3mega.stages.common.fine_tune import fine_tune
 from q3mega.stages.common.stage import Stage
@@ -126,7 +126,7 @@ def chat_samples(stage: Stage, rng: random.Random, funnel: Funnel) -> list[Sampl
         rows += rng.sample(found, min(n, len(found)))
     funnel.step("answered chats", rows)
     if stage.config.judge and rows:
-        judge = Asked(stage, stage.config.judge, "judge")
+        judge = ChatModelHandle(stage, stage.config.judge, "judge")
         rows = funnel.keep("chat", rows, unmet(rows, judge.opinion, judge.count))
     funnel.step("non-thinking chats", rows)
     samples = []

@@ -23,7 +23,7 @@ from q3mega.problems import Problem
 from q3mega.rewards import Verdict, judge_answer
 from q3mega.rollout import Completion, Sampler, SamplingParams
 from q3mega.rollout.base import text_of
-from q3mega.rollout.weight_sync.sampler import Interruptible, SyncedSampler
+from q3mega.rollout.weight_sync.sampler import InterruptibleSampler, WeightSyncedSampler
 from q3mega.stages.common.filter_report import Funnel
 from q3mega.stages.common.stage import Stage
 from q3mega.train import rl
@@ -99,8 +99,8 @@ def schedule(
 
     if config.schedule != "asynchronous":
         return InTurn(own_share, staleness=int(config.schedule == "one_step_off"))
-    assert isinstance(sampler, SyncedSampler)  # the recipe names servers
-    beside = Interruptible(sampler)
+    assert isinstance(sampler, WeightSyncedSampler)  # the recipe names servers
+    beside = InterruptibleSampler(sampler)
 
     def whole(step: int) -> list[Rollout]:
         return answered(stage, beside, batch(step), config, stage.seed("rollout", step))

@@ -59,7 +59,7 @@ def pack(batches: Batches) -> tuple[Rows, dict[str, Tensor]]:
             columns[name] += values
         rows.append(
             {name: getattr(r, name) for name in _PLAIN}
-            | {"step": step, "parts": dict(r.parts), "weights": completion.weights}
+            | {"step": step, "parts": dict(r.parts), "weights": completion.weight_versions}
             | {"finish_reason": completion.finish_reason}
             | {"lengths": {name: len(values) for name, values in parts.items()}}
             | {"routes": None if completion.routes is None else len(completion.routes)}

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 from q3mega.engine import parallel
-from q3mega.rollout.weight_sync.sampler import Interruptible
+from q3mega.rollout.weight_sync.sampler import InterruptibleSampler
 from q3mega.train.rollouts import Batches, Rollout
 
 RollOut = Callable[[int], list[Rollout]]
@@ -74,7 +74,7 @@ class Beside:
     roll_out: samples and scores all prompts of a step, in a thread, without the other ranks.
     """
 
-    def __init__(self, sampler: Interruptible, roll_out: RollOut, staleness: int) -> None:
+    def __init__(self, sampler: InterruptibleSampler, roll_out: RollOut, staleness: int) -> None:
         self.sampler, self.roll_out, self.staleness = sampler, roll_out, staleness
         self.under_way: dict[int, Future[list[Rollout]]] = {}  # on rank 0
         self.updates: dict[str, int] = {}  # of a version
@@ -100,7 +100,7 @@ class Beside:
         found = [(s, self.under_way.pop(s).result()) for s in sorted(done)]
         batches = dict(parallel.gather_over_all(found))
         for rollout in (r for batch in batches.values() for r in batch):
-            sampled_by = (version for version, _ in rollout.completion.weights)
+            sampled_by = (version for version, _ in rollout.completion.weight_versions)
             rollout.versions = sorted({self.updates[version] for version in sampled_by})
         return batches
 

@@ -18,7 +18,7 @@ from q3mega.errors import NoReply, UserError
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(client, "BACK_OFF", 0.01)
+    monkeypatch.setattr(client, "FIRST_BACK_OFF_S", 0.01)
 
 
 def chat(text):

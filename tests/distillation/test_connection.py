@@ -12,7 +12,13 @@ from q3mega import device  # noqa: F401
 import torch
 from pydantic import BaseModel
 
-from q3mega.distillation.service.connection import GREETING, Gone, Listener, Wire, dial
+from q3mega.distillation.service.connection import (
+    GREETING,
+    Connection,
+    ConnectionLost,
+    Listener,
+    connect,
+)
 
 
 class Note(BaseModel):
@@ -23,7 +29,7 @@ class Note(BaseModel):
 def pair(timeout=5.0):
     a, b = socket.socketpair(socket.AF_UNIX)
     with a, b:
-        yield Wire(_Tcp(a), timeout), Wire(_Tcp(b), timeout)
+        yield Connection(_Tcp(a), timeout), Connection(_Tcp(b), timeout)
 
 
 class _Tcp:
@@ -40,19 +46,19 @@ class _Tcp:
 
 
 def proved(listening: bytes, dialling: bytes):
-    """(the listener's end, the dialler's), each a Wire or what it raised."""
+    """(the listener's end, the dialler's), each a Connection or what it raised."""
     found = {}
 
     def take(name, make):
         try:
             found[name] = make()
-        except Gone as error:
+        except ConnectionLost as error:
             found[name] = error
 
     with Listener(0, listening, network=False) as listener:
         thread = threading.Thread(target=take, args=("there", lambda: listener.accept(5.0, 5.0)))
         thread.start()
-        take("here", lambda: dial(listener.address, dialling, 5.0))
+        take("here", lambda: connect(listener.address, dialling, 5.0))
         thread.join()
     return found["there"], found["here"]
 
@@ -72,22 +78,22 @@ def test_tensors_arrive_bit_for_bit(dtype):
     assert torch.equal(there.receive_tensor((700, 300), dtype), tensor)
     thread.join()
     here.close()
-    with pytest.raises(Gone, match="closed the connection"):
+    with pytest.raises(ConnectionLost, match="closed the connection"):
         there.receive_tensor((1,), dtype)
     there.close()
 
 
 def test_another_key_is_seen_by_both_sides():
     there, here = proved(b"key", b"another")
-    assert isinstance(there, Gone) and "another key" in str(there)
-    assert isinstance(here, Gone)
+    assert isinstance(there, ConnectionLost) and "another key" in str(there)
+    assert isinstance(here, ConnectionLost)
 
 
 def test_a_stranger_is_turned_away():
     with Listener(0, b"", network=False) as listener:
         with socket.create_connection(listener.socket.getsockname()) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\nhost: teacher\r\n\r\n" + b"x" * 48)
-            with pytest.raises(Gone, match="it greets by b'GET / HTTP"):
+            with pytest.raises(ConnectionLost, match="it greets by b'GET / HTTP"):
                 listener.accept(5.0, 5.0)
             assert stranger.recv(100)[: len(GREETING)] == GREETING  # and nothing of the key
         with pytest.raises(TimeoutError):
@@ -98,10 +104,10 @@ def test_a_stranger_is_turned_away():
 def test_what_is_no_message_is_gone(sent):
     with pair() as (here, there):
         here.connection.sendall(sent + b"\n")
-        with pytest.raises(Gone, match="which is no"):
+        with pytest.raises(ConnectionLost, match="which is no"):
             there.receive(Note)
 
 
 def test_silence_is_gone_after_the_timeout():
-    with pair(timeout=0.1) as (_, there), pytest.raises(Gone, match="says nothing"):
+    with pair(timeout=0.1) as (_, there), pytest.raises(ConnectionLost, match="says nothing"):
         there.receive(Note)

@@ -110,7 +110,7 @@ def test_its_loss_is_that_of_a_teacher_in_process(engine, batches):
 
 
 def test_a_failure_is_asked_again_and_a_refusal_is_told(engine, batches, monkeypatch):
-    monkeypatch.setattr(sampler, "BACK_OFF", 0.01)
+    monkeypatch.setattr(sampler, "FIRST_BACK_OFF_S", 0.01)
     with token_server(engine, lambda path, body, n: "500" if n == 2 else None) as server:
         found = ServedTeacher(server.url, TOKENIZER, SHAPE).top_logprobs(batches, K)
     with token_server(engine) as calm:

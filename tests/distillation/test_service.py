@@ -18,7 +18,7 @@ from helpers.distillation_student import STUDENT, VOCABULARY, learn
 from helpers.tiny_models import LAYOUT, SHAPE
 
 from q3mega.data.tokenizer import Tokenizer, train_tokenizer
-from q3mega.distillation.service.client import RemoteTeacher
+from q3mega.distillation.service.client import TeacherClient
 from q3mega.distillation.service.server import serve
 from q3mega.engine import Engine
 from q3mega.errors import UserError
@@ -126,7 +126,7 @@ def test_a_bf16_teacher_sends_what_it_has(folder):
     expected = in_process(path, "bf16")
     with (
         taught(path, 1) as (at, _),
-        RemoteTeacher(at, vocab=VOCABULARY, tokenizer=Tokenizer(path).digest()) as teacher,
+        TeacherClient(at, vocab=VOCABULARY, tokenizer=Tokenizer(path).digest()) as teacher,
     ):
         assert teacher.weight.dtype == torch.bfloat16
         assert learn(teacher, LAYOUT(), path / "student") == expected
@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(folder, monkey
 
         def come(**how):
             given = {"vocab": VOCABULARY, "tokenizer": digest, "key": key, "timeout": 20.0} | how
-            with RemoteTeacher(at, **given) as teacher:
+            with TeacherClient(at, **given) as teacher:
                 return teacher.weight
 
         with pytest.raises(UserError, match="lm_head has 272 rows, the student's 300"):
@@ -184,7 +184,7 @@ def test_a_teacher_that_dies_is_named_and_the_next_run_goes_on(folder, tmp_path)
     digest = Tokenizer(path).digest()
 
     def run(at, where, watch=None):
-        with RemoteTeacher(at, vocab=VOCABULARY, tokenizer=digest, timeout=30.0) as teacher:
+        with TeacherClient(at, vocab=VOCABULARY, tokenizer=digest, timeout=30.0) as teacher:
             return learn(teacher, LAYOUT(), path / "student", tmp_path / where, watch)
 
     for where in ("uncut", "cut"):

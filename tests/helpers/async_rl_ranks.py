@@ -24,7 +24,7 @@ from q3mega.engine import Engine, OptimizerSpec
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.logprobs import token_logprobs
 from q3mega.rollout.servers.sampler import ServerSampler
-from q3mega.rollout.weight_sync.sampler import Interruptible, SyncedSampler
+from q3mega.rollout.weight_sync.sampler import InterruptibleSampler, WeightSyncedSampler
 from q3mega.train import rl
 from q3mega.train.log import Log
 from q3mega.train.rl import PolicySettings
@@ -41,7 +41,7 @@ def learn(folder: Path, staleness: int, kill: int, urls: list[str]) -> dict:
     spec = OptimizerSpec(lr=0.02, steps=UPDATES * STEPS)
     engine = Engine(SHAPES["dense"], layout, seed=5, optimizer=spec)
     servers = ServerSampler(urls, TOKENIZER, kind="sglang")
-    sampler = Interruptible(SyncedSampler(engine, servers, folder / "weights"))
+    sampler = InterruptibleSampler(WeightSyncedSampler(engine, servers, folder / "weights"))
     copies: dict[str, list[torch.Tensor]] = {}
     sampled: Trained = []
     handed, trained, calls = sampler.sync, engine.train_step, count(1)
@@ -81,7 +81,7 @@ def learn(folder: Path, staleness: int, kill: int, urls: list[str]) -> dict:
     updates = {version: schedule.updates[version] for version in copies}
     return {
         "rollouts": [
-            {"step": step, "weights": [(updates[v], n) for v, n in r.completion.weights],
+            {"step": step, "weights": [(updates[v], n) for v, n in r.completion.weight_versions],
              "length": len(r.completion.tokens)}
             for step, r in sampled
         ],
@@ -98,7 +98,7 @@ def apart(engine: Engine, copies: dict[str, list[torch.Tensor]], sampled: Traine
             parameter.data.copy_(tensor)
         pairs = [(r.prompt, r.completion.tokens) for _, r in sampled]
         for (_, r), own in zip(sampled, token_logprobs(engine, pairs), strict=True):
-            versions = [v for v, n in r.completion.weights for _ in range(n)]
+            versions = [v for v, n in r.completion.weight_versions for _ in range(n)]
             for a, b, v in zip(own, r.completion.logprobs, versions, strict=True):
                 worst = max(worst, abs(a - b) if v == version else 0.0)
     return worst

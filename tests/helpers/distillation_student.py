@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from helpers.tiny_models import LAYOUT, SHAPE, documents, run_cases, weights
 from q3mega.data.tokenizer import Tokenizer
-from q3mega.distillation.service.client import RemoteTeacher
+from q3mega.distillation.service.client import TeacherClient
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.engine.parallel import initialise
 from q3mega.io import whole_records
@@ -57,7 +57,7 @@ def case(layout, at, folder):
     layout = LAYOUT(**{"processes": 2} | layout)
     initialise(layout, 0)
     digest = Tokenizer(folder).digest()
-    with RemoteTeacher(at, vocab=VOCABULARY, tokenizer=digest, timeout=60.0) as teacher:
+    with TeacherClient(at, vocab=VOCABULARY, tokenizer=digest, timeout=60.0) as teacher:
         return learn(teacher, layout, Path(folder) / "student")
 
 

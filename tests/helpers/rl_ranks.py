@@ -27,7 +27,7 @@ from q3mega.engine import Engine, OptimizerSpec
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.servers.sampler import ServerSampler
-from q3mega.rollout.weight_sync.sampler import SyncedSampler
+from q3mega.rollout.weight_sync.sampler import WeightSyncedSampler
 from q3mega.train import rl
 from q3mega.train.log import Log
 from q3mega.train.rollouts import Rollout
@@ -47,15 +47,15 @@ def run(folder: str, steps: int, settings: dict, kill: list | None) -> None:
     sampler: Any = InProcessSampler(engine, TOKENIZER)
     if urls := settings.pop("urls", None):
         servers = ServerSampler(urls, TOKENIZER, kind=settings.pop("kind"))
-        sampler = SyncedSampler(engine, servers, root / "weights")
-        loads, check = count(1), servers.protocol.check_norms
+        sampler = WeightSyncedSampler(engine, servers, root / "weights")
+        loads, check = count(1), servers.server_kind.check_norms
 
         def checked(*given):
             if kill == ["loading", next(loads)]:
                 os.kill(os.getpid(), signal.SIGKILL)
             check(*given)
 
-        servers.protocol.check_norms = checked
+        servers.server_kind.check_norms = checked
     trained, calls = engine.train_step, count(1)
 
     def train_step(*given):

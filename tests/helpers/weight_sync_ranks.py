@@ -12,7 +12,7 @@ from helpers.tiny_models import LAYOUT, SHAPES, run_cases
 from q3mega.engine import Engine, parallel
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.servers.sampler import ServerSampler
-from q3mega.rollout.weight_sync.sampler import SyncedSampler
+from q3mega.rollout.weight_sync.sampler import WeightSyncedSampler
 
 TOKENIZER = SimpleNamespace(
     vocab_size=64,
@@ -44,11 +44,11 @@ def sample(
     engine = Engine(SHAPES["dense"], LAYOUT(**layout), seed=3)
     engine.load_hf(weights)
     servers = ServerSampler([url], TOKENIZER, kind=kind)
-    sampler = SyncedSampler(engine, servers, Path(folder) if folder else None)
+    sampler = WeightSyncedSampler(engine, servers, Path(folder) if folder else None)
     mine = list(range(len(prompts)))[parallel.data_rank() :: parallel.data_size()]
     found = sampler.generate([prompts[i] for i in mine], SamplingParams(12, temperature=0))
     return parallel.gather_over_all(
-        [(i, c.tokens, c.weights) for i, (c,) in zip(mine, found, strict=True)]
+        [(i, c.tokens, c.weight_versions) for i, (c,) in zip(mine, found, strict=True)]
     )
 
 

@@ -20,9 +20,9 @@ from q3mega.algorithms.entropy_control import EntropyController
 from q3mega.engine import Engine, OptimizerSpec
 from q3mega.errors import UserError
 from q3mega.rollout import SamplingParams
-from q3mega.rollout.servers.client import LOADING
+from q3mega.rollout.servers.client import LOADING_VERSION
 from q3mega.rollout.servers.sampler import ServerSampler
-from q3mega.rollout.weight_sync.sampler import SyncedSampler
+from q3mega.rollout.weight_sync.sampler import WeightSyncedSampler
 from q3mega.train import rl
 from q3mega.train.ledger import FILE, Ledger
 from q3mega.train.log import Log
@@ -50,11 +50,11 @@ def learn(folder, wrong_by=0.0, kind="vllm", faults=(None,)):
             state.fault = fault and fault(state, folder)
             urls.append(state.url)
         servers = ServerSampler(urls, TOKENIZER, kind=kind, concurrency=2)
-        sampler = SyncedSampler(engine, servers, folder / "weights")
+        sampler = WeightSyncedSampler(engine, servers, folder / "weights")
 
         def roll_out(step):
             groups = sampler.generate(PROMPTS, SamplingParams(8, n=6, seed=step))
-            versions.append({v for group in groups for c in group for v, _ in c.weights})
+            versions.append({v for group in groups for c in group for v, _ in c.weight_versions})
             for c in (c for group in groups for c in group):
                 c.logprobs = [p - wrong_by for p in c.logprobs]
             return [
@@ -160,7 +160,7 @@ def test_a_run_that_is_killed_while_weights_load_ends_as_one_that_was_not(tmp_pa
         ]
         ended = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         assert ended == [0, -9, 0]
-        assert server.version != LOADING and not server.paused
+        assert server.version != LOADING_VERSION and not server.paused
     assert entries(tmp_path / "whole") == entries(tmp_path / "cut")
     files = [tmp_path / name / "hf" / "model.safetensors" for name in ("whole", "cut")]
     assert files[0].read_bytes() == files[1].read_bytes()

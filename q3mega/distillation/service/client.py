@@ -14,15 +14,21 @@ from megatron.core import parallel_state as ps
 from torch import Tensor
 
 from q3mega.data.batch import Batch
-from q3mega.distillation.service.connection import Gone, Wire, dial
-from q3mega.distillation.service.messages import DTYPES, Ask, Hello, Seat, Welcome
+from q3mega.distillation.service.connection import Connection, ConnectionLost, connect
+from q3mega.distillation.service.messages import (
+    DTYPES,
+    ForwardRequest,
+    HandshakeReply,
+    HandshakeRequest,
+    StudentRank,
+)
 from q3mega.engine import parallel
 from q3mega.errors import UserError
 from q3mega.model import Qwen3Shape
 from q3mega.model.sizes import rows_over
 
 
-class RemoteTeacher:
+class TeacherClient:
     """The teacher at tcp://host:port, for the ranks that compute the loss.
 
     Every rank of the student's job makes one and calls it, in the same order. Of the ranks that
@@ -49,22 +55,24 @@ class RemoteTeacher:
         self.learns = ps.is_pipeline_last_stage()
         self.peers = ps.get_tensor_and_context_parallel_group()
         self.asks = self.learns and self.peers.rank() == 0
-        self.wire: Wire | None = None
+        self.wire: Connection | None = None
         number = parallel.data_rank()
-        hello = Hello(vocab=vocab, tokenizer=tokenizer, askers=parallel.data_size())
+        hello = HandshakeRequest(
+            vocab=vocab, tokenizer=tokenizer, student_ranks=parallel.data_size()
+        )
         mine = [self._enter(hello)] if self.asks and number == 0 else []
         [welcome] = parallel.gather_over_all(mine)
         self.shape: Qwen3Shape = welcome.shape
         self.dtype = DTYPES[welcome.dtype]
         if self.asks:
-            speaker = welcome.speakers[number % len(welcome.speakers)]
+            data_port = welcome.data_ports[number % len(welcome.data_ports)]
             try:
-                self.wire = dial(speaker, key, timeout)
-                self.wire.send(Seat(session=welcome.session, asker=number))
-            except Gone as error:
+                self.wire = connect(data_port, key, timeout)
+                self.wire.send(StudentRank(session=welcome.session, rank=number))
+            except ConnectionLost as error:
                 raise self._lost(error) from None
         self.weight = (
-            self._head(welcome.block, rows or vocab)
+            self._head(welcome.block_rows, rows or vocab)
             if self.learns
             else torch.empty(0, self.shape.hidden)
         )
@@ -84,9 +92,9 @@ class RemoteTeacher:
         if self.wire:
             lengths = [b.cu_seqlens.diff().tolist() for b in batches]
             try:
-                self.wire.send(Ask(lengths=lengths))
+                self.wire.send(ForwardRequest(lengths=lengths))
                 self.wire.send_tensor(torch.cat([b.tokens.int() for b in batches]))
-            except Gone as error:
+            except ConnectionLost as error:
                 raise self._lost(error) from None
             self._look_out()
 
@@ -102,7 +110,7 @@ class RemoteTeacher:
         if self.coming:
             try:
                 whole = self.coming.result().to(row.device)
-            except Gone as error:
+            except ConnectionLost as error:
                 raise self._lost(error) from None
             self._look_out()
         else:
@@ -126,13 +134,13 @@ class RemoteTeacher:
             shape = self.lengths[0], self.shape.hidden
             self.coming = self.receiver.submit(self.wire.receive_tensor, shape, self.dtype)
 
-    def _enter(self, hello: Hello) -> Welcome:
+    def _enter(self, hello: HandshakeRequest) -> HandshakeReply:
         try:
-            door = dial(self.at.removeprefix("tcp://"), self.key, self.timeout)
+            door = connect(self.at.removeprefix("tcp://"), self.key, self.timeout)
             door.send(hello)
-            welcome = door.receive(Welcome)
+            welcome = door.receive(HandshakeReply)
             door.close()
-        except Gone as error:
+        except ConnectionLost as error:
             raise UserError(
                 f"teacher_at={self.at}: no teacher takes this student ({error}): is `q3mega teach` "
                 "up there, with the same key and version, and not busy with another student?"
@@ -141,7 +149,7 @@ class RemoteTeacher:
             raise UserError(
                 f"teacher_at={self.at} refuses: {welcome.refusal}; the two must share a vocabulary"
             )
-        if welcome.shape.vocab < hello.vocab or not welcome.speakers:
+        if welcome.shape.vocab < hello.vocab or not welcome.data_ports:
             raise UserError(f"teacher_at={self.at}: it offers what was not asked for")
         return welcome
 
@@ -158,7 +166,7 @@ class RemoteTeacher:
                 assert self.wire
                 try:
                     part = self.wire.receive_tensor(shape, self.dtype).to(here)
-                except Gone as error:
+                except ConnectionLost as error:
                     raise self._lost(error) from None
             else:
                 part = torch.empty(shape, dtype=self.dtype, device=here)
@@ -169,7 +177,7 @@ class RemoteTeacher:
                 own[low - first : high - first] = part[low - start : high - start]
         return own
 
-    def _lost(self, error: Gone) -> UserError:
+    def _lost(self, error: ConnectionLost) -> UserError:
         return UserError(
             f"teacher_at={self.at}: the teacher is gone ({error}): see its job's output, start "
             "`q3mega teach` again, then this run, which goes on from its last checkpoint"

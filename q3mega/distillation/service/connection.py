@@ -16,18 +16,18 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-GREETING = b"q3mega-teacher-1"  # the last sign is the protocol's version
-GLANCE = 30.0  # seconds in which the other side greets
-LONGEST = 1 << 26  # bytes of a message
-NONCE = 32
+GREETING = b"q3mega-teacher-2"  # the last sign is the protocol's version
+HANDSHAKE_TIMEOUT_S = 30.0  # seconds in which the other side greets
+MAX_MESSAGE_BYTES = 1 << 26  # bytes of a message
+NONCE_BYTES = 32
 _M = TypeVar("_M", bound=BaseModel)
 
 
-class Gone(Exception):
+class ConnectionLost(Exception):
     """The other side is not there, says nothing, or says what is no message."""
 
 
-class Wire:
+class Connection:
     """One connection. timeout: seconds without a byte, after which the other side is gone."""
 
     def __init__(self, connection: socket.socket, timeout: float) -> None:
@@ -40,18 +40,18 @@ class Wire:
         self._write(message.model_dump_json().encode() + b"\n")
 
     def receive(self, kind: type[_M]) -> _M:
-        """The next message. Raises Gone for what is none of that kind."""
+        """The next message. Raises ConnectionLost for what is none of that kind."""
         line = bytearray()
         while not line.endswith(b"\n"):
-            if len(line) > LONGEST:
-                raise Gone(f"it sent a message of more than {LONGEST} bytes")
+            if len(line) > MAX_MESSAGE_BYTES:
+                raise ConnectionLost(f"it sent a message of more than {MAX_MESSAGE_BYTES} bytes")
             ahead = self._some(1 << 16, socket.MSG_PEEK)  # what follows the line stays unread
             line += self._read(ahead.find(b"\n") + 1 or len(ahead))
         try:
             return kind.model_validate(json.loads(line))
         except (ValueError, RecursionError) as error:
             what = "no JSON" if not isinstance(error, ValidationError) else f"no {kind.__name__}"
-            raise Gone(f"it sent {bytes(line[:80])!r}, which is {what}") from None
+            raise ConnectionLost(f"it sent {bytes(line[:80])!r}, which is {what}") from None
 
     def send_tensor(self, tensor: Tensor) -> None:
         self._write(_bytes(tensor.detach().cpu().contiguous()))
@@ -63,12 +63,15 @@ class Wire:
         return tensor
 
     def prove(self, key: bytes, *, dialled: bool) -> None:
-        """Greet, and show each other the key. Raises Gone, whoever it was that had another."""
-        mine = secrets.token_bytes(NONCE)
+        """Greet the other side and prove to each other that both hold the key.
+
+        Raises ConnectionLost when the other side does not hold it.
+        """
+        mine = secrets.token_bytes(NONCE_BYTES)
         self._write(GREETING + mine)
-        said = self._read(len(GREETING) + NONCE)
+        said = self._read(len(GREETING) + NONCE_BYTES)
         if not said.startswith(GREETING):
-            raise Gone(f"it greets by {said[: len(GREETING)]!r}, not {GREETING!r}")
+            raise ConnectionLost(f"it greets by {said[: len(GREETING)]!r}, not {GREETING!r}")
         theirs = said[len(GREETING) :]
         nonces = mine + theirs if dialled else theirs + mine
 
@@ -78,8 +81,8 @@ class Wire:
         if dialled:  # who listens shows nothing to a stranger
             self._write(proof(b"student"))
         other = b"teacher" if dialled else b"student"
-        if not hmac.compare_digest(self._read(NONCE), proof(other)):
-            raise Gone("it holds another key")
+        if not hmac.compare_digest(self._read(NONCE_BYTES), proof(other)):
+            raise ConnectionLost("it holds another key")
         if not dialled:
             self._write(proof(b"teacher"))
 
@@ -92,15 +95,15 @@ class Wire:
         try:
             self.connection.sendall(data)
         except OSError as error:
-            raise Gone(_told(error)) from None
+            raise ConnectionLost(_told(error)) from None
 
     def _some(self, most: int, flags: int = 0) -> bytes:
         try:
             found = self.connection.recv(most, flags)
         except OSError as error:
-            raise Gone(_told(error)) from None
+            raise ConnectionLost(_told(error)) from None
         if not found:
-            raise Gone("it closed the connection")
+            raise ConnectionLost("it closed the connection")
         return found
 
     def _read(self, size: int) -> bytes:
@@ -113,9 +116,9 @@ class Wire:
             try:
                 found = self.connection.recv_into(view)
             except OSError as error:
-                raise Gone(_told(error)) from None
+                raise ConnectionLost(_told(error)) from None
             if not found:
-                raise Gone("it closed the connection")
+                raise ConnectionLost("it closed the connection")
             view = view[found:]
 
 
@@ -129,15 +132,15 @@ class Listener:
         host = socket.gethostname() if network else "127.0.0.1"
         self.address = f"{host}:{self.socket.getsockname()[1]}"
 
-    def accept(self, patience: float, timeout: float) -> Wire:
+    def accept(self, patience: float, timeout: float) -> Connection:
         """Who comes next and proves the key. Raises TimeoutError after `patience` seconds without
-        anyone, Gone for a stranger."""
+        anyone, ConnectionLost for a stranger."""
         self.socket.settimeout(patience)
         connection, _ = self.socket.accept()
-        wire = Wire(connection, GLANCE)
+        wire = Connection(connection, HANDSHAKE_TIMEOUT_S)
         try:
             wire.prove(self.key, dialled=False)
-        except Gone:
+        except ConnectionLost:
             wire.close()
             raise
         connection.settimeout(timeout)
@@ -150,17 +153,17 @@ class Listener:
         self.socket.close()
 
 
-def dial(address: str, key: bytes, timeout: float) -> Wire:
-    """A proved connection to `host:port`. Raises Gone."""
+def connect(address: str, key: bytes, timeout: float) -> Connection:
+    """A proved connection to `host:port`. Raises ConnectionLost."""
     host, _, port = address.rpartition(":")
     try:
-        connection = socket.create_connection((host, int(port)), GLANCE)
+        connection = socket.create_connection((host, int(port)), HANDSHAKE_TIMEOUT_S)
     except (OSError, ValueError, OverflowError) as error:
-        raise Gone(f"{address}: {_told(error)}") from None
-    wire = Wire(connection, GLANCE)
+        raise ConnectionLost(f"{address}: {_told(error)}") from None
+    wire = Connection(connection, HANDSHAKE_TIMEOUT_S)
     try:
         wire.prove(key, dialled=True)
-    except Gone:
+    except ConnectionLost:
         wire.close()
         raise
     connection.settimeout(timeout)

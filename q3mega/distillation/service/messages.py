@@ -1,9 +1,16 @@
-"""What a teacher's job and a student's say to each other.
+"""Wire protocol between a student's job and a teacher's job.
 
-Student's first rank -> door: Hello. Door -> it: Welcome. Each student rank that asks -> the speaker
-of its number: Seat. Speaker 0 -> asker 0: the lm_head's rows in blocks of `block`, in the teacher's
-dtype. From then on, as often as a student likes: Ask and its tokens (int32), for which the speaker
-sends the hidden states (T, H) of each batch in turn. Who hangs up has ended the session.
+1. Student rank 0 connects to the control port and sends `HandshakeRequest`. The teacher replies
+   `HandshakeReply` with the addresses of its data ports, one for each of its replicas, and closes
+   this connection.
+2. Student rank i (data-parallel) connects to data port i modulo the number of data ports and sends
+   `StudentRank`.
+3. Data port 0 sends the lm_head weight (V, H) to student rank 0 once, in the teacher's dtype and in
+   blocks of `block_rows` rows.
+4. Any number of times: a student rank sends `ForwardRequest` and its token ids (int32). Its data
+   port answers with the hidden states (T, H) of each batch, one batch at a time.
+
+Closing a connection ends the session for all student ranks.
 """
 
 from typing import Literal
@@ -17,25 +24,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BLOCK_BYTES = 64 << 20  # of the lm_head at once
 
 
-class Hello(BaseModel):
+class HandshakeRequest(BaseModel):
     vocab: PositiveInt  # ids of the tokenizer
     tokenizer: str  # Tokenizer.digest
-    askers: PositiveInt  # ranks that will ask, numbered from 0
+    student_ranks: PositiveInt  # ranks that will ask, numbered from 0
 
 
-class Welcome(BaseModel):
+class HandshakeReply(BaseModel):
     refusal: str = ""  # why there will be no session
     shape: Qwen3Shape
     dtype: Literal["float32", "bfloat16"]
-    speakers: list[str]  # host:port; asker i asks speaker i modulo their number
+    data_ports: list[str]  # host:port; asker i asks data_port i modulo their number
     session: str
-    block: PositiveInt
+    block_rows: PositiveInt
 
 
-class Seat(BaseModel):
+class StudentRank(BaseModel):
     session: str
-    asker: NonNegativeInt
+    rank: NonNegativeInt
 
 
-class Ask(BaseModel):
+class ForwardRequest(BaseModel):
     lengths: list[list[PositiveInt]] = Field(max_length=1 << 20)  # of each batch's documents

@@ -1,6 +1,6 @@
 """The teacher's side: every rank of its job runs `serve`, for one student's job after another.
 
-Each of its replicas has a speaker, the first rank of those that end it; a speaker sends a batch's
+Each of its replicas has a data_port, the first rank of those that end it; a data_port sends a batch's
 hidden states as soon as its last layer has made them, so nothing is kept and nothing is gathered,
 and the stages before are at work on the next ones. A send waits until the student takes it.
 """
@@ -21,13 +21,25 @@ from megatron.core import parallel_state as ps
 from torch import Tensor
 
 from q3mega.data.batch import Batch, Sample, collate
-from q3mega.distillation.service.connection import GLANCE, Gone, Listener, Wire
-from q3mega.distillation.service.messages import BLOCK_BYTES, DTYPES, Ask, Hello, Seat, Welcome
+from q3mega.distillation.service.connection import (
+    HANDSHAKE_TIMEOUT_S,
+    Connection,
+    ConnectionLost,
+    Listener,
+)
+from q3mega.distillation.service.messages import (
+    BLOCK_BYTES,
+    DTYPES,
+    ForwardRequest,
+    HandshakeReply,
+    HandshakeRequest,
+    StudentRank,
+)
 from q3mega.engine import Engine, Head, parallel
 from q3mega.errors import UserError
 from q3mega.ops import vocab
 
-TICK = 60.0  # seconds after which ranks that wait hear from each other
+SYNC_INTERVAL_S = 60.0  # seconds after which ranks that wait hear from each other
 _log = logging.getLogger(__name__)
 
 
@@ -44,7 +56,7 @@ def serve(
     with ExitStack() as opened:
         desk = opened.enter_context(Listener(0, key, network=network)) if speaks else None
         desks = [(parallel.data_rank(), desk.address)] if desk else []
-        speakers = [address for _, address in sorted(parallel.gather_over_all(desks))]
+        data_ports = [address for _, address in sorted(parallel.gather_over_all(desks))]
         door = None
         if leads:
             try:
@@ -52,41 +64,41 @@ def serve(
             except (OSError, OverflowError) as error:
                 raise UserError(f"--port {port} cannot be listened on: {error}") from None
             print(f"teaching at tcp://{door.address}", flush=True)
-        offer = Welcome(
-            shape=engine.shape, dtype=_dtype(engine), speakers=speakers, session="",
-            block=max(1, BLOCK_BYTES // (4 * engine.shape.hidden)),
+        offer = HandshakeReply(
+            shape=engine.shape, dtype=_dtype(engine), data_ports=data_ports, session="",
+            block_rows=max(1, BLOCK_BYTES // (4 * engine.shape.hidden)),
         )  # fmt: skip
         while True:
             session = _next_session(door, offer, tokenizer, idle)
             if session is None:
                 return
             askers = _seat(desk, session, idle) if desk else []
-            _teach(engine, askers, session.block)
+            _teach(engine, askers, session.block_rows)
             for asker in askers:
                 asker.close()
 
 
 class _Asker:
-    """A student's rank at this speaker; once it is gone it is told nothing more."""
+    """A student's rank at this data_port; once it is gone it is told nothing more."""
 
-    def __init__(self, wire: Wire | None, gone: str = "") -> None:
+    def __init__(self, wire: Connection | None, gone: str = "") -> None:
         self.wire, self.gone = wire, gone
 
     def tell(self, tensor: Tensor) -> None:
         if self.wire and not self.gone:
             try:
                 self.wire.send_tensor(tensor)
-            except Gone as error:
+            except ConnectionLost as error:
                 self.gone = str(error)
 
     def ask(self, vocabulary: int) -> list[list[list[int]]]:
         """Its next batches, each a list of documents; none when it is gone."""
         if self.wire and not self.gone:
             try:
-                lengths = self.wire.receive(Ask).lengths
+                lengths = self.wire.receive(ForwardRequest).lengths
                 tokens = self.wire.receive_tensor((sum(map(sum, lengths)),), torch.int32)
                 vocab.check_ids(tokens, vocabulary)
-            except (Gone, UserError) as error:
+            except (ConnectionLost, UserError) as error:
                 self.gone = str(error)
             else:
                 documents = iter(tokens.split([n for batch in lengths for n in batch]))
@@ -98,12 +110,12 @@ class _Asker:
             self.wire.close()
 
 
-class _Session(Welcome):
-    askers: int
+class _Session(HandshakeReply):
+    student_ranks: int
 
 
 def _next_session(
-    door: Listener | None, offer: Welcome, tokenizer: str, idle: float
+    door: Listener | None, offer: HandshakeReply, tokenizer: str, idle: float
 ) -> _Session | None:
     """The next student's, known to all ranks; None when none has come."""
     until = time.monotonic() + idle
@@ -111,25 +123,31 @@ def _next_session(
         left = until - time.monotonic()
         found: list[Any] = []  # [] to wait on, [None] to end
         if door:
-            found = [None] if left <= 0 else _welcome(door, offer, tokenizer, min(TICK, left))
+            found = (
+                [None]
+                if left <= 0
+                else _welcome(door, offer, tokenizer, min(SYNC_INTERVAL_S, left))
+            )
         if said := parallel.gather_over_all(found):
             return said[0]
 
 
-def _welcome(door: Listener, offer: Welcome, tokenizer: str, patience: float) -> list[_Session]:
+def _welcome(
+    door: Listener, offer: HandshakeReply, tokenizer: str, patience: float
+) -> list[_Session]:
     try:
-        wire = door.accept(patience, GLANCE)
+        wire = door.accept(patience, HANDSHAKE_TIMEOUT_S)
     except TimeoutError:
         return []
-    except Gone as error:
+    except ConnectionLost as error:
         _log.warning("a stranger was turned away: %s", error)
         return []
     try:
-        hello = wire.receive(Hello)
+        hello = wire.receive(HandshakeRequest)
         refusal = _objection(hello, offer.shape.vocab, tokenizer)
         answer = offer.model_copy(update={"refusal": refusal, "session": secrets.token_hex(8)})
         wire.send(answer)
-    except Gone as error:
+    except ConnectionLost as error:
         _log.warning("a student was turned away: %s", error)
         return []
     finally:
@@ -137,10 +155,10 @@ def _welcome(door: Listener, offer: Welcome, tokenizer: str, patience: float) ->
     if refusal:
         _log.warning("a student was turned away: %s", refusal)
         return []
-    return [_Session(**dict(answer), askers=hello.askers)]
+    return [_Session(**dict(answer), student_ranks=hello.student_ranks)]
 
 
-def _objection(hello: Hello, rows: int, tokenizer: str) -> str:
+def _objection(hello: HandshakeRequest, rows: int, tokenizer: str) -> str:
     if hello.vocab > rows:
         return f"its lm_head has {rows} rows, the student's {hello.vocab} ids need more"
     if hello.tokenizer != tokenizer:
@@ -150,20 +168,20 @@ def _objection(hello: Hello, rows: int, tokenizer: str) -> str:
 
 def _seat(desk: Listener, session: _Session, idle: float) -> list[_Asker]:
     """This replica's askers, in the order of their numbers."""
-    wanted = range(parallel.data_rank(), session.askers, parallel.data_size())
+    wanted = range(parallel.data_rank(), session.student_ranks, parallel.data_size())
     found: dict[int, _Asker] = {}
     while len(found) < len(wanted):
         try:
-            wire = desk.accept(GLANCE, idle)
-            seat = wire.receive(Seat)
-        except Gone as error:
+            wire = desk.accept(HANDSHAKE_TIMEOUT_S, idle)
+            seat = wire.receive(StudentRank)
+        except ConnectionLost as error:
             _log.warning("a stranger was turned away: %s", error)
             continue
         except TimeoutError:
             missing = ", ".join(str(i) for i in wanted if i not in found)
             return [*found.values(), _Asker(None, f"its data-parallel rank {missing} did not come")]
-        if seat.session == session.session and seat.asker in wanted:
-            found[seat.asker] = _Asker(wire)
+        if seat.session == session.session and seat.rank in wanted:
+            found[seat.rank] = _Asker(wire)
         else:  # a rank of a session that is over
             wire.close()
     return [found[i] for i in wanted]
@@ -190,7 +208,7 @@ def _teach(engine: Engine, askers: Sequence[_Asker], block: int) -> None:
 def _answer(
     engine: Engine, asked: Sequence[list[list[list[int]]]], askers: Sequence[_Asker]
 ) -> None:
-    """One batch of each asker in turn; the askers are those of the speaker."""
+    """One batch of each asker in turn; the askers are those of the data_port."""
     batches: list[Batch] = []
     turns: list[_Asker] = []
     for row in zip_longest(*asked):

@@ -1,5 +1,6 @@
-"""What sampling stands on, whichever engine a server runs: `vllm_protocol` and `sglang_protocol`
-are the two modules that are an `EngineProtocol`."""
+"""What sampling needs from a rollout server, whatever software it runs: `RolloutServerKind`.
+
+The modules `vllm` and `sglang` implement it."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,8 @@ from torch import Tensor
 from q3mega.config.secrets import excerpt
 from q3mega.errors import UserError
 
-GLANCE = 30.0  # seconds in which a healthy server says so
-LOADING = "loading"  # the version of a server whose weights are being replaced
+HEALTH_TIMEOUT_S = 30.0  # seconds in which a healthy server says so
+LOADING_VERSION = "loading"  # the version of a server whose weights are being replaced
 _KEY = "name the variable that holds the key in key_env"
 _ELSEWHERE = "a proxy or a log-in page stands before it: give the server's own address"
 _REQUEST = "a shorter prompt, or fewer max_tokens?"
@@ -23,18 +24,18 @@ _REMEDIES = {401: _KEY, 403: _KEY} | dict.fromkeys((301, 302, 303, 307, 308, 405
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-class EngineFailed(UserError):
+class RolloutServerFailed(UserError):
     """No server gave a usable answer."""
 
 
-class Unusable(Exception):
+class RetryableError(Exception):
     """An answer that another try may better."""
 
 
 @dataclass(eq=False)
 class Server:
     url: str
-    engine: str  # its version
+    software_version: str
     ranks: int = 1  # processes that hold parts of the model
     alive: bool = True  # False: not asked until the next call looks at it again
     tempered: bool | None = None  # are log-probabilities at the sampling temperature?
@@ -53,7 +54,7 @@ class Group(NamedTuple):
 
 
 @dataclass
-class Sampled:
+class RequestResult:
     """What a request gave. finish_reason "abort": stopped before its end, perhaps before its first
     token. versions: of the weights, each with the number of tokens up to its last one."""
 
@@ -66,9 +67,9 @@ class Sampled:
     prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
 
 
-class EngineProtocol(Protocol):
-    """Raises: UserError for what no other try betters, EngineFailed where no server answers,
-    Unusable and httpx2.HTTPError for the rest."""
+class RolloutServerKind(Protocol):
+    """Raises: UserError for what no other try betters, RolloutServerFailed where no server answers,
+    RetryableError and httpx2.HTTPError for the rest."""
 
     RAW: str  # what to do when log-probabilities are at temperature 1
     LONGER: str  # what to do when sequences are cut
@@ -87,7 +88,10 @@ class EngineProtocol(Protocol):
         version: str,
         norms: Mapping[str, set[str]],
     ) -> None:
-        """Replace the weights by a folder's. A load that is cut leaves the version LOADING."""
+        """Replace the weights by a folder's.
+
+        A load that does not end leaves the version LOADING_VERSION.
+        """
         ...
 
     async def check_receives(self, client: httpx2.AsyncClient, server: Server) -> None:
@@ -99,7 +103,7 @@ class EngineProtocol(Protocol):
     async def leave(self, client: httpx2.AsyncClient, server: Server, group: str) -> None: ...
 
     async def begin(self, client: httpx2.AsyncClient, server: Server) -> None:
-        """Abort what is under way, take no more, and have the version LOADING."""
+        """Abort what is under way, take no more, and have the version LOADING_VERSION."""
         ...
 
     async def open_update(self, client: httpx2.AsyncClient, server: Server) -> None:
@@ -125,8 +129,10 @@ class EngineProtocol(Protocol):
         version: str,
         norms: Mapping[str, set[str]],
     ) -> None:
-        """Sample again, as `version`, from weights whose norms are these. Raises EngineFailed
-        where they are not."""
+        """Sample again, as `version`.
+
+        Raises RolloutServerFailed for weights whose norms are not `norms`.
+        """
         ...
 
     def request(
@@ -138,7 +144,7 @@ class EngineProtocol(Protocol):
 
     async def generate(
         self, client: httpx2.AsyncClient, server: Server, body: dict[str, Any]
-    ) -> Sampled: ...
+    ) -> RequestResult: ...
 
     async def abort(self, client: httpx2.AsyncClient, server: Server, names: list[str]) -> None:
         """End requests: their answers are what they have sampled. Unknown names are none."""
@@ -147,66 +153,66 @@ class EngineProtocol(Protocol):
     async def best_logprob(
         self, client: httpx2.AsyncClient, server: Server, token: int, temperature: float
     ) -> float:
-        """Of the likeliest token after `token`. Raises EngineFailed."""
+        """Of the likeliest token after `token`. Raises RolloutServerFailed."""
         ...
 
 
 async def version_of(
-    engine: EngineProtocol, client: httpx2.AsyncClient, server: Server
+    kind: RolloutServerKind, client: httpx2.AsyncClient, server: Server
 ) -> str | None:
     """What a server says of its weights, None where it does not."""
     try:
-        answer = await client.get(server.url + engine.VERSION, timeout=GLANCE)
+        answer = await client.get(server.url + kind.VERSION, timeout=HEALTH_TIMEOUT_S)
         return answer.json()["weight_version"]
     except (httpx2.HTTPError, ValueError, KeyError, TypeError):
         return None
 
 
 async def look(
-    engine: EngineProtocol,
+    kind: RolloutServerKind,
     client: httpx2.AsyncClient,
     servers: Sequence[Server],
     version: str | None,
 ) -> None:
-    """Who is alive, with these weights? Raises EngineFailed when none is."""
+    """Who is alive, with these weights? Raises RolloutServerFailed when none is."""
 
     async def see(server: Server) -> None:
-        server.alive = await engine.is_healthy(client, server)
+        server.alive = await kind.is_healthy(client, server)
         if server.alive and version is not None:
-            server.alive = await version_of(engine, client, server) == version
+            server.alive = await version_of(kind, client, server) == version
 
     await asyncio.gather(*map(see, servers))
     if not any(server.alive for server in servers):
         weights = "" if version is None else f" with weights {version}"
         urls = ", ".join(server.url for server in servers)
-        raise EngineFailed(f"no server of {urls} is up{weights}: see their logs")
+        raise RolloutServerFailed(f"no server of {urls} is up{weights}: see their logs")
 
 
 def usable(answer: httpx2.Response, remedies: Mapping[int, str]) -> httpx2.Response:
-    """Raises Unusable for what another try may better, UserError for what it cannot."""
+    """Raises RetryableError for what another try may better, UserError for what it cannot."""
     if answer.is_success:
         return answer
     status = answer.status_code
     said = f"{answer.url} answered {status}: {excerpt(answer.text)}"
     if status >= 500 or status in (408, 429):
-        raise Unusable(said)
+        raise RetryableError(said)
     remedy = remedies.get(status) or _REMEDIES.get(status, _REQUEST)
     raise UserError(f"{said}: {remedy}")
 
 
 def read(kind: type[_Model], answer: httpx2.Response) -> _Model:
-    """What an answer says. Raises Unusable for what is none of this kind."""
+    """What an answer says. Raises RetryableError for what is none of this kind."""
     try:
         return kind.model_validate_json(answer.content)
     except ValueError as error:
-        raise Unusable(f"{answer.url} gave no answer to use: {in_brief(error)}") from None
+        raise RetryableError(f"{answer.url} gave no answer to use: {in_brief(error)}") from None
 
 
 def check_norms(server: Server, held: Mapping[str, str], norms: Mapping[str, set[str]]) -> None:
-    """Raises EngineFailed for a server whose norms' checksums are none of those of ours."""
+    """Raises RolloutServerFailed for a server whose norms' checksums are none of those of ours."""
     wrong = sorted(name for name, digests in norms.items() if held.get(name) not in digests)
     if wrong:
-        raise EngineFailed(
+        raise RolloutServerFailed(
             f"{server.url} read other weights than were written ({', '.join(wrong[:3])}; "
             f"{len(wrong)} of {len(norms)}): does it see the same files, and serve this model?"
         )

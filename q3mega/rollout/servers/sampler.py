@@ -21,25 +21,25 @@ from q3mega.config.secrets import key_of, public_url
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.errors import UserError
 from q3mega.model.routing import continued
-from q3mega.rollout.base import Completion, SamplingParams, joined
+from q3mega.rollout.base import Completion, SamplingParams, merge_versions
 from q3mega.rollout.servers import sglang, vllm
 from q3mega.rollout.servers.client import (
-    GLANCE,
-    EngineFailed,
-    EngineProtocol,
-    Sampled,
+    HEALTH_TIMEOUT_S,
+    RequestResult,
+    RetryableError,
+    RolloutServerFailed,
+    RolloutServerKind,
     Server,
-    Unusable,
     in_brief,
     look,
     version_of,
 )
 
-Kind = Literal["vllm", "sglang"]
-PROTOCOLS: dict[Kind, EngineProtocol] = {"vllm": vllm, "sglang": sglang}
-TIMEOUT = 3600.0  # seconds: a long chain of thought is one reply
-BACK_OFF = 0.5  # seconds before the first retry; twice as long before each that follows
-AGAIN = 0.2  # seconds until requests that still run are aborted once more
+ServerKind = Literal["vllm", "sglang"]
+SERVER_KINDS: dict[ServerKind, RolloutServerKind] = {"vllm": vllm, "sglang": sglang}
+REQUEST_TIMEOUT_S = 3600.0  # seconds: a long chain of thought is one reply
+FIRST_BACK_OFF_S = 0.5  # seconds before the first retry; twice as long before each that follows
+ABORT_INTERVAL_S = 0.2  # seconds until requests that still run are aborted once more
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
@@ -51,8 +51,9 @@ class ServerSampler:
     concurrency: sequences under way on each server; the others wait. timeout: seconds a request.
     retries: of a sequence. key_env: the environment variable that holds the servers' key.
     `version`: the weights that every token must come from; None: one version a call, whichever.
-    `engines`: the engine's version by url. Raises UserError for a server that is not up or does
-    not serve the endpoint.
+    `server_versions`: the servers' software versions by url.
+
+    Raises UserError for a server that is not up or does not serve the endpoint.
     """
 
     def __init__(
@@ -60,36 +61,38 @@ class ServerSampler:
         urls: Sequence[str],
         tokenizer: Tokenizer,
         *,
-        kind: Kind = "vllm",
+        kind: ServerKind = "vllm",
         concurrency: int = 64,
-        timeout: float = TIMEOUT,
+        timeout: float = REQUEST_TIMEOUT_S,
         retries: int = 3,
         key_env: str | None = None,
     ) -> None:
         self.key = key_of("key_env", key_env) or "none"
-        self.kind, self.protocol = kind, PROTOCOLS[kind]
+        self.kind, self.server_kind = kind, SERVER_KINDS[kind]
         self.tokenizer = tokenizer
         self.stops = [tokenizer.eos, tokenizer.eod]
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.version: str | None = None
         self.batches: set[_Batch] = set()  # of the calls under way
         bare = [public_url(url, "urls").rstrip("/") for url in urls]
-        self.servers = self.run(lambda client: self.protocol.connect(client, bare))
-        self.engines = {server.url: server.engine for server in self.servers}
+        self.servers = self.run(lambda client: self.server_kind.connect(client, bare))
+        self.server_versions = {server.url: server.software_version for server in self.servers}
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[list[Completion]]:
         """See `Sampler`. Log-probabilities are nan where top-p or top-k cut: what the servers tell
-        then depends on them. Raises EngineFailed when no server is left, or a sequence is out of
-        retries; UserError for what the servers refuse.
-        """
-        return self.proceed(prompts, None, params)
+        then depends on them.
 
-    def proceed(
+        Raises RolloutServerFailed when no server is left or a sequence is out of retries, UserError
+        for what the servers refuse.
+        """
+        return self.resume(prompts, None, params)
+
+    def resume(
         self,
         prompts: Sequence[Sequence[int]],
-        begun: Sequence[Sequence[Completion]] | None,
+        partial: Sequence[Sequence[Completion]] | None,
         params: SamplingParams,
         *,
         seconds: float | None = None,
@@ -98,18 +101,19 @@ class ServerSampler:
         None: from nothing. Finished ones are given back as they are.
 
         After `seconds`, or at `interrupt()`, what is sampled so far is returned, unfinished ones
-        with finish_reason "abort". Those may go on under newer weights: see `Completion.weights`.
+        with finish_reason "abort". Those may go on under newer weights: see
+        `Completion.weight_versions`.
         """
         cut = params.temperature > 0 and (params.top_p < 1 or params.top_k > 0)
         starts = [[Completion([], [], [], "abort") for _ in range(params.n)] for _ in prompts]
         queue = [
             (list(prompt), deepcopy(completion))
-            for prompt, group in zip(prompts, begun or starts, strict=True)
+            for prompt, group in zip(prompts, partial or starts, strict=True)
             for completion in group
         ]
 
         async def all_of(client: httpx2.AsyncClient) -> list[Completion]:
-            await look(self.protocol, client, self.servers, self.version)
+            await look(self.server_kind, client, self.servers, self.version)
             if params.temperature not in (0, 1) and not cut:
                 await self._check_temperature(client)
             batch = _Batch(self, client)
@@ -129,18 +133,18 @@ class ServerSampler:
                 c.logprobs = [math.nan if chosen else 0.0 for chosen in c.mask]
         return [done[i : i + params.n] for i in range(0, len(done), params.n)]
 
-    def ask_all(self, requests: Mapping[str, dict[str, Any]]) -> list[Sampled]:
+    def ask_all(self, requests: Mapping[str, dict[str, Any]]) -> list[RequestResult]:
         """The answers to requests, by name; slots, retries and errors are those of `generate`."""
 
-        async def all_of(client: httpx2.AsyncClient) -> list[Sampled]:
-            await look(self.protocol, client, self.servers, self.version)
+        async def all_of(client: httpx2.AsyncClient) -> list[RequestResult]:
+            await look(self.server_kind, client, self.servers, self.version)
             batch = _Batch(self, client)
             return await asyncio.gather(*(batch.ask(*item) for item in requests.items()))
 
         return self.run(all_of)
 
     def interrupt(self) -> None:
-        """End the calls that are under way early: see `proceed`. From any thread."""
+        """End the calls that are under way early: see `resume`. From any thread."""
         for batch in list(self.batches):
             with suppress(RuntimeError):  # its loop has just ended
                 batch.loop.call_soon_threadsafe(batch.stop)
@@ -150,21 +154,23 @@ class ServerSampler:
         path; all tokens after it must come from these weights. Requests under way are aborted.
 
         norms: tensor -> SHA-256 of its bytes in each dtype that a server may hold it in. A server
-        that breaks down meanwhile is left out until the next call. Raises EngineFailed when none
-        is left, and for one whose tensors are others afterwards.
+        that breaks down meanwhile is left out until the next call.
+
+        Raises RolloutServerFailed when none is left, and for a server whose tensors are others
+        afterwards.
         """
 
         async def replace(client: httpx2.AsyncClient, server: Server) -> None:
             try:
-                if await version_of(self.protocol, client, server) != version:
-                    await self.protocol.load(client, server, folder, version, norms)
-            except (httpx2.HTTPError, Unusable) as error:
+                if await version_of(self.server_kind, client, server) != version:
+                    await self.server_kind.load(client, server, folder, version, norms)
+            except (httpx2.HTTPError, RetryableError) as error:
                 _log.warning("%s did not load version %s: %s", server.url, version, in_brief(error))
 
         async def all_of(client: httpx2.AsyncClient) -> None:
-            await look(self.protocol, client, self.servers, None)
+            await look(self.server_kind, client, self.servers, None)
             await asyncio.gather(*(replace(client, s) for s in self.servers if s.alive))
-            await look(self.protocol, client, self.servers, version)
+            await look(self.server_kind, client, self.servers, version)
 
         self.run(all_of)
         self.version = version
@@ -214,12 +220,12 @@ class ServerSampler:
 
     async def _sample(
         self, batch: "_Batch", prompt: list[int], name: str, tokens: int, params: SamplingParams
-    ) -> Sampled:
+    ) -> RequestResult:
         how: dict[str, Any] = {"temperature": params.temperature}
         if params.temperature > 0:
             how |= {"top_p": params.top_p, "top_k": params.top_k}
         seed = zlib.crc32(f"{params.seed}-{name}".encode())
-        body = self.protocol.request(
+        body = self.server_kind.request(
             prompt, tokens, f"q3mega-{params.seed}-{name}", **how,
             seed=seed, stop_token_ids=self.stops,
         )  # fmt: skip
@@ -227,12 +233,12 @@ class ServerSampler:
         if found.finish_reason == "length" and len(found.tokens) < tokens:
             raise UserError(
                 f"max_tokens={params.max_tokens}: a server stopped after {len(prompt)} + "
-                f"{len(found.tokens)} tokens; {self.protocol.LONGER}"
+                f"{len(found.tokens)} tokens; {self.server_kind.LONGER}"
             )
         if params.routes and found.routes is None and found.tokens:
             raise UserError(
                 "routes=True (routing_replay: r3): the servers do not tell their experts; "
-                f"{self.protocol.ROUTES}"
+                f"{self.server_kind.ROUTES}"
             )
         return found
 
@@ -242,20 +248,20 @@ class ServerSampler:
         """By default a server gives log-probabilities at temperature 1, whatever it samples at."""
         for server in self.servers:
             if server.alive and server.tempered is None:
-                hot = await self.protocol.best_logprob(client, server, self.stops[0], 1.0)
-                cold = await self.protocol.best_logprob(client, server, self.stops[0], 0.25)
+                hot = await self.server_kind.best_logprob(client, server, self.stops[0], 1.0)
+                cold = await self.server_kind.best_logprob(client, server, self.stops[0], 0.25)
                 server.tempered = abs(hot - cold) > 1e-6
             if server.tempered is False:
                 raise UserError(
                     f"{server.url} gives log-probabilities at temperature 1, whatever it samples "
-                    f"at: {self.protocol.RAW}"
+                    f"at: {self.server_kind.RAW}"
                 )
 
     def run(self, work: Callable[[httpx2.AsyncClient], Awaitable[_T]]) -> _T:
         async def inside() -> _T:
             async with httpx2.AsyncClient(
                 headers={"authorization": f"Bearer {self.key}"},
-                timeout=httpx2.Timeout(self.timeout, connect=GLANCE, pool=None),
+                timeout=httpx2.Timeout(self.timeout, connect=HEALTH_TIMEOUT_S, pool=None),
                 limits=httpx2.Limits(max_connections=None),
                 trust_env=False,  # a cluster's proxy is not for its own nodes
             ) as client:
@@ -264,10 +270,10 @@ class ServerSampler:
         return asyncio.run(inside())
 
 
-def _append(done: Completion, more: Sampled) -> None:
+def _append(done: Completion, more: RequestResult) -> None:
     starts = [0, *(end for end, _ in more.versions)]
     runs = [(v, end - start) for start, (end, v) in zip(starts, more.versions, strict=False)]
-    done.weights = joined(done.weights + runs)
+    done.weight_versions = merge_versions(done.weight_versions + runs)
     done.tokens += more.tokens
     done.logprobs += more.logprobs
     done.mask += [1] * len(more.tokens)
@@ -278,7 +284,7 @@ class _Batch:
     """One call: its connections, the servers' free slots, and the weights that it samples from."""
 
     def __init__(self, sampler: ServerSampler, client: httpx2.AsyncClient) -> None:
-        self.client, self.protocol, self.servers = client, sampler.protocol, sampler.servers
+        self.client, self.server_kind, self.servers = client, sampler.server_kind, sampler.servers
         self.retries = sampler.retries
         self.synced, self.version = sampler.version is not None, sampler.version
         self.loop, self.stopped = asyncio.get_running_loop(), False
@@ -299,35 +305,35 @@ class _Batch:
                 names = [name for name, at in self.under_way.items() if at is server]
                 try:
                     if names and server.alive:
-                        await self.protocol.abort(self.client, server, names)
-                except (httpx2.HTTPError, Unusable) as error:
+                        await self.server_kind.abort(self.client, server, names)
+                except (httpx2.HTTPError, RetryableError) as error:
                     _log.warning("%s did not abort: %s", server.url, in_brief(error))
-            await asyncio.sleep(AGAIN)
+            await asyncio.sleep(ABORT_INTERVAL_S)
 
-    async def ask(self, name: str, body: dict[str, Any]) -> Sampled:
+    async def ask(self, name: str, body: dict[str, Any]) -> RequestResult:
         """The answer of any server, after up to `retries` others; a slot is held for each."""
         said = ""
         for attempt in range(self.retries + 1):
             if attempt and not self.stopped:
-                await asyncio.sleep(BACK_OFF * 2 ** (attempt - 1))
+                await asyncio.sleep(FIRST_BACK_OFF_S * 2 ** (attempt - 1))
             server = await self._slot()
             try:
                 if self.stopped:
-                    return Sampled([], [], "abort", [])
+                    return RequestResult([], [], "abort", [])
                 self.under_way[name] = server
-                found = await self.protocol.generate(self.client, server, body)
+                found = await self.server_kind.generate(self.client, server, body)
                 if found.finish_reason == "abort" and not self.stopped:
-                    raise Unusable("the server aborted it")
+                    raise RetryableError("the server aborted it")
                 if self._is_current(server, found):
                     return found
-            except (httpx2.HTTPError, Unusable) as error:
+            except (httpx2.HTTPError, RetryableError) as error:
                 said = in_brief(error)
-                if not await self.protocol.is_healthy(self.client, server):
+                if not await self.server_kind.is_healthy(self.client, server):
                     self._drop(server, said)
             finally:
                 self.under_way.pop(name, None)
                 self.slots.put_nowait(server)
-        raise EngineFailed(
+        raise RolloutServerFailed(
             f"a sequence failed {self.retries + 1} times, at last at {server.url} ({said}): see "
             "the server's log, or raise timeout or retries"
         )
@@ -338,14 +344,16 @@ class _Batch:
             if server.alive:  # else its slot is gone
                 return server
 
-    def _is_current(self, server: Server, found: Sampled) -> bool:
+    def _is_current(self, server: Server, found: RequestResult) -> bool:
         versions = {version for _, version in found.versions}
         self.version = self.version or found.versions[0][1]
         if versions == {self.version}:
             return True
         others = f"it has weights {', '.join(sorted(versions))} where {self.version} is wanted"
         if not self.synced:
-            raise EngineFailed(f"{server.url}: {others}; the servers must hold the same weights")
+            raise RolloutServerFailed(
+                f"{server.url}: {others}; the servers must hold the same weights"
+            )
         self._drop(server, others)
         return False
 
@@ -354,4 +362,6 @@ class _Batch:
             _log.warning("%s is left out of this batch: %s", server.url, why)
         server.alive = False
         if not any(s.alive for s in self.servers):
-            raise EngineFailed(f"no server is left, the last was {server.url} ({why}): start them")
+            raise RolloutServerFailed(
+                f"no server is left, the last was {server.url} ({why}): start them"
+            )

@@ -17,13 +17,13 @@ from torch import Tensor
 from q3mega.config.secrets import excerpt
 from q3mega.errors import UserError
 from q3mega.rollout.servers.client import (
-    GLANCE,
-    LOADING,
-    EngineFailed,
+    HEALTH_TIMEOUT_S,
+    LOADING_VERSION,
     Group,
-    Sampled,
+    RequestResult,
+    RetryableError,
+    RolloutServerFailed,
     Server,
-    Unusable,
     check_norms,
     described,
     in_brief,
@@ -84,7 +84,7 @@ async def connect(client: httpx2.AsyncClient, urls: Sequence[str]) -> list[Serve
         try:
             found = await _info(client, url)
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
-            raise EngineFailed(
+            raise RolloutServerFailed(
                 f"{url} is no SGLang server that is up ({in_brief(error)}): is it started, and the "
                 "url right, without /v1?"
             ) from None
@@ -138,7 +138,7 @@ async def leave(client: httpx2.AsyncClient, server: Server, group: str) -> None:
 
 async def begin(client: httpx2.AsyncClient, server: Server) -> None:
     await _order(client, server, "/pause_generation", {"mode": "abort"})
-    await _order(client, server, "/update_weight_version", {"new_version": LOADING})
+    await _order(client, server, "/update_weight_version", {"new_version": LOADING_VERSION})
 
 
 async def finish(
@@ -156,7 +156,7 @@ async def finish(
 
 
 async def open_update(client: httpx2.AsyncClient, server: Server) -> None:
-    with contextlib.suppress(Unusable):  # there is none that is open
+    with contextlib.suppress(RetryableError):  # there is none that is open
         await _order(client, server, "/end_weight_update", {})
     await _order(client, server, "/begin_weight_update", {})
 
@@ -190,7 +190,9 @@ def request(
     }
 
 
-async def generate(client: httpx2.AsyncClient, server: Server, body: dict[str, Any]) -> Sampled:
+async def generate(
+    client: httpx2.AsyncClient, server: Server, body: dict[str, Any]
+) -> RequestResult:
     # An id that is under way is refused, also that of a request which the client gave up.
     body = body | {"rid": f"{body['rid']}.{uuid.uuid4().hex[:8]}"}
     answer = await _ask(client, server, body)
@@ -201,7 +203,7 @@ async def generate(client: httpx2.AsyncClient, server: Server, body: dict[str, A
             f"{sorted(stops)}: start it with --skip-tokenizer-init, from a folder whose "
             "config.json has one of these as eos_token_id, and without a generation_config.json"
         )
-    return Sampled(
+    return RequestResult(
         answer.output_ids,
         [logprob for logprob, _, _ in meta.output_token_logprobs],
         meta.finish_reason.type,
@@ -224,22 +226,24 @@ async def best_logprob(
     try:
         answer = await _ask(client, server, body)
         return max(logprob for logprob, _, _ in answer.meta_info.output_top_logprobs[0])
-    except (httpx2.HTTPError, Unusable, ValueError, IndexError) as error:
-        raise EngineFailed(f"{server.url} failed at a single token ({in_brief(error)})") from None
+    except (httpx2.HTTPError, RetryableError, ValueError, IndexError) as error:
+        raise RolloutServerFailed(
+            f"{server.url} failed at a single token ({in_brief(error)})"
+        ) from None
 
 
 def parsed(answer: bytes) -> Answer:
-    """Raises Unusable for what is no answer, or is not whole."""
+    """Raises RetryableError for what is no answer, or is not whole."""
     try:
         found = Answer.model_validate_json(answer)
     except ValueError as error:
-        raise Unusable(f"not an answer to use: {in_brief(error)}") from None
+        raise RetryableError(f"not an answer to use: {in_brief(error)}") from None
     meta = found.meta_info
     if [token for _, token, _ in meta.output_token_logprobs] != found.output_ids:
-        raise Unusable("log-probabilities are not those of the tokens")
+        raise RetryableError("log-probabilities are not those of the tokens")
     ends = [0, *(span.end for span in meta.weight_versions)]
     if ends[-1] != len(found.output_ids) or any(a >= b for a, b in pairwise(ends)):
-        raise Unusable("weight versions are not those of the tokens")
+        raise RetryableError("weight versions are not those of the tokens")
     return found
 
 
@@ -249,7 +253,7 @@ async def _order(
     """An entry point that changes the server. It says 400 for whatever fails inside."""
     answer = await client.post(server.url + path, json=body)
     if answer.status_code == 400:
-        raise Unusable(f"{server.url}{path}: {excerpt(answer.text)}")
+        raise RetryableError(f"{server.url}{path}: {excerpt(answer.text)}")
     return usable(answer, _REMEDIES)
 
 
@@ -260,5 +264,5 @@ async def _ask(client: httpx2.AsyncClient, server: Server, body: dict[str, Any])
 
 async def _info(client: httpx2.AsyncClient, url: str) -> _Info:
     """Raises ValueError for what is no such answer."""
-    answer = await client.get(f"{url}/server_info", timeout=GLANCE)
+    answer = await client.get(f"{url}/server_info", timeout=HEALTH_TIMEOUT_S)
     return _Info.model_validate_json(answer.content)

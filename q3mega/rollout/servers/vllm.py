@@ -18,13 +18,13 @@ from torch import Tensor
 
 from q3mega.errors import UserError
 from q3mega.rollout.servers.client import (
-    GLANCE,
-    LOADING,
-    EngineFailed,
+    HEALTH_TIMEOUT_S,
+    LOADING_VERSION,
     Group,
-    Sampled,
+    RequestResult,
+    RetryableError,
+    RolloutServerFailed,
     Server,
-    Unusable,
     check_norms,
     described,
     in_brief,
@@ -91,11 +91,11 @@ async def connect(client: httpx2.AsyncClient, urls: Sequence[str]) -> list[Serve
     servers = []
     for url in urls:
         try:
-            (await client.get(f"{url}/health", timeout=GLANCE)).raise_for_status()
-            about = read(_About, await client.get(f"{url}/version", timeout=GLANCE))
-            served = await client.post(url + _GENERATE, json={}, timeout=GLANCE)
-        except (httpx2.HTTPError, httpx2.InvalidURL, Unusable) as error:
-            raise EngineFailed(
+            (await client.get(f"{url}/health", timeout=HEALTH_TIMEOUT_S)).raise_for_status()
+            about = read(_About, await client.get(f"{url}/version", timeout=HEALTH_TIMEOUT_S))
+            served = await client.post(url + _GENERATE, json={}, timeout=HEALTH_TIMEOUT_S)
+        except (httpx2.HTTPError, httpx2.InvalidURL, RetryableError) as error:
+            raise RolloutServerFailed(
                 f"{url} is no vLLM server that is up ({in_brief(error)}): is it started, and the "
                 "url right, without /v1?"
             ) from None
@@ -107,7 +107,7 @@ async def connect(client: httpx2.AsyncClient, urls: Sequence[str]) -> list[Serve
 
 async def is_healthy(client: httpx2.AsyncClient, server: Server) -> bool:
     try:
-        return (await client.get(f"{server.url}/health", timeout=GLANCE)).is_success
+        return (await client.get(f"{server.url}/health", timeout=HEALTH_TIMEOUT_S)).is_success
     except httpx2.HTTPError:
         return False
 
@@ -125,11 +125,11 @@ async def load(
 
 
 async def check_receives(client: httpx2.AsyncClient, server: Server) -> None:
-    answer = await client.get(f"{server.url}/get_world_size", timeout=GLANCE)
+    answer = await client.get(f"{server.url}/get_world_size", timeout=HEALTH_TIMEOUT_S)
     try:
         server.ranks = read(_World, usable(answer, _REMEDIES)).world_size
         await _call(client, server, "leave_trainer")
-    except Unusable as error:
+    except RetryableError as error:
         raise UserError(
             f"{server.url} can join no trainer's group ({error}): start it with "
             "--worker-extension-cls q3mega.rollout.weight_sync.vllm_worker.Receiver and q3mega "
@@ -147,7 +147,7 @@ async def leave(client: httpx2.AsyncClient, server: Server, group: str) -> None:
 
 async def begin(client: httpx2.AsyncClient, server: Server) -> None:
     await _ask(client, server, "/pause", {})
-    await _ask(client, server, "/update_weight_version", {"new_version": LOADING})
+    await _ask(client, server, "/update_weight_version", {"new_version": LOADING_VERSION})
 
 
 async def open_update(client: httpx2.AsyncClient, server: Server) -> None:
@@ -183,9 +183,11 @@ def request(
     return {"request_id": name, "token_ids": prompt, "sampling_params": fixed | how}
 
 
-async def generate(client: httpx2.AsyncClient, server: Server, body: dict[str, Any]) -> Sampled:
+async def generate(
+    client: httpx2.AsyncClient, server: Server, body: dict[str, Any]
+) -> RequestResult:
     choice = parsed((await _ask(client, server, _GENERATE, body)).content)
-    return Sampled(
+    return RequestResult(
         choice.token_ids,
         [t.logprob for t in choice.logprobs.content],
         choice.finish_reason,
@@ -208,20 +210,22 @@ async def best_logprob(
         choice = parsed((await _ask(client, server, _GENERATE, body)).content)
         (first,) = choice.logprobs.content
         return max(t.logprob for t in first.top_logprobs)
-    except (httpx2.HTTPError, Unusable, ValueError) as error:
-        raise EngineFailed(f"{server.url} failed at a single token ({in_brief(error)})") from None
+    except (httpx2.HTTPError, RetryableError, ValueError) as error:
+        raise RolloutServerFailed(
+            f"{server.url} failed at a single token ({in_brief(error)})"
+        ) from None
 
 
 def parsed(answer: bytes) -> Choice:
-    """The one choice of an answer. Raises Unusable for what is none, or is not whole."""
+    """The one choice of an answer. Raises RetryableError for what is none, or is not whole."""
     try:
         whole = _Answer.model_validate_json(answer)
         (choice,) = whole.choices
         choice.prompt_logprobs = whole.prompt_logprobs or []
     except ValueError as error:
-        raise Unusable(f"not an answer to use: {in_brief(error)}") from None
+        raise RetryableError(f"not an answer to use: {in_brief(error)}") from None
     if [t.token_id for t in choice.logprobs.content] != choice.token_ids:
-        raise Unusable("log-probabilities are not those of the tokens")
+        raise RetryableError("log-probabilities are not those of the tokens")
     return choice
 
 

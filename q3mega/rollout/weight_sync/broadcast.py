@@ -20,10 +20,10 @@ from torch import Tensor
 
 from q3mega import device
 from q3mega.rollout.servers.client import (
-    EngineFailed,
     Group,
+    RetryableError,
+    RolloutServerFailed,
     Server,
-    Unusable,
     in_brief,
     look,
     version_of,
@@ -31,7 +31,7 @@ from q3mega.rollout.servers.client import (
 from q3mega.rollout.servers.sampler import ServerSampler
 from q3mega.rollout.weight_sync import transfer_group
 
-BUCKET = 512 << 20  # bytes that a server receives before it loads them
+BUCKET_BYTES = 512 << 20  # bytes that a server receives before it loads them
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that a server may hold norms in
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Broadcast:
     """
 
     def __init__(self, servers: ServerSampler) -> None:
-        self.servers, self.protocol = servers, servers.protocol
+        self.servers, self.server_kind = servers, servers.server_kind
         self.members: list[Server] = []
         self.group: dist.ProcessGroup | None = None
         self.name = ""
@@ -51,18 +51,18 @@ class Broadcast:
 
     async def _check(self, client: httpx2.AsyncClient) -> None:
         for server in self.servers.servers:
-            await self.protocol.check_receives(client, server)
+            await self.server_kind.check_receives(client, server)
 
     def look(self) -> None:
-        """See which servers are up. Raises EngineFailed when none is."""
+        """See which servers are up. Raises RolloutServerFailed when none is."""
         servers = self.servers.servers
-        self.servers.run(lambda client: look(self.protocol, client, servers, None))
+        self.servers.run(lambda client: look(self.server_kind, client, servers, None))
 
     def is_current(self, version: str) -> bool:
         """Do the servers that are up, and did not fail since, hold this version?"""
 
         async def ask(client: httpx2.AsyncClient) -> bool:
-            found = [await version_of(self.protocol, client, s) for s in self._up()]
+            found = [await version_of(self.server_kind, client, s) for s in self._up()]
             return set(found) == {version}
 
         return self.servers.run(ask)
@@ -71,13 +71,15 @@ class Broadcast:
         """Have the servers hold these weights, under Hugging Face names, as `version`.
 
         tensors: all are consumed, as other ranks have a part in them. Where it breaks, the log says
-        so, and who broke it is left out of the next try. Raises EngineFailed when no server is
-        left, and for one whose norms are others than ours afterwards.
+        so, and who broke it is left out of the next try.
+
+        Raises RolloutServerFailed when no server is left, and for a server whose norms differ from
+        ours afterwards.
         """
         left = iter(tensors)
         try:
             self.servers.run(lambda client: self._send(client, left, version))
-        except Unusable as error:
+        except RetryableError as error:
             _log.warning("%s did not reach all servers: %s", version, error)
         finally:
             for _ in left:
@@ -86,7 +88,7 @@ class Broadcast:
     def _up(self) -> list[Server]:
         up = [s for s in self.servers.servers if s.alive]
         if not up:
-            raise EngineFailed("no server is left that takes weights: see their logs")
+            raise RolloutServerFailed("no server is left that takes weights: see their logs")
         return up
 
     async def _send(
@@ -94,17 +96,17 @@ class Broadcast:
     ) -> None:
         started, size, up = time.monotonic(), 0, self._up()
         norms: dict[str, set[str]] = {}
-        await self._each(up, lambda s: self.protocol.begin(client, s))
+        await self._each(up, lambda s: self.server_kind.begin(client, s))
         if self.group is None or up != self.members:
             await self._join(client, up)
-        await self._each(up, lambda s: self.protocol.open_update(client, s))
+        await self._each(up, lambda s: self.server_kind.open_update(client, s))
         for bucket in _buckets(tensors):
             norms |= {n: digests(t) for n, t in bucket if n.endswith("norm.weight")}
             size += sum(t.nbytes for _, t in bucket)
             await self._one(client, bucket)
-        await self._each(up, lambda s: self.protocol.close_update(client, s))
+        await self._each(up, lambda s: self.server_kind.close_update(client, s))
         sent = time.monotonic()
-        await self._each(up, lambda s: self.protocol.finish(client, s, version, norms))
+        await self._each(up, lambda s: self.server_kind.finish(client, s, version, norms))
         _log.info(
             "%s: %.3g MB to %d servers in %.2f s, checked in %.2f s",
             version, size / 1e6, len(up), sent - started, time.monotonic() - sent,
@@ -113,27 +115,27 @@ class Broadcast:
     async def _each(
         self, servers: Sequence[Server], work: Callable[[Server], Awaitable[object]]
     ) -> None:
-        """For all at once. Raises Unusable when some failed, which are then left out."""
+        """For all at once. Raises RetryableError when some failed, which are then left out."""
         found = await asyncio.gather(*map(work, servers), return_exceptions=True)
         said = []
         for server, error in zip(servers, found, strict=True):
-            if isinstance(error, httpx2.HTTPError | Unusable):
+            if isinstance(error, httpx2.HTTPError | RetryableError):
                 server.alive = False
                 said.append(f"{server.url}: {in_brief(error)}")
             elif isinstance(error, BaseException):
                 raise error
         if said:
-            raise Unusable("; ".join(said))
+            raise RetryableError("; ".join(said))
 
     async def _join(self, client: httpx2.AsyncClient, servers: list[Server]) -> None:
         self._leave()
         for server in set(servers) & set(self.members):  # which hold memory for the old one
-            with contextlib.suppress(Unusable):
-                await self.protocol.leave(client, server, self.name)
+            with contextlib.suppress(RetryableError):
+                await self.server_kind.leave(client, server, self.name)
         self.name = f"q3mega-{uuid.uuid4().hex[:8]}"
         world = 1 + sum(s.ranks for s in servers)
         store = dist.TCPStore(
-            "0.0.0.0", 0, world, True, transfer_group.PATIENCE, wait_for_workers=False
+            "0.0.0.0", 0, world, True, transfer_group.TRANSFER_TIMEOUT, wait_for_workers=False
         )
         first, groups = 1, {}
         for server in servers:
@@ -143,13 +145,13 @@ class Broadcast:
         joining = asyncio.create_task(
             asyncio.to_thread(transfer_group.join, store, 0, world, self.name, device.BACKEND)
         )
-        await self._each(servers, lambda s: self.protocol.join(client, s, groups[s.url]))
+        await self._each(servers, lambda s: self.server_kind.join(client, s, groups[s.url]))
         self.group, self.members = await joining, servers
 
     async def _one(self, client: httpx2.AsyncClient, bucket: list[tuple[str, Tensor]]) -> None:
         """Tell the servers what comes, and send it."""
         told = {
-            asyncio.create_task(self.protocol.receive(client, server, self.name, bucket)): server
+            asyncio.create_task(self.server_kind.receive(client, server, self.name, bucket)): server
             for server in self.members
         }
         assert self.group is not None
@@ -172,14 +174,14 @@ class Broadcast:
         self._leave()  # which ends the others' waiting
         await asyncio.gather(*told, return_exceptions=True)
         for server in self.members:
-            server.alive = await self.protocol.is_healthy(client, server)
+            server.alive = await self.server_kind.is_healthy(client, server)
         said = []
         for server, cause in failed.items():
-            if not isinstance(cause, httpx2.HTTPError | Unusable):
+            if not isinstance(cause, httpx2.HTTPError | RetryableError):
                 raise cause
             server.alive = False
             said.append(f"{server.url}: {in_brief(cause)}")
-        raise Unusable("; ".join(said) or "a server is gone")
+        raise RetryableError("; ".join(said) or "a server is gone")
 
     def _leave(self) -> None:
         if self.group is not None:
@@ -191,7 +193,7 @@ def _buckets(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[list[tuple[str, 
     bucket: list[tuple[str, Tensor]] = []
     for pair in tensors:
         bucket.append(pair)
-        if sum(t.nbytes for _, t in bucket) >= BUCKET:
+        if sum(t.nbytes for _, t in bucket) >= BUCKET_BYTES:
             yield bucket
             bucket = []
     if bucket:

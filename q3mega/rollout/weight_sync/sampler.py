@@ -14,15 +14,15 @@ from safetensors import safe_open
 
 from q3mega.engine import Engine, parallel
 from q3mega.rollout.base import Completion, SamplingParams, cut_at_unknown
-from q3mega.rollout.servers.client import EngineFailed
+from q3mega.rollout.servers.client import RolloutServerFailed
 from q3mega.rollout.servers.sampler import ServerSampler
 from q3mega.rollout.weight_sync.broadcast import Broadcast, digests
 
-GLIMPSE = 0.05  # seconds between interrupts
+INTERRUPT_INTERVAL_S = 0.05  # seconds between interrupts
 _log = logging.getLogger(__name__)
 
 
-class SyncedSampler:
+class WeightSyncedSampler:
     """A `Sampler` whose servers have the engine's weights before every call.
 
     folder: of this sampler alone, on a file system that all ranks and servers see under one path.
@@ -97,19 +97,19 @@ class SyncedSampler:
             for _ in tensors:
                 pass
         if first and not broadcast.is_current(version):
-            raise EngineFailed(
+            raise RolloutServerFailed(
                 f"weights did not reach the servers in {1 + self.servers.retries} tries: see the "
                 "warnings before this, and their logs; engine.sync=folder needs no group"
             )
 
 
-class Interruptible:
+class InterruptibleSampler:
     """A `Sampler` for threads of rank 0 that go on while all ranks train.
 
     New weights interrupt what is under way, which goes on under them from where it is.
     """
 
-    def __init__(self, synced: SyncedSampler) -> None:
+    def __init__(self, synced: WeightSyncedSampler) -> None:
         self.synced, self.servers = synced, synced.servers
         self.turn = threading.Condition()
         self.calls, self.handing_over = 0, False
@@ -124,7 +124,7 @@ class Interruptible:
                 self.turn.wait_for(lambda: not self.handing_over)
                 self.calls += 1
             try:
-                found = self.servers.proceed(prompts, found, params)
+                found = self.servers.resume(prompts, found, params)
             finally:
                 with self.turn:
                     self.calls -= 1
@@ -132,11 +132,11 @@ class Interruptible:
         return self.synced.known(found)
 
     def sync(self) -> str:
-        """See `SyncedSampler.sync`: all ranks call it."""
+        """See `WeightSyncedSampler.sync`: all ranks call it."""
         self.synced.write()  # which the servers need not wait for
         with self.turn:
             self.handing_over = True
-            while not self.turn.wait_for(lambda: self.calls == 0, GLIMPSE):
+            while not self.turn.wait_for(lambda: self.calls == 0, INTERRUPT_INTERVAL_S):
                 self.servers.interrupt()  # again: a call may have begun since
         version = self.synced.sync()
         with self.turn:

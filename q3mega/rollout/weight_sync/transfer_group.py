@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 
-PATIENCE = timedelta(seconds=120)  # until all have joined the group, and for each bucket
+TRANSFER_TIMEOUT = timedelta(seconds=120)  # until all have joined the group, and for each bucket
 
 
 def join(store: dist.Store, rank: int, world: int, name: str, backend: str) -> dist.ProcessGroup:
@@ -19,7 +19,7 @@ def join(store: dist.Store, rank: int, world: int, name: str, backend: str) -> d
     the same keys in the store."""
     group, _ = _new_process_group_helper(
         world, rank, [], dist.Backend(backend), dist.PrefixStore(name, store),
-        group_name=dist.GroupName(name), timeout=PATIENCE,
+        group_name=dist.GroupName(name), timeout=TRANSFER_TIMEOUT,
     )  # fmt: skip
     _world.pg_group_ranks[group] = {i: i for i in range(world)}  # or it could not be destroyed
     return group

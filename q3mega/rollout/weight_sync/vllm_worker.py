@@ -30,7 +30,7 @@ class Receiver:
         self.leave_trainer()
         config = self.vllm_config.parallel_config
         rank = first + config.data_parallel_index * config.world_size + self.rank
-        store = dist.TCPStore(address, port, world, False, transfer_group.PATIENCE)
+        store = dist.TCPStore(address, port, world, False, transfer_group.TRANSFER_TIMEOUT)
         self.trainer = transfer_group.join(store, rank, world, name, backend)
 
     def leave_trainer(self) -> None:

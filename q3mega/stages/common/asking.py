@@ -17,11 +17,11 @@ from q3mega.stages.common.stage import Stage
 
 Chats = list[list[dict[str, Any]]]
 Replies = list[list[str | NoReply]]
-FEWEST = 1000  # texts of which a share is taken at least: a few failures at first end nothing
-LOOK_IN = 60.0  # seconds: a collective that waits for hours is given up
+MIN_TEXTS = 1000  # texts of which a share is taken at least: a few failures at first end nothing
+POLL_INTERVAL_S = 60.0  # seconds: a collective that waits for hours is given up
 
 
-class Asked:
+class ChatModelHandle:
     """One model of the recipe, in the stage's field `name`. Every rank asks the same and gets all
     replies, or why there is none.
 
@@ -84,7 +84,7 @@ class Asked:
             if isinstance(result, NoReply):
                 self.failed, last = self.failed + 1, result
         share, every = self.spec.max_failures, self.asked == self.failed > 1
-        if last and share < 1 and (every or self.failed > share * max(self.asked, FEWEST)):
+        if last and share < 1 and (every or self.failed > share * max(self.asked, MIN_TEXTS)):
             raise UserError(
                 f"{self.field}.max_failures={share}: {self.failed} of {self.asked} texts have no "
                 f"usable reply, the last by: {last.rule} ({last.detail}); see to that, or raise "
@@ -115,6 +115,6 @@ def _from_lead(leads: bool, ask: Callable[[], Replies]) -> Replies:
         done = False
         while not done:
             if job:
-                wait([job], timeout=LOOK_IN)
+                wait([job], timeout=POLL_INTERVAL_S)
             done = all(parallel.gather_over_all([job.done()] if job else []))
         return parallel.gather_over_all(job.result() if job else [])

@@ -30,7 +30,7 @@ from q3mega.rewards.models.judge import judge, judge_examples
 from q3mega.rewards.models.preference import preference
 from q3mega.rollout import Completion
 from q3mega.rollout.logprobs import each_sequence
-from q3mega.stages.common.asking import Asked
+from q3mega.stages.common.asking import ChatModelHandle
 from q3mega.stages.common.stage import Stage
 from q3mega.train.supervised import shard
 
@@ -176,7 +176,7 @@ class AskedJudge:
     """The recipe's judge, which grades against the reference (`rewards.reference_judge`)."""
 
     def __init__(self, stage: Stage) -> None:
-        self.asked = Asked(stage, stage.config.judge_model, "judge_model")
+        self.asked = ChatModelHandle(stage, stage.config.judge_model, "judge_model")
         self.judge = ReferenceJudge(self.asked.opinion, self.asked.count)
         self.found: dict[str, float] = {}
         if stage.config.judge_examples:

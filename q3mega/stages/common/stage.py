@@ -28,7 +28,7 @@ from q3mega.rewards import plugins
 from q3mega.rollout import Sampler, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.servers.sampler import ServerSampler
-from q3mega.rollout.weight_sync.sampler import SyncedSampler
+from q3mega.rollout.weight_sync.sampler import WeightSyncedSampler
 from q3mega.train.log import Log
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -156,9 +156,9 @@ class Stage:
         )  # fmt: skip
         if getattr(self.config, "routing_replay", None) == "r3":  # do they tell their experts?
             servers.generate([[self.tokenizer.eos]], SamplingParams(1, routes=True))
-        self.write("engines.json", servers.engines)
+        self.write("engines.json", servers.server_versions)
         folder = Path(spec.weights or self.dir / "weights") if spec.sync == "folder" else None
-        return SyncedSampler(engine, servers, folder)
+        return WeightSyncedSampler(engine, servers, folder)
 
     @property
     def answer_tokens(self) -> int:

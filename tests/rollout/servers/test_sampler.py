@@ -38,9 +38,9 @@ from q3mega.rollout.base import cut_at_unknown
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import token_logprobs
 from q3mega.rollout.servers import client, sampler, sglang, vllm
-from q3mega.rollout.servers.client import EngineFailed, Unusable
+from q3mega.rollout.servers.client import RetryableError, RolloutServerFailed
 from q3mega.rollout.servers.sampler import ServerSampler
-from q3mega.rollout.weight_sync.sampler import SyncedSampler, norms
+from q3mega.rollout.weight_sync.sampler import WeightSyncedSampler, norms
 
 # ids of a make-believe tokenizer over 64 tokens; the stop text closes the think block
 TOKENIZER = SimpleNamespace(
@@ -71,7 +71,7 @@ def engine():
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(sampler, "BACK_OFF", 0.01)
+    monkeypatch.setattr(sampler, "FIRST_BACK_OFF_S", 0.01)
 
 
 @pytest.fixture(params=["vllm", "sglang"])
@@ -118,7 +118,7 @@ def test_greedy_answers_and_budgets_are_those_in_process(engine, serve):
             assert any(0 in c.mask for (c,) in ours)
     assert first.asked and second.asked
     said = "0.0.test" if sampler.kind == "vllm" else "0.0.sg"
-    assert sampler.engines == {first.url: said, second.url: said}
+    assert sampler.server_versions == {first.url: said, second.url: said}
 
 
 @pytest.mark.parametrize("heat", [1.0, 0.6])
@@ -180,7 +180,7 @@ def test_a_batch_outlives_a_fault(serve, fault):
 def test_what_cannot_be_bettered_is_an_error(serve):
     params = SamplingParams(4)
     sampler, (server,) = serve(lambda path, body, number: "500", retries=2)
-    with pytest.raises(EngineFailed, match=r"failed 3 times.*told to answer 500"):
+    with pytest.raises(RolloutServerFailed, match=r"failed 3 times.*told to answer 500"):
         sampler.generate([[1]], params)
     assert server.paths[server.POSTS[0]] == 3
     sampler, (server,) = serve(lambda path, body, number: "400")
@@ -188,9 +188,9 @@ def test_what_cannot_be_bettered_is_an_error(serve):
         sampler.generate([[1]], params)
     assert server.paths[server.POSTS[0]] == 1
     sampler, _ = serve(*[lambda path, body, number: "kill"] * 2)
-    with pytest.raises(EngineFailed, match="no server is left"):
+    with pytest.raises(RolloutServerFailed, match="no server is left"):
         sampler.generate(PROMPTS, params)
-    with pytest.raises(EngineFailed, match=r"no server of .* is up"):
+    with pytest.raises(RolloutServerFailed, match=r"no server of .* is up"):
         sampler.generate(PROMPTS, params)
 
 
@@ -216,11 +216,11 @@ def test_a_server_that_is_none_is_refused_at_once(serve, kind, monkeypatch):
 def test_servers_of_two_versions_are_not_mixed(serve, engine):
     sampler, (first, second) = serve(None, None)
     second.version = "another"
-    with pytest.raises(EngineFailed, match="must hold the same weights"):
+    with pytest.raises(RolloutServerFailed, match="must hold the same weights"):
         sampler.generate(PROMPTS, SamplingParams(4))
     sampler.version = "another"
     (group, *_) = sampler.generate(PROMPTS, SamplingParams(4))
-    assert group[0].weights == [("another", len(group[0].tokens))]
+    assert group[0].weight_versions == [("another", len(group[0].tokens))]
     first.asked.clear()
     sampler.generate(PROMPTS, SamplingParams(4))
     assert not first.asked
@@ -240,7 +240,7 @@ def test_weights_that_change_in_a_batch_are_not_sampled_from(serve):
     box += servers
     sampler.version = "default"
     found = sampler.generate(PROMPTS, SamplingParams(4, n=3))
-    assert {v for group in found for c in group for v, _ in c.weights} == {"default"}
+    assert {v for group in found for c in group for v, _ in c.weight_versions} == {"default"}
     assert not sampler.servers[0].alive
 
 
@@ -294,7 +294,7 @@ def test_an_answer_with_anything_in_it_is_whole_or_unusable(place, junk):
     part[last] = junk
     try:
         found = PARSED[kind](json.dumps(answer).encode())
-    except Unusable:
+    except RetryableError:
         return
     if kind == "vllm":
         tokens = found.token_ids
@@ -312,7 +312,7 @@ def test_an_answer_with_anything_in_it_is_whole_or_unusable(place, junk):
 @given(st.binary(max_size=80), st.integers(0, 150), st.sampled_from(list(ANSWERS)))
 def test_bytes_that_are_no_answer_are_unusable(junk, end, kind):
     for body in (junk, json.dumps(ANSWERS[kind]).encode()[:end]):
-        with pytest.raises(Unusable):
+        with pytest.raises(RetryableError):
             PARSED[kind](body)
     PARSED[kind](json.dumps(ANSWERS[kind]).encode())
 
@@ -335,13 +335,13 @@ def test_a_batch_is_interrupted_and_gone_on_with(serve, engine):
         params = SamplingParams(12, temperature=0, thinking_budget=budget, n=2)
         with ONE_AT_A_TIME:
             whole = InProcessSampler(engine, TOKENIZER).generate(PROMPTS, params)
-        begun = sampler.proceed(PROMPTS, None, params, seconds=0.1)
+        begun = sampler.resume(PROMPTS, None, params, seconds=0.1)
         cut = [c for group in begun for c in group if c.finish_reason == "abort"]
         assert cut and all(len(c.tokens) == len(c.logprobs) == len(c.mask) for c in cut)
         kept = flat(begun)
         for server in servers:
             server.version = f"after {budget}"
-        done = sampler.proceed(PROMPTS, begun, params)
+        done = sampler.resume(PROMPTS, begun, params)
         assert flat(begun) == kept  # what was given is not changed
         assert flat(done) == flat(whole)
         for a, b in zip([c for g in begun for c in g], [c for g in done for c in g], strict=True):
@@ -350,9 +350,12 @@ def test_a_batch_is_interrupted_and_gone_on_with(serve, engine):
             if a.finish_reason != "abort":
                 assert a == b
             elif a.tokens:
-                assert b.weights == [*a.weights, (f"after {budget}", sum(b.mask) - sum(a.mask))]
+                assert b.weight_versions == [
+                    *a.weight_versions,
+                    (f"after {budget}", sum(b.mask) - sum(a.mask)),
+                ]
             else:
-                assert b.weights == [(f"after {budget}", sum(b.mask))]
+                assert b.weight_versions == [(f"after {budget}", sum(b.mask))]
 
 
 def test_an_interrupt_comes_from_any_thread(serve):
@@ -380,7 +383,7 @@ def test_what_goes_on_draws_anew(serve):
     params, tries = SamplingParams(6, n=40, seed=1), []
     for group in sampler.generate([[9]], replace(params, max_tokens=3)):
         tries += [replace(c, finish_reason="abort") for c in group if c.finish_reason == "length"]
-    (done,) = sampler.proceed([[9]], [tries], replace(params, n=len(tries)))
+    (done,) = sampler.resume([[9]], [tries], replace(params, n=len(tries)))
     same = sum(c.tokens[3:6] == c.tokens[:3] for c in done)
     assert same < len(done) / 4
 
@@ -436,13 +439,13 @@ def test_routes_of_other_tokens_are_refused(array):
 def test_the_servers_sample_from_the_engines_weights(serve, kind, tmp_path):
     trainer = made(7)
     servers, (one, two) = serve(None, None, engines=[made(5), made(6)])
-    sampler = SyncedSampler(trainer, servers, tmp_path)
+    sampler = WeightSyncedSampler(trainer, servers, tmp_path)
     own, params = InProcessSampler(trainer, TOKENIZER), SamplingParams(10, temperature=0)
     versions = []
     for step in range(2):
         found = sampler.generate(PROMPTS, params)
         assert drawn(found) == drawn(own.generate(PROMPTS, params))
-        (version,) = {v for group in found for c in group for v, _ in c.weights}
+        (version,) = {v for group in found for c in group for v, _ in c.weight_versions}
         assert [path.name for path in tmp_path.iterdir()] == [version]
         versions.append(version)
         sampler.generate(PROMPTS, params)
@@ -469,8 +472,10 @@ def test_text_ends_before_an_id_that_no_token_has(serve, tmp_path):
         assert after == before or (after.finish_reason == "length" and before.tokens[end] >= 50)
         assert after.tokens == before.tokens[:end] and after.logprobs == before.logprobs[:end]
         assert max(after.tokens, default=0) < 50
-        assert sum(n for _, n in after.weights) == sum(after.mask)
-    found = SyncedSampler(trainer, servers, tmp_path).generate(PROMPTS, SamplingParams(20, n=4))
+        assert sum(n for _, n in after.weight_versions) == sum(after.mask)
+    found = WeightSyncedSampler(trainer, servers, tmp_path).generate(
+        PROMPTS, SamplingParams(20, n=4)
+    )
     assert max(t for group in found for c in group for t in c.tokens) < 50
 
 
@@ -483,7 +488,7 @@ def test_an_update_that_is_cut_is_made_again(serve, kind, engine, tmp_path):
 
     sampler, (server, _) = serve(fault, None, engines=[made(6), made(8)])
     sampler.load(tmp_path, "v1", norms(tmp_path))
-    assert server.version == client.LOADING and not sampler.servers[0].alive
+    assert server.version == client.LOADING_VERSION and not sampler.servers[0].alive
     asked = len(server.asked)
     sampler.generate(PROMPTS, SamplingParams(4))
     assert len(server.asked) == asked
@@ -495,9 +500,9 @@ def test_wrong_weights_are_seen(serve, kind, engine, tmp_path):
     engine.save_hf(tmp_path / "right", {})
     made(6).save_hf(tmp_path / "wrong", {})
     sampler, (server,) = serve(None, engines=[made(9)])
-    with pytest.raises(EngineFailed, match="read other weights than were written"):
+    with pytest.raises(RolloutServerFailed, match="read other weights than were written"):
         sampler.load(tmp_path / "wrong", "v1", norms(tmp_path / "right"))
-    assert server.version == client.LOADING and server.paused
+    assert server.version == client.LOADING_VERSION and server.paused
     sampler, (server,) = serve(lambda path, body, number: "404" if "pause" in path else None)
     remedy = {"vllm": "VLLM_SERVER_DEV_MODE=1", "sglang": "is it an SGLang 0.5.23"}
     with pytest.raises(UserError, match=remedy[kind]):

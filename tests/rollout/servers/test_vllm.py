@@ -29,10 +29,10 @@ from q3mega.evaluation.logprob_mismatch import measure
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.servers import vllm
-from q3mega.rollout.servers.client import EngineFailed
+from q3mega.rollout.servers.client import RolloutServerFailed
 from q3mega.rollout.servers.sampler import ServerSampler
 from q3mega.rollout.weight_sync import broadcast
-from q3mega.rollout.weight_sync.sampler import SyncedSampler
+from q3mega.rollout.weight_sync.sampler import WeightSyncedSampler
 
 PYTHON = os.environ.get("Q3MEGA_VLLM")
 pytestmark = [
@@ -114,7 +114,7 @@ def drawn(groups):
 
 def test_tokens_budgets_and_log_probabilities_are_the_trainers(engine, started):
     sampler = ServerSampler([started[0]], TOKENIZER)
-    assert sampler.engines[started[0]]
+    assert sampler.server_versions[started[0]]
     own = InProcessSampler(engine, TOKENIZER)
     for budget in (None, 4, 12, 40):
         params = SamplingParams(12, temperature=0, thinking_budget=budget)
@@ -133,11 +133,11 @@ def test_a_batch_is_interrupted_and_gone_on_with(started):
     sampler = ServerSampler([started[0]], TOKENIZER)
     params = SamplingParams(300, temperature=0, n=4)
     whole = sampler.generate(PROMPTS, params)
-    begun = sampler.proceed(PROMPTS, None, params, seconds=0.5)
+    begun = sampler.resume(PROMPTS, None, params, seconds=0.5)
     cut = [c for group in begun for c in group if c.finish_reason == "abort"]
     print([len(c.tokens) for c in cut])
     assert any(c.tokens for c in cut)
-    assert drawn(sampler.proceed(PROMPTS, begun, params)) == drawn(whole)
+    assert drawn(sampler.resume(PROMPTS, begun, params)) == drawn(whole)
 
 
 def changed(trainer: Engine) -> None:
@@ -152,7 +152,7 @@ def test_it_samples_from_weights_that_change(started, tmp_path, way):
     servers = ServerSampler([started[0]], TOKENIZER)
     params = SamplingParams(20, n=8, seed=3)
     assert measure(trainer, servers, PROMPTS, params).mean > 0.01
-    sampler = SyncedSampler(trainer, servers, tmp_path if way == "folder" else None)
+    sampler = WeightSyncedSampler(trainer, servers, tmp_path if way == "folder" else None)
     for _ in range(2):
         gap = measure(trainer, sampler, PROMPTS, params)
         print(gap)
@@ -162,11 +162,11 @@ def test_it_samples_from_weights_that_change(started, tmp_path, way):
 
 def test_a_broadcast_that_was_cut_is_made_again(started, monkeypatch):
     """By the same trainer, and by one that comes after it; its layers hold parts of old ones."""
-    monkeypatch.setattr(broadcast, "BUCKET", 1)
+    monkeypatch.setattr(broadcast, "BUCKET_BYTES", 1)
     params = SamplingParams(20, n=8, seed=3)
     trainer = made(8)
     samplers = [
-        SyncedSampler(trainer, ServerSampler([started[0]], TOKENIZER), None) for _ in range(2)
+        WeightSyncedSampler(trainer, ServerSampler([started[0]], TOKENIZER), None) for _ in range(2)
     ]
     for sampler in (samplers[0], samplers[0], samplers[1]):
         changed(trainer)
@@ -186,7 +186,7 @@ def test_other_shapes_are_updated(tmp_path, shape):
     with vllm_server(trainer, tmp_path, RECEIVER) as (url, _):
         servers = ServerSampler([url], TOKENIZER)
         params = SamplingParams(20, n=8, seed=3)
-        sampler = SyncedSampler(trainer, servers, None)
+        sampler = WeightSyncedSampler(trainer, servers, None)
         for each in (servers, sampler, sampler):
             gap = measure(trainer, each, PROMPTS, params)
             print(gap)
@@ -217,7 +217,7 @@ def test_a_server_that_is_killed_is_an_error_that_names_it(started):
     sampler = ServerSampler([url], TOKENIZER, retries=1)
     timer = threading.Timer(0.5, lambda: os.killpg(process.pid, 9))
     timer.start()
-    with pytest.raises(EngineFailed, match=url):
+    with pytest.raises(RolloutServerFailed, match=url):
         for seed in range(10_000):
             sampler.generate(PROMPTS, SamplingParams(400, n=8, seed=seed))
     timer.join()

@@ -22,10 +22,10 @@ from q3mega.engine import Engine
 from q3mega.errors import UserError
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
-from q3mega.rollout.servers.client import LOADING, EngineFailed
+from q3mega.rollout.servers.client import LOADING_VERSION, RolloutServerFailed
 from q3mega.rollout.servers.sampler import ServerSampler
 from q3mega.rollout.weight_sync import broadcast
-from q3mega.rollout.weight_sync.sampler import SyncedSampler
+from q3mega.rollout.weight_sync.sampler import WeightSyncedSampler
 
 TOKENIZER = SimpleNamespace(
     vocab_size=64,
@@ -81,7 +81,7 @@ def trainer():
 def synced(trainer, processes, **settings):
     urls, kind = [p.at for p in processes], processes[0].kind
     servers = ServerSampler(urls, TOKENIZER, kind=kind, **settings)
-    return SyncedSampler(trainer, servers, None)
+    return WeightSyncedSampler(trainer, servers, None)
 
 
 def change(trainer):
@@ -99,12 +99,12 @@ def test_every_tensor_arrives(trainer, processes, tmp_path, monkeypatch, caplog)
     sampler = synced(trainer, processes)
     names = set()
     for size in (1, 1 << 30):
-        monkeypatch.setattr(broadcast, "BUCKET", size)
+        monkeypatch.setattr(broadcast, "BUCKET_BYTES", size)
         with caplog.at_level("INFO"):
             found = sampler.generate(PROMPTS, GREEDY)
         assert f"weights-{sampler.name}-{trainer.changes}: " in caplog.text  # with its seconds
         assert drawn(found) == drawn(InProcessSampler(trainer, TOKENIZER).generate(PROMPTS, GREEDY))
-        (version,) = {v for group in found for c in group for v, _ in c.weights}
+        (version,) = {v for group in found for c in group for v, _ in c.weight_versions}
         trainer.save_hf(tmp_path, {})
         ours = {
             n: broadcast.digests(t) for n, t in load_file(tmp_path / "model.safetensors").items()
@@ -121,7 +121,7 @@ def test_every_tensor_arrives(trainer, processes, tmp_path, monkeypatch, caplog)
 
 @pytest.fixture
 def one_by_one(monkeypatch):
-    monkeypatch.setattr(broadcast, "BUCKET", 1)
+    monkeypatch.setattr(broadcast, "BUCKET_BYTES", 1)
 
 
 # What each kind is asked at the beginning, for each bucket, and at the end; the last with how many
@@ -141,7 +141,7 @@ def test_a_server_that_fails_is_left_out_until_the_next_update(
     fault = {"begin": (begin, 1), "receive": (receive, 3), "close": (close, closes)}[step]
     processes[0].test(faults=[(*fault, "500")])
     groups = sampler.generate(PROMPTS, GREEDY)
-    (version,) = {v for group in groups for c in group for v, _ in c.weights}
+    (version,) = {v for group in groups for c in group for v, _ in c.weight_versions}
     assert [s.alive for s in sampler.servers.servers] == [False, True]
     assert processes[0].test()["version"] != version == processes[1].test()["version"]
     found = sampler.generate(PROMPTS, GREEDY)  # which looks again
@@ -155,8 +155,8 @@ def test_a_transfer_that_is_cut_is_made_again(trainer, processes, one_by_one, mo
     with pytest.raises(KeyboardInterrupt):
         sampler.generate(PROMPTS, GREEDY)
     monkeypatch.undo()
-    assert [p.test()["version"] for p in processes] == [LOADING] * 2
-    with pytest.raises(EngineFailed, match="is up with weights before"):
+    assert [p.test()["version"] for p in processes] == [LOADING_VERSION] * 2
+    with pytest.raises(RolloutServerFailed, match="is up with weights before"):
         sampler.servers.version = "before"
         sampler.servers.generate(PROMPTS, GREEDY)
     again = synced(trainer, processes)  # as a run that was killed and goes on
@@ -187,7 +187,7 @@ def test_one_that_dies_in_a_transfer_does_not_hold_up_the_others(trainer, proces
     assert [s.alive for s in sampler.servers.servers] == [True, False]
     processes[0].test(faults=[("/update_weight_version", n, "500") for n in range(1, 9)])
     change(trainer)
-    with pytest.raises(EngineFailed, match="no server is left"):
+    with pytest.raises(RolloutServerFailed, match="no server is left"):
         sampler.generate(PROMPTS, GREEDY)
 
 
