@@ -27,7 +27,6 @@ from q3mega.problems.query_filters import ResponseFilter, balance, query_filter
 from q3mega.rewards import score_problem
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
-from q3mega.stages.common.asking import ChatModelHandle
 from q3mega.stages.common.filter_report import FilterReport
 from q3mega.stages.common.fine_tune import fine_tune
 from q3mega.stages.common.stage import Stage
@@ -191,8 +190,8 @@ class FromFiles:
     def __init__(self, stage: Stage[ColdStart]) -> None:
         self.stage, config = stage, stage.config
         assert config.teacher is not None  # the recipe gives one with files of problems
-        self.teacher = ChatModelHandle(stage, config.teacher, "teacher")
-        self.judge = ChatModelHandle(stage, config.judge, "judge") if config.judge else None
+        self.teacher = stage.chat_model(config.teacher, "teacher")
+        self.judge = stage.chat_model(config.judge, "judge") if config.judge else None
 
     def queries(self) -> list[Problem]:
         """See `Helpers`."""

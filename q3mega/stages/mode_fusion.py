@@ -25,7 +25,6 @@ from q3mega.problems.generated import general
 from q3mega.problems.generated.reasoning import chain_sum
 from q3mega.problems.generated.solutions import response_text, solve, thinking_text
 from q3mega.rollout import STOP_THINKING, SamplingParams
-from q3mega.stages.common.asking import ChatModelHandle
 from q3mega.stages.common.filter_report import FilterReport
 from q3mega.stages.common.fine_tune import fine_tune
 from q3mega.stages.common.modes import both_modes
@@ -133,7 +132,7 @@ def chat_samples(
         rows += rng.sample(rows_of_file, min(n, len(rows_of_file)))
     filter_report.step("answered chats", rows)
     if stage.config.judge and rows:
-        judge = ChatModelHandle(stage, stage.config.judge, "judge")
+        judge = stage.chat_model(stage.config.judge, "judge")
         rows = filter_report.keep("chat", rows, unmet(rows, judge.opinion, judge.count))
     filter_report.step("non-thinking chats", rows)
     samples = []

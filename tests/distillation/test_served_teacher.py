@@ -9,6 +9,7 @@ from q3mega import device  # noqa: F401
 
 # isort: split
 import torch
+from helpers.stand_in_tokenizer import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPES
 from helpers.token_server import token_server
 
@@ -26,14 +27,6 @@ from q3mega.rollout.servers import sampler
 from q3mega.stages.common.teachers import keep_topk
 
 SHAPE = SHAPES["dense"]
-TOKENIZER = SimpleNamespace(
-    vocab_size=64,
-    eos=63,
-    eod=62,
-    think_open=61,
-    think_close=60,
-    encode=lambda text: [50, 51, 60],
-)
 K = 5
 
 

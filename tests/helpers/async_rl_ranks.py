@@ -17,6 +17,7 @@ from q3mega import device  # noqa: F401
 import torch
 import torch.distributed as dist
 
+from helpers.stand_in_tokenizer import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPES
 from q3mega.algorithms.entropy_control import EntropyController
 from q3mega.algorithms.rollout_correction import RolloutCorrection
@@ -31,7 +32,6 @@ from q3mega.train.rollouts import Rollout
 from q3mega.train.samples import PolicySettings
 from q3mega.train.schedule import AsynchronousSchedule
 
-TOKENIZER = SimpleNamespace(vocab_size=64, eos=63, eod=62, think_open=61, think_close=60)
 STEPS, UPDATES, PROMPTS, ROLLOUTS = 6, 2, 3, 4
 Trained = list[tuple[int, Rollout]]
 

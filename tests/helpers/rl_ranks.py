@@ -13,7 +13,6 @@ import signal
 import sys
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from q3mega import device  # noqa: F401
@@ -21,6 +20,7 @@ from q3mega import device  # noqa: F401
 # isort: split
 import torch
 
+from helpers.stand_in_tokenizer import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPES
 from q3mega.algorithms.entropy_control import EntropyController
 from q3mega.engine import Engine, OptimizerSpec
@@ -34,9 +34,6 @@ from q3mega.train.rollouts import Rollout
 from q3mega.train.samples import PolicySettings
 from q3mega.train.schedule import SynchronousSchedule
 
-TOKENIZER = SimpleNamespace(
-    vocab_size=64, eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
-)
 PROMPTS, ROLLOUTS = 4, 4
 
 

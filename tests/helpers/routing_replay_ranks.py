@@ -12,7 +12,7 @@ from q3mega import device  # noqa: F401
 # isort: split
 import torch.distributed as dist
 
-from helpers.rl_ranks import TOKENIZER
+from helpers.stand_in_tokenizer import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPES, run_cases
 from q3mega.algorithms.entropy_control import EntropyController
 from q3mega.algorithms.rollout_correction import RolloutCorrection

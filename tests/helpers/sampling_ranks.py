@@ -5,25 +5,16 @@ of weights, prompts], where rank r of the data-parallel ranks takes prompts[r].
 """
 
 import sys
-from types import SimpleNamespace
 
 from q3mega import device  # noqa: F401
 
 # isort: split
 
+from helpers.stand_in_tokenizer import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPES, run_cases
 from q3mega.engine import Engine, parallel
 from q3mega.rollout import Completion, SamplingParams
 from q3mega.rollout.in_process import InProcessSampler
-
-TOKENIZER = SimpleNamespace(
-    vocab_size=64,
-    eos=63,
-    eod=62,
-    think_open=61,
-    think_close=60,
-    encode=lambda text: [50, 51, 60],
-)
 
 
 def sample(kind: str, layout: dict, weights: str, prompts: list) -> list:

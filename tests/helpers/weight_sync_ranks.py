@@ -2,26 +2,17 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 from q3mega import device  # noqa: F401
 
 # isort: split
 
+from helpers.stand_in_tokenizer import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPES, run_cases
 from q3mega.engine import Engine, parallel
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.servers.sampler import ServerSampler
 from q3mega.rollout.weight_sync.sampler import WeightSyncedSampler
-
-TOKENIZER = SimpleNamespace(
-    vocab_size=64,
-    eos=63,
-    eod=62,
-    think_open=61,
-    think_close=60,
-    encode=lambda text: [50, 51, 60],
-)
 
 
 def cut_at(place: int):

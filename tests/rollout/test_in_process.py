@@ -1,7 +1,6 @@
 """The in-process sampler against transformers' greedy decoding and the trainer's logprobs."""
 
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from q3mega import device  # noqa: F401
 # isort: split
 from dataclasses import replace
 
+from helpers.stand_in_tokenizer import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPES
 from transformers import AutoModelForCausalLM
 
@@ -22,14 +22,6 @@ from q3mega.rollout.in_process import InProcessSampler
 from q3mega.rollout.logprobs import token_logprobs
 
 # ids of a make-believe tokenizer over 64 tokens; the stop text closes the think block
-TOKENIZER = SimpleNamespace(
-    vocab_size=64,
-    eos=63,
-    eod=62,
-    think_open=61,
-    think_close=60,
-    encode=lambda text: [50, 51, 60],
-)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10], [11, 12]]
 
 

@@ -7,9 +7,9 @@ import pytest
 from q3mega import device  # noqa: F401
 
 # isort: split
+from helpers.stand_in_tokenizer import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPES
 from helpers.token_server import token_server
-from helpers.weight_sync_ranks import TOKENIZER
 
 from q3mega.engine import Engine
 from q3mega.rollout import SamplingParams

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +13,7 @@ from q3mega import device  # noqa: F401
 
 # isort: split
 import torch
+from helpers.stand_in_tokenizer import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPES
 from safetensors.torch import load, save
 
@@ -32,9 +32,6 @@ from q3mega.train.rollouts import Rollout, pack, unpack
 from q3mega.train.samples import PolicySettings
 from q3mega.train.schedule import SynchronousSchedule
 
-TOKENIZER = SimpleNamespace(
-    vocab_size=64, eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
-)
 PROMPTS = [[1, 2, 3], [4, 5], [7, 8, 9, 10, 11], [12]]
 WIDTH = SHAPES["moe"].layers * SHAPES["moe"].topk
 

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from q3mega import device  # noqa: F401
 
 # isort: split
+from helpers.stand_in_tokenizer import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPES
 from safetensors.torch import load, save
 
@@ -31,9 +31,6 @@ from q3mega.train.rollouts import Batches, Rollout, pack, unpack
 from q3mega.train.samples import PolicySettings, compute_advantages
 from q3mega.train.schedule import SynchronousSchedule
 
-TOKENIZER = SimpleNamespace(
-    vocab_size=64, eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
-)
 ids = st.integers(0, 2**31 - 1)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 

@@ -6,13 +6,13 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from q3mega import device  # noqa: F401
 
 # isort: split
+from helpers.stand_in_tokenizer import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPES
 from helpers.token_server import ONE_AT_A_TIME, token_server
 
@@ -30,9 +30,6 @@ from q3mega.train.rollouts import Rollout
 from q3mega.train.samples import PolicySettings
 from q3mega.train.schedule import SynchronousSchedule
 
-TOKENIZER = SimpleNamespace(
-    vocab_size=64, eos=63, eod=62, think_open=61, think_close=60, encode=lambda text: [50, 51, 60]
-)
 PROMPTS = [[1, 2, 3], [4, 5, 6]]
 STEPS = 3
 

@@ -1,4 +1,4 @@
-"""Connection protocol between a student's job and a teacher's job.
+"""Wire protocol between a student's job and a teacher's job.
 
 1. Student rank 0 connects to the control port and sends `HandshakeRequest`. The teacher replies
    `HandshakeReply` with the addresses of its data ports, one for each of its replicas, and closes

@@ -33,7 +33,6 @@ from q3mega.rewards.models.judge import judge, judge_examples
 from q3mega.rewards.models.preference import preference
 from q3mega.rollout import Completion
 from q3mega.rollout.logprobs import each_sequence
-from q3mega.stages.common.asking import ChatModelHandle
 from q3mega.stages.common.stage import Stage
 
 CALL_SHARE = 0.3  # of a generated agent task's reward is for the call, the rest for the answer
@@ -182,7 +181,7 @@ class AskedJudge:
     """The recipe's judge, which grades against the reference (`rewards.reference_judge`)."""
 
     def __init__(self, stage: Stage[GeneralRL], spec: ChatModelSpec) -> None:
-        self.asked = ChatModelHandle(stage, spec, "judge_model")
+        self.asked = stage.chat_model(spec, "judge_model")
         self.judge = ReferenceJudge(self.asked.opinion, self.asked.count)
         self.found: dict[str, float] = {}
         if stage.config.judge_examples:

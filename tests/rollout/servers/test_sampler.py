@@ -12,7 +12,6 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from hypothesis import strategies as st
 from q3mega import device  # noqa: F401
 
 # isort: split
+from helpers.stand_in_tokenizer import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPES
 from helpers.token_server import ONE_AT_A_TIME, token_server
 
@@ -43,14 +43,6 @@ from q3mega.rollout.servers.sampler import ServerSampler
 from q3mega.rollout.weight_sync.sampler import WeightSyncedSampler, norms
 
 # ids of a make-believe tokenizer over 64 tokens; the stop text closes the think block
-TOKENIZER = SimpleNamespace(
-    vocab_size=64,
-    eos=63,
-    eod=62,
-    think_open=61,
-    think_close=60,
-    encode=lambda text: [50, 51, 60],
-)
 LOAD = {"vllm": "/collective_rpc reload_weights", "sglang": "/update_weights_from_disk"}
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 61], [10], [11, 61]]
 

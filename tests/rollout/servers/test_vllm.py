@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ import q3mega
 from q3mega import device  # noqa: F401
 
 # isort: split
+from helpers.stand_in_tokenizer import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPE
 from helpers.weight_sync_ranks import cut_at
 
@@ -42,14 +42,6 @@ pytestmark = [
 ]
 RECEIVER = "--worker-extension-cls q3mega.rollout.weight_sync.vllm_worker.Receiver"
 SECONDS = 600  # until a server on a busy machine is up
-TOKENIZER = SimpleNamespace(
-    vocab_size=64,
-    eos=63,
-    eod=62,
-    think_open=61,
-    think_close=60,
-    encode=lambda text: [50, 51, 60],
-)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 61], [10], [11, 61]]
 
 

@@ -6,13 +6,13 @@ import sys
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from q3mega import device  # noqa: F401
 
 # isort: split
+from helpers.stand_in_tokenizer import TOKENIZER
 from helpers.tiny_models import LAYOUT, SHAPES
 from helpers.token_server import token_server
 from helpers.weight_sync_ranks import cut_at
@@ -27,14 +27,6 @@ from q3mega.rollout.servers.sampler import ServerSampler
 from q3mega.rollout.weight_sync import broadcast
 from q3mega.rollout.weight_sync.sampler import WeightSyncedSampler
 
-TOKENIZER = SimpleNamespace(
-    vocab_size=64,
-    eos=63,
-    eod=62,
-    think_open=61,
-    think_close=60,
-    encode=lambda text: [50, 51, 60],
-)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 61], [10], [11, 61]]
 GREEDY = SamplingParams(6, temperature=0)
 SERVER = Path(__file__).parents[2] / "helpers" / "token_server.py"

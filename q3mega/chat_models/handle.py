@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from q3mega.chat_models import judge_prompts
-from q3mega.chat_models.base import ChatModel, LocalChat
+from q3mega.chat_models.base import ChatModel
 from q3mega.chat_models.endpoint import Endpoint
 from q3mega.config.servers import ChatModelSpec
-from q3mega.config.stage import StageConfig
-from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import parallel
 from q3mega.errors import NoReply, UserError
-from q3mega.rollout.in_process import InProcessSampler
-from q3mega.stages.common.stage import Stage
 
 Chats = list[list[dict[str, Any]]]
 Replies = list[list[str | NoReply]]
@@ -26,32 +22,39 @@ class ChatModelHandle:
     """One model of the recipe, in the stage's field `name`. Every rank asks the same and gets all
     replies, or why there is none.
 
-    An endpoint is asked by one rank, which keeps what it says in data/replies.sqlite: a run that
-    was killed pays for no reply twice. A folder's model samples on all ranks.
+    An endpoint is asked by one rank, which keeps the replies in a cache: a run that was killed pays
+    for no reply twice. A folder's model samples on all ranks.
     Raises UserError before anything is computed for an endpoint that does not have the model.
     """
 
-    def __init__(self, stage: Stage[StageConfig], spec: ChatModelSpec, name: str) -> None:
-        self.spec, self.field = spec, f"stages.{stage.name}.{name}"
-        self.leads, self.remote = stage.leads, spec.url is not None
+    def __init__(
+        self,
+        spec: ChatModelSpec,
+        field: str,
+        *,
+        leads: bool,
+        cache: Path,
+        local: Callable[[Path], ChatModel],
+    ) -> None:
+        """field: the setting's dotted path, for messages. leads: this rank asks the endpoint.
+
+        cache: a file of replies. local(folder): the model of a Hugging Face folder.
+        """
+        self.spec, self.field = spec, field
+        self.leads, self.remote = leads, spec.url is not None
         self.asked = self.failed = 0
         self.model: ChatModel | None = None
-        if spec.url is not None and spec.model is not None:
-            if self.leads:
-                self.model = endpoint = Endpoint(
-                    spec.url, spec.model, key_env=spec.key_env, concurrency=spec.concurrency,
-                    token_budget=spec.token_budget, cache=stage.data / "replies.sqlite",
-                    send_enable_thinking=spec.send_enable_thinking,
-                    token_limit=spec.token_limit, extra_body=spec.extra_body,
-                    timeout=spec.timeout_s, retries=spec.retries,
-                )  # fmt: skip
-                endpoint.check()
-        else:
-            folder = Path(str(spec.path))
-            tokenizer = Tokenizer(folder)
-            batch = stage.config.sample_batch
-            sampler = InProcessSampler(stage.engine(folder), tokenizer, max_batch=batch)
-            self.model = LocalChat(sampler, tokenizer, stage.seed("ask", parallel.data_rank()))
+        if spec.url is None or spec.model is None:
+            self.model = local(Path(str(spec.path)))
+        elif leads:
+            self.model = endpoint = Endpoint(
+                spec.url, spec.model, key_env=spec.key_env, concurrency=spec.concurrency,
+                token_budget=spec.token_budget, cache=cache,
+                send_enable_thinking=spec.send_enable_thinking,
+                token_limit=spec.token_limit, extra_body=spec.extra_body,
+                timeout=spec.timeout_s, retries=spec.retries,
+            )  # fmt: skip
+            endpoint.check()
 
     def __call__(
         self, chats: Chats, *, n: int = 1, temperature: float | None = None, thinking: bool = True
