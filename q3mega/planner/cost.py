@@ -355,7 +355,7 @@ class Rollouts:
 
     @property
     def share(self) -> int:
-        """Sequences of an engine."""
+        """Sequences of a server, or of the ranks that sample as one."""
         return math.ceil(self.sequences * self.tensor / self.gpus)
 
     @property

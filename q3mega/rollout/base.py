@@ -1,4 +1,4 @@
-"""What a rollout engine is: token ids in, token ids and their log-probabilities out, never text."""
+"""What a sampler is: token ids in, token ids and their log-probabilities out, never text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -75,7 +75,7 @@ class Completion:
 
 
 class Sampler(Protocol):
-    """A rollout engine: in process, or a server."""
+    """What samples completions: the training processes, or rollout servers."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams
