@@ -24,9 +24,10 @@ hypothesis.settings.load_profile("q3mega")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests only where there is one. Long files first, so that processes end together."""
-    long = {i.path for i in items if i.get_closest_marker("slow") or i.get_closest_marker("dist")}
-    items.sort(key=lambda item: (item.path.parent.name != "stages", item.path not in long))
+    """GPU tests only where there is one. The longest file comes first, beside it those of one
+    process, and last those that start several processes."""
+    several = {item.path for item in items if item.get_closest_marker("dist")}
+    items.sort(key=lambda i: (i.path.name != "test_whole_recipe.py", i.path in several))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -1,7 +1,8 @@
 """Corrections for tokens that another policy sampled than the one that starts to learn from them.
 
-That is the sampler's numerics or older weights. A token's policy loss is multiplied by its trust,
-from d = log p of the trainer at the start of the batch's updates - log p of the sampler:
+The other policy has the sampler's numerics, or older weights. A token's policy loss is multiplied
+by its importance weight, which follows from d: log p of the trainer at the start of the batch's
+updates, less log p of the sampler.
   tis            min(exp d, cap): truncated importance weights
   mis            exp d within the band, 0 outside of it: masked importance weights
   sequence_mask  0 for a whole completion of negative advantage with mean(-d) > delta, else 1

@@ -222,17 +222,17 @@ def _context_size() -> int:
 
 
 def data_group() -> dist.ProcessGroup:
-    """The ranks that hold other data than this one, and the same part of the model."""
+    """The process group of the data-parallel ranks, which hold this rank's part of the model."""
     return ps.get_data_parallel_group()
 
 
 def data_rank() -> int:
-    """This rank's number among them."""
+    """This rank's number among its data-parallel ranks, from 0."""
     return ps.get_data_parallel_rank()
 
 
 def data_size() -> int:
-    """How many they are."""
+    """How many data-parallel ranks there are."""
     return ps.get_data_parallel_world_size()
 
 

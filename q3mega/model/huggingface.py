@@ -91,7 +91,7 @@ def _split(name: str, prefix: str, shape: Qwen3Shape, full: Tensor) -> Iterator[
         yield prefix + _LAYER[name], full
 
 
-def _parameters(model: Any) -> Iterator[tuple[str, str, Tensor]]:
+def named_tensors(model: Any) -> Iterator[tuple[str, str, Tensor]]:
     """(name in its layer, Hugging Face prefix, this rank's tensor); experts by global number."""
     offset = get_transformer_layer_offset(model.config, vp_stage=model.vp_stage)
     for name, tensor in model.named_parameters():
@@ -121,7 +121,8 @@ def _shard_dim(name: str) -> int | None:
     return None
 
 
-def _shard(name: str, full: Tensor) -> Tensor:
+def shard_of_rank(name: str, full: Tensor) -> Tensor:
+    """This rank's part of a full tensor."""
     dim, group = _shard_dim(name), _shard_group(name)
     if dim is None or group.size() == 1:
         return full
@@ -192,14 +193,14 @@ def load(models: list[Any], shape: Qwen3Shape, folder: str | Path, ids: int | No
     read.check_tied()
     with torch.no_grad():
         for model in models:
-            for name, prefix, tensor in _parameters(model):
+            for name, prefix, tensor in named_tensors(model):
                 if name == "output_layer.weight" and shape.tied:  # last stage of a tied pipeline
                     full = read(_TOP["embedding.word_embeddings.weight"])
                 else:
                     full = read(_TOP[name]) if name in _TOP else _merge(name, prefix, shape, read)
                 if name in _OF_VOCABULARY:
                     full = _rows(full, shape.vocab)
-                tensor.copy_(_shard(name, full))
+                tensor.copy_(shard_of_rank(name, full))
     read.check_leftovers(set().union(*_of_all_ranks(read.used)))
 
 
@@ -207,7 +208,7 @@ def _spoken(models: list[Any], shape: Qwen3Shape) -> Iterator[list[tuple[str, Te
     """For each parameter, Hugging Face names and tensors that this rank hands over: none, where
     another rank does. Every rank calls."""
     for model in models:
-        for name, prefix, tensor in _parameters(model):
+        for name, prefix, tensor in named_tensors(model):
             full = _gather(name, tensor.detach())
             if not _speaks(name) or (name == "output_layer.weight" and shape.tied):
                 yield []

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q3mega.model.huggingface import _parameters, _shard
+from q3mega.model.huggingface import named_tensors, shard_of_rank
 from q3mega.model.sizes import Qwen3Shape
 
 _Init = Callable[[Tensor], Any]
@@ -33,7 +33,7 @@ def draw(models: list[Any], shape: Qwen3Shape, seed: int) -> None:
     """
     held: dict[str, tuple[str, Tensor]] = {}
     for model in models:
-        for name, prefix, tensor in _parameters(model):
+        for name, prefix, tensor in named_tensors(model):
             held[prefix + name] = name, tensor
     torch.default_generator.manual_seed(seed)
     for keys, size, init in _stream(shape, models[0].config):
@@ -74,4 +74,4 @@ def _fill(
     full = torch.empty(size)
     init(full)
     for name, tensor in (held[key] for key in keys if key in held):
-        tensor.copy_(_shard(name, full))
+        tensor.copy_(shard_of_rank(name, full))

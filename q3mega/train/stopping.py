@@ -13,20 +13,20 @@ from q3mega.errors import Stopped
 
 
 class _State:
-    asked = False
+    requested = False
     in_steps = False
 
 
 def listen() -> None:
     """Take the two signals from here on. `Stopped` is raised where a loop may be left."""
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        _State.asked = True
+    def request(number: int, frame: FrameType | None) -> None:
+        _State.requested = True
         if not _State.in_steps:
             raise Stopped
 
     for which in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(which, ask)
+        signal.signal(which, request)
 
 
 def steps(
@@ -38,7 +38,7 @@ def steps(
     try:
         for step in range(first, last + 1):
             yield step
-            stop = _anyone(_State.asked)
+            stop = _anyone(_State.requested)
             if stop or step % every == 0 or step == last:
                 save(step)
             if stop:
