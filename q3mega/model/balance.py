@@ -76,7 +76,7 @@ class Balance:
         dist.all_reduce(total)
         self._follow(total[:, :-1].long())
         loss = float(total[:, -1].mean()) / self.tokens
-        return {"balance": loss, "expert_load": float(self.shares.max())}
+        return {"router_aux_loss": loss, "expert_load": float(self.shares.max())}
 
     def restore(self, choices: list[list[int]] | None) -> None:
         """Go on from the `choices` of a checkpoint; None: as before the first step."""

@@ -17,7 +17,7 @@ def add_update(totals: dict[str, float], metrics: dict[str, float], updates: int
     if "entropy" not in totals:  # of the policy that sampled
         first = {k: metrics[k] / metrics["active"] for k in ("entropy", "logprob_mismatch")}
         totals |= first | totals  # the correction has measured the mismatch already
-    for name in ("loss", "grad_norm", "lr", "balance", "expert_load"):
+    for name in ("loss", "grad_norm", "lr", "router_aux_loss", "expert_load"):
         if name in metrics:  # the last two are a mixture's
             totals[name] = totals.get(name, 0.0) + metrics[name] / updates
     for name in ("kl", "clip_fraction"):

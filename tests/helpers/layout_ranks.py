@@ -53,7 +53,11 @@ def steps(kind: str, layout: dict, loss_name: str, wrong: bool) -> dict:
         if broken:
             skipped += metrics["skipped"]
             continue
-        names = ("loss", "grad_norm", *(("balance", "expert_load") if kind == "moe" else ()))
+        names = (
+            "loss",
+            "grad_norm",
+            *(("router_aux_loss", "expert_load") if kind == "moe" else ()),
+        )
         found.append([metrics[name] for name in names])
     return {"steps": found, "skipped": skipped, "weights": weights(engine)}
 
