@@ -1,7 +1,7 @@
 // Dual-chunk attention for Hopper: one pass over the keys, forward and a deterministic backward.
 //
-// The method is that of kernels/triton/dual_chunk_attention.py. A query tile lies in one chunk and is
-// rotated anew, in fp32, when its chunk distance to the keys changes; running maximum, mass and
+// The method is that of kernels/triton/dual_chunk_attention.py. A query tile lies in one chunk and
+// is rotated anew, in fp32, when its chunk distance to the keys changes; running maximum, mass and
 // output go through all phases. The rotated query carries softmax scale and log2(e), so that a
 // product is a power of two's exponent.
 //
