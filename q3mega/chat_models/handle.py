@@ -105,12 +105,7 @@ class ChatModelHandle:
 
         if self.remote:
             return _from_lead(self.leads, lambda: ask(chats))
-        rank, size = parallel.data_rank(), parallel.data_size()
-        numbered = list(enumerate(chats))[rank::size]
-        replies = ask([chat for _, chat in numbered])
-        pairs = [(i, some) for (i, _), some in zip(numbered, replies, strict=True)]
-        by_number = dict(parallel.gather_over_data(pairs))
-        return [by_number[i] for i in range(len(chats))]
+        return parallel.map_over_data_ranks(chats, ask)
 
 
 def _from_lead(leads: bool, ask: Callable[[], Replies]) -> Replies:

@@ -61,20 +61,12 @@ class Selection(Section):
     keep: PositiveInt = Field(description="Problems that are kept, the hardest of each domain.")
 
 
-class ReasoningRL(StageConfig, RLSettings):
-    """Reinforcement learning on verifiable problems."""
+class RLStage(StageConfig, RLSettings):
+    """What the two stages of reinforcement learning share."""
 
-    program = "q3mega.stages.reasoning_rl:run"
-
-    selection: Selection = Field(description="Which problems are trained on.")
     rollout_servers: ChangesRounding[RolloutServers | None] = Field(
         None, description="Servers that sample; null: the training processes do."
     )
-
-    @property
-    def samples_in_background(self) -> bool:
-        """See `RLSettings`."""
-        return self.rollout_servers is not None
 
     @property
     def rl(self) -> RLSettings:
@@ -93,8 +85,24 @@ class ReasoningRL(StageConfig, RLSettings):
 
     def workload(self) -> Workload:
         """See `StageConfig`."""
-        load = self.rl_workload(in_process=self.rollout_servers is None)
-        return replace(load, frozen={"reference": 1} if self.kl_coef else {})
+        return self.rl_workload(in_process=self.rollout_servers is None)
+
+
+class ReasoningRL(RLStage):
+    """Reinforcement learning on verifiable problems."""
+
+    program = "q3mega.stages.reasoning_rl:run"
+
+    selection: Selection = Field(description="Which problems are trained on.")
+
+    @property
+    def samples_in_background(self) -> bool:
+        """See `RLSettings`."""
+        return self.rollout_servers is not None
+
+    def workload(self) -> Workload:
+        """See `StageConfig`."""
+        return replace(super().workload(), frozen={"reference": 1} if self.kl_coef else {})
 
 
 class ModeFusion(SFT):
@@ -169,7 +177,7 @@ class JudgeSettings(Section):
     lr: PositiveFloat = Field(3e-3, description="Peak learning rate.")
 
 
-class GeneralRL(StageConfig, RLSettings):
+class GeneralRL(RLStage):
     """Reinforcement learning over five capabilities, with three kinds of reward."""
 
     program = "q3mega.stages.general_rl:run"
@@ -192,32 +200,13 @@ class GeneralRL(StageConfig, RLSettings):
     preference: PreferenceSettings = Field(
         PreferenceSettings(), description="The preference model that is trained here."
     )
-    rollout_servers: ChangesRounding[RolloutServers | None] = Field(
-        None, description="Servers that sample; null: the training processes do."
-    )
-
-    @property
-    def rl(self) -> RLSettings:
-        """See `StageConfig`."""
-        return self
-
-    @property
-    def sampling_servers(self) -> RolloutServers | None:
-        """See `StageConfig`."""
-        return self.rollout_servers
-
-    @property
-    def longest_answer(self) -> int:
-        """See `StageConfig`."""
-        return self.max_tokens
 
     def workload(self) -> Workload:
         """See `StageConfig`. The reference policy counts among the judges."""
         trained_judge = not self.problems and not self.judge_model
         trained_preference = not self.problems or self.preference.file is not None
         models = (self.kl_coef > 0) + trained_judge + trained_preference
-        load = self.rl_workload(in_process=self.rollout_servers is None)
-        return replace(load, frozen={"judges": models})
+        return replace(super().workload(), frozen={"judges": models})
 
     def inputs(self) -> InputFiles:
         """See `StageConfig`."""
@@ -234,28 +223,12 @@ class GeneralRL(StageConfig, RLSettings):
         )
 
 
-class DistillOffPolicy(SFT, TeacherSettings):
-    """The student learns from the teacher's samples, in both modes; with teacher_topk, from its
-    best tokens at each of their positions."""
+class DistillStage(StageConfig, TeacherSettings):
+    """What the two distillations share."""
 
-    program = "q3mega.stages.distill_off_policy:run"
     trains: ClassVar[Literal["model", "student"]] = "student"
 
-    student_pretraining: PretrainSettings | None = Field(
-        None, description="Pre-training of a student that has no init."
-    )
-    student_lr: PositiveFloat = Field(0.02, description="Peak learning rate of that pre-training.")
-    queries: PositiveInt = Field(description="Queries that the teacher answers.")
     max_tokens: PositiveInt = Field(description="Most tokens of an answer.")
-
-    @model_validator(mode="after")
-    def _teacher_writes(self) -> Self:
-        if self.teacher_url is not None and not self.teacher_serves:
-            raise UserError(
-                f"teacher_url={self.teacher_url}: a q3mega serve-teacher (tcp) writes no text, "
-                "and the student learns from it here: give teacher, or a server (http)"
-            )
-        return self
 
     @property
     def teacher_elsewhere(self) -> bool:
@@ -267,6 +240,35 @@ class DistillOffPolicy(SFT, TeacherSettings):
         """See `StageConfig`."""
         return self.max_tokens
 
+    def inputs(self) -> InputFiles:
+        """See `StageConfig`."""
+        inputs = super().inputs()
+        if self.teacher is None:
+            return inputs
+        return replace(inputs, checkpoints={**inputs.checkpoints, "teacher": self.teacher})
+
+
+class DistillOffPolicy(DistillStage, SFT):
+    """The student learns from the teacher's samples, in both modes; with teacher_topk, from its
+    best tokens at each of their positions."""
+
+    program = "q3mega.stages.distill_off_policy:run"
+
+    student_pretraining: PretrainSettings | None = Field(
+        None, description="Pre-training of a student that has no init."
+    )
+    student_lr: PositiveFloat = Field(0.02, description="Peak learning rate of that pre-training.")
+    queries: PositiveInt = Field(description="Queries that the teacher answers.")
+
+    @model_validator(mode="after")
+    def _teacher_writes(self) -> Self:
+        if self.teacher_url is not None and not self.teacher_serves:
+            raise UserError(
+                f"teacher_url={self.teacher_url}: a q3mega serve-teacher (tcp) writes no text, "
+                "and the student learns from it here: give teacher, or a server (http)"
+            )
+        return self
+
     def workload(self) -> Workload:
         """See `StageConfig`."""
         sampling = Sampling(self.queries, self.max_tokens, by_teacher=True)
@@ -276,21 +278,15 @@ class DistillOffPolicy(SFT, TeacherSettings):
             teacher=not self.teacher_elsewhere,
         )
 
-    def inputs(self) -> InputFiles:
-        """See `StageConfig`."""
-        return _with_teacher(super().inputs(), self.teacher)
 
-
-class DistillOnPolicy(StageConfig, TeacherSettings):
+class DistillOnPolicy(DistillStage):
     """The student learns from the teacher's distribution on its own samples: from the whole of it,
     or with teacher_topk from its best tokens."""
 
     program = "q3mega.stages.distill_on_policy:run"
-    trains: ClassVar[Literal["model", "student"]] = "student"
 
     steps: PositiveInt = Field(description="Optimizer steps.")
     prompts: PositiveInt = Field(description="Prompts of a step, with one sample each.")
-    max_tokens: PositiveInt = Field(description="Most tokens of an answer.")
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
         "reverse_kl", description="What is minimised between teacher and student."
     )
@@ -320,19 +316,9 @@ class DistillOnPolicy(StageConfig, TeacherSettings):
         return self
 
     @property
-    def teacher_elsewhere(self) -> bool:
-        """See `StageConfig`."""
-        return self.teacher_url is not None
-
-    @property
     def rl(self) -> RLSettings | None:
         """See `StageConfig`."""
         return self.compare_rl
-
-    @property
-    def longest_answer(self) -> int:
-        """See `StageConfig`."""
-        return self.max_tokens
 
     def workload(self) -> Workload:
         """See `StageConfig`."""
@@ -343,16 +329,6 @@ class DistillOnPolicy(StageConfig, TeacherSettings):
             teacher=not self.teacher_elsewhere,
             teacher_forward=not self.teacher_elsewhere,
         )
-
-    def inputs(self) -> InputFiles:
-        """See `StageConfig`."""
-        return _with_teacher(super().inputs(), self.teacher)
-
-
-def _with_teacher(inputs: InputFiles, folder: str | None) -> InputFiles:
-    if folder is None:
-        return inputs
-    return replace(inputs, checkpoints={**inputs.checkpoints, "teacher": folder})
 
 
 STAGES: dict[str, type[StageConfig]] = {

@@ -313,15 +313,25 @@ def max_over_expert_group(count: int) -> int:
     return int(most)
 
 
+def local_share(items: Sequence[_Item]) -> list[_Item]:
+    """This rank's share of what all data-parallel ranks know: every `data_size`-th item."""
+    return list(items[data_rank() :: data_size()])
+
+
+def from_first_data_rank(draw: Callable[[], list[_T]]) -> list[_T]:
+    """What the first data-parallel rank draws, on all of them, where drawing takes seconds."""
+    return gather_over_data(draw() if data_rank() == 0 else [])
+
+
 def map_over_data_ranks(
     items: Sequence[_Item], compute: Callable[[list[_Item]], Sequence[_T]]
 ) -> list[_T]:
     """compute's result for each item, in order, on every rank.
 
-    Every data-parallel rank computes every `data_size`-th item. Collective: all ranks call it with
-    the same items.
+    Every data-parallel rank computes its `local_share`. Collective: all ranks call it with the same
+    items.
     """
-    numbers = range(len(items))[data_rank() :: data_size()]
+    numbers = local_share(range(len(items)))
     results = compute([items[number] for number in numbers])
     by_number = dict(gather_over_data(list(zip(numbers, results, strict=True))))
     return [by_number[number] for number in range(len(items))]

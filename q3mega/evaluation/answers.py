@@ -67,18 +67,18 @@ def answer_problems(
     mode: Mode | None = None,
 ) -> list[list[Answer]]:
     """params.n answers to each problem, the work shared by the data-parallel ranks."""
-    rank, size = parallel.data_rank(), parallel.data_size()
-    numbered = list(enumerate(problems))[rank::size]
-    prompts = [
-        tokenizer.encode(render(flagged(p, mode), tools=p.tools, add_generation_prompt=True))
-        for _, p in numbered
-    ]
-    completions = sampler.generate(prompts, replace(params, seed=params.seed + rank))
-    done = [(i, c) for (i, _), c in zip(numbered, completions, strict=True)]
-    by_number = dict(parallel.gather_over_data(done))
+    params = replace(params, seed=params.seed + parallel.data_rank())
+
+    def sample(share: list[Problem]) -> list[list[Completion]]:
+        prompts = [
+            tokenizer.encode(render(flagged(p, mode), tools=p.tools, add_generation_prompt=True))
+            for p in share
+        ]
+        return sampler.generate(prompts, params)
+
     return [
-        [Answer(p, c, text_of(c, tokenizer), params.max_tokens) for c in by_number[i]]
-        for i, p in enumerate(problems)
+        [Answer(p, c, text_of(c, tokenizer), params.max_tokens) for c in tries]
+        for p, tries in zip(problems, parallel.map_over_data_ranks(problems, sample), strict=True)
     ]
 
 

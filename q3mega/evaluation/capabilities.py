@@ -27,19 +27,22 @@ def capabilities(
             f, 2 * per_family if f == "think_follow" else per_family, seed=0, heldout=True
         )
     ]
-    numbered = list(enumerate(problems))[parallel.data_rank() :: parallel.data_size()]
-    prompts = [
-        tokenizer.encode(render(p.messages, tools=p.tools, add_generation_prompt=True))
-        for _, p in numbered
-    ]
     params = SamplingParams(max_tokens, 0.6, seed=seed + parallel.data_rank())
-    environments = [environment_of(p) for _, p in numbered]
-    episodes = run_episodes(sampler, tokenizer, prompts, environments, params)
-    scored = [(i, success(p, turns)) for (i, p), (_, turns) in zip(numbered, episodes, strict=True)]
-    by_number = dict(parallel.gather_over_data(scored))
+
+    def play(share: list[Problem]) -> list[float]:
+        prompts = [
+            tokenizer.encode(render(p.messages, tools=p.tools, add_generation_prompt=True))
+            for p in share
+        ]
+        environments = [environment_of(p) for p in share]
+        episodes = run_episodes(sampler, tokenizer, prompts, environments, params)
+        return [success(p, turns) for p, (_, turns) in zip(share, episodes, strict=True)]
+
+    scores = parallel.map_over_data_ranks(problems, play)
     results = {}
     for name in general.CAPABILITIES:
-        rows = [(p.family, by_number[i]) for i, p in enumerate(problems) if p.capability == name]
+        scored = zip(problems, scores, strict=True)
+        rows = [(p.family, score) for p, score in scored if p.capability == name]
         results[f"capability_{name}"] = proportion(s for _, s in rows)
         for family in dict.fromkeys(f for f, _ in rows):
             results[f"task/{family}"] = proportion(s for f, s in rows if f == family)

@@ -21,11 +21,6 @@ def _texts(kind: str, seed: int, n: int, heldout: bool = False) -> list[str]:
     return list(itertools.islice(documents.documents(kind, seed, heldout=heldout), n))
 
 
-def _drawn_once(draw: Callable[[], list[_T]]) -> list[_T]:
-    """What the first data-parallel rank draws, on all: reading real text takes each seconds."""
-    return parallel.gather_over_data(draw() if parallel.data_rank() == 0 else [])
-
-
 def loss_by_kind(
     engine: Engine, tokenizer: Tokenizer, kinds: Iterable[str], sequence: int, seed: int
 ) -> dict[str, dict[str, float]]:
@@ -33,7 +28,7 @@ def loss_by_kind(
     results = {}
     for kind in kinds:
         draw = partial(_texts, kind, seed, 48, heldout=True)
-        texts = tokenizer.encode_batch(_drawn_once(draw))
+        texts = tokenizer.encode_batch(parallel.from_first_data_rank(draw))
         total, n = nll(engine, texts, sequence)
         results[f"loss_{kind}"] = {"value": total / n, "n": int(n)}
     return results
@@ -42,10 +37,8 @@ def loss_by_kind(
 def nll(engine: Engine, documents: Iterable[list[int]], sequence: int) -> tuple[float, float]:
     """(sum of nats, number of tokens) over the first `sequence` tokens of each document."""
     tokens = [ids[:sequence] for ids in documents if len(ids) > 1]
-    samples = [Sample(t, [0.0] + [1.0] * (len(t) - 1)) for t in tokens][
-        parallel.data_rank() :: parallel.data_size()
-    ]
-    parts = engine.evaluate(pack(samples, 4 * sequence), _nll)
+    samples = [Sample(t, [0.0] + [1.0] * (len(t) - 1)) for t in tokens]
+    parts = engine.evaluate(pack(parallel.local_share(samples), 4 * sequence), _nll)
     total, n = np.array(parallel.gather_over_data(parts)).sum(0)
     return total, n
 
@@ -69,7 +62,9 @@ def expert_load(
 
     hooks = [router.register_forward_hook(count(i)) for i, router in enumerate(routers)]
     for kind in kinds:
-        texts = tokenizer.encode_batch(_drawn_once(partial(_texts, kind, seed, 32)))
+        texts = tokenizer.encode_batch(
+            parallel.from_first_data_rank(partial(_texts, kind, seed, 32))
+        )
         samples = [Sample(t[:256], [0.0] * len(t[:256])) for t in texts]
         engine.evaluate(pack(samples, 4096), lambda head, batch: None)
     for hook in hooks:

@@ -12,12 +12,11 @@ from q3mega.data.tagged import TaggedText
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, LMHead, parallel
 from q3mega.evaluation.intervals import proportion
-from q3mega.evaluation.language_model import _drawn_once
 
 
 def haystacks(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Sample]:
     """n documents of `length` tokens of real text, one pass key anywhere, asked for at the end."""
-    return _drawn_once(partial(_haystacks, tokenizer, length, n, seed))
+    return parallel.from_first_data_rank(partial(_haystacks, tokenizer, length, n, seed))
 
 
 def retrieval(engine: Engine, samples: Sequence[Sample]) -> dict[str, float]:
@@ -25,8 +24,7 @@ def retrieval(engine: Engine, samples: Sequence[Sample]) -> dict[str, float]:
 
     Teacher-forced arg-max on every token of the value, which is what greedy decoding would give.
     """
-    local_samples = samples[parallel.data_rank() :: parallel.data_size()]
-    parts = engine.evaluate(pack(local_samples, max(map(len, samples))), _read_back)
+    parts = engine.evaluate(pack(parallel.local_share(samples), max(map(len, samples))), _read_back)
     return proportion(hit for part in parallel.gather_over_data(parts) for hit in part)
 
 

@@ -25,7 +25,7 @@ from q3mega.config.recipe import Recipe
 from q3mega.config.section import nearest
 from q3mega.errors import EXIT_STOPPED, UserError
 from q3mega.launch import run_folder
-from q3mega.launch.preflight import check_files as _check_files
+from q3mega.launch.preflight import check_files
 from q3mega.launch.progress import Progress
 from q3mega.report import page
 
@@ -69,7 +69,7 @@ def run(
     run_dir = Path(run_dir)
     stages = _chosen(recipe, only, start)
     run_folder.compare(recipe, run_dir)
-    _check_files(recipe)
+    check_files(recipe)
     _check_disk(run_dir, stages[0])
     with (
         run_folder.held(recipe, run_dir) as changed,

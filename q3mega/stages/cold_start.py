@@ -27,6 +27,7 @@ from q3mega.problems.query_filters import ResponseFilter, balance, query_filter
 from q3mega.rewards import score_problem
 from q3mega.rollout import SamplingParams
 from q3mega.rollout.base import text_of
+from q3mega.stages.common.chat_models import chat_model
 from q3mega.stages.common.filter_report import FilterReport
 from q3mega.stages.common.fine_tune import fine_tune
 from q3mega.stages.common.stage import Stage
@@ -159,19 +160,16 @@ class Generated:
 
     def guessed(self, queries: list[Problem]) -> list[str | None]:
         """By the base model, which has no room to think (the report's judge, at our scale)."""
-        stage, rank, size = self.stage, parallel.data_rank(), parallel.data_size()
-        local_queries = queries[rank::size]
-        prompts = [
-            stage.tokenizer.encode(TaggedText(f"Q: {p.question}\nA:")) for p in local_queries
-        ]
+        tokenizer, sampler = self.stage.tokenizer, self.stage.sampler(self.base)
         params = SamplingParams(max_tokens=24, temperature=0)
-        completions = stage.sampler(self.base).generate(prompts, params)
-        replies = []
-        for i, (p, (c,)) in enumerate(zip(local_queries, completions, strict=True)):
-            answer = boxed(text_of(c, stage.tokenizer).split("\n")[0])
-            replies.append((rank + i * size, answer is not None and check(p, answer)))
-        right = dict(parallel.gather_over_data(replies))
-        return [GUESSED if right[i] else None for i in range(len(queries))]
+
+        def are_right(share: list[Problem]) -> list[bool]:
+            prompts = [tokenizer.encode(TaggedText(f"Q: {p.question}\nA:")) for p in share]
+            completions = sampler.generate(prompts, params)
+            answers = [boxed(text_of(c, tokenizer).split("\n")[0]) for (c,) in completions]
+            return [a is not None and check(p, a) for p, a in zip(share, answers, strict=True)]
+
+        return [GUESSED if r else None for r in parallel.map_over_data_ranks(queries, are_right)]
 
     def candidates(self, queries: list[Problem], held: list[Problem]) -> list[list[Candidate]]:
         """See `Helpers`."""
@@ -190,8 +188,8 @@ class FromFiles:
     def __init__(self, stage: Stage[ColdStart]) -> None:
         self.stage, config = stage, stage.config
         assert config.teacher is not None  # the recipe gives one with files of problems
-        self.teacher = stage.chat_model(config.teacher, "teacher")
-        self.judge = stage.chat_model(config.judge, "judge") if config.judge else None
+        self.teacher = chat_model(stage, config.teacher, "teacher")
+        self.judge = chat_model(stage, config.judge, "judge") if config.judge else None
 
     def queries(self) -> list[Problem]:
         """See `Helpers`."""

@@ -80,12 +80,12 @@ def run(stage: Stage[DistillOnPolicy]) -> None:
 def own_answers(stage: Stage[DistillOnPolicy], sampler: Sampler, step: int) -> list[Sample]:
     """The student's answers to this step's prompts: every token it chose carries the loss."""
     queries = problems(stage, stage.config.prompts, f"step {step}")
-    rank, size = parallel.data_rank(), parallel.data_size()
     prompts = [
         stage.tokenizer.encode(render(flagged(p, mode), add_generation_prompt=True))
-        for p, mode in queries[rank::size]
+        for p, mode in parallel.local_share(queries)
     ]
-    params = SamplingParams(stage.config.max_tokens, seed=stage.seed("rollout", step, rank))
+    seed = stage.seed("rollout", step, parallel.data_rank())
+    params = SamplingParams(stage.config.max_tokens, seed=seed)
     samples = []
     for prompt, (c,) in zip(prompts, sampler.generate(prompts, params), strict=True):
         weights = [0.0] * len(prompt) + [float(m) for m in c.mask]

@@ -50,11 +50,9 @@ def run(stage: Stage[GeneralRL]) -> None:
     sampler = stage.sampler(engine)
 
     def roll_out(step: int) -> list[Rollout]:
-        local_problems = tasks.prompts(step)[parallel.data_rank() :: parallel.data_size()]
-        groups = [
-            parallel.data_rank() + i * parallel.data_size() for i in range(len(local_problems))
-        ]
-        problems = [p for p in local_problems for _ in range(config.rollouts)]
+        numbered = parallel.local_share(list(enumerate(tasks.prompts(step))))
+        groups = [number for number, _ in numbered]
+        problems = [p for _, p in numbered for _ in range(config.rollouts)]
         seed = stage.seed("rollout", step, parallel.data_rank())
         routes = config.routing_replay == "r3"
         params = SamplingParams(config.max_tokens, config.temperature, seed=seed, routes=routes)
@@ -149,12 +147,12 @@ def own_tasks(
     stage: Stage[GeneralRL], sampler: Sampler, tasks: Tasks, scorer: Scorer
 ) -> dict[str, dict[str, float]]:
     """The mean score of each file or set, on its held-out problems in the mode that they ask."""
-    rank, size = parallel.data_rank(), parallel.data_size()
     results = {}
     for name, pool in tasks.pools.items():
         held = [_in_mode(p, _own_mode(p) or "think") for p in pool.held_out(HELD_OUT)]
-        local_problems = held[rank::size]
-        params = SamplingParams(stage.answer_tokens, 0.6, seed=stage.seed("own", name, rank))
+        local_problems = parallel.local_share(held)
+        seed = stage.seed("own", name, parallel.data_rank())
+        params = SamplingParams(stage.answer_tokens, 0.6, seed=seed)
         episodes = played(stage, sampler, local_problems, params)
         verdicts = scorer(local_problems, episodes, stage.answer_tokens)
         scores = parallel.gather_over_data([v.score for v in verdicts])

@@ -25,6 +25,7 @@ from q3mega.problems.generated import general
 from q3mega.problems.generated.reasoning import chain_sum
 from q3mega.problems.generated.solutions import response_text, solve, thinking_text
 from q3mega.rollout import STOP_THINKING, SamplingParams
+from q3mega.stages.common.chat_models import chat_model
 from q3mega.stages.common.filter_report import FilterReport
 from q3mega.stages.common.fine_tune import fine_tune
 from q3mega.stages.common.modes import both_modes
@@ -132,7 +133,7 @@ def chat_samples(
         rows += rng.sample(rows_of_file, min(n, len(rows_of_file)))
     filter_report.step("answered chats", rows)
     if stage.config.judge and rows:
-        judge = stage.chat_model(stage.config.judge, "judge")
+        judge = chat_model(stage, stage.config.judge, "judge")
         rows = filter_report.keep("chat", rows, unmet(rows, judge.opinion, judge.count))
     filter_report.step("non-thinking chats", rows)
     samples = []

@@ -70,9 +70,8 @@ def schedule(
         return list(enumerate(prompts(step)))
 
     def this_rank(step: int) -> list[Rollout]:
-        rank, size = parallel.data_rank(), parallel.data_size()
-        seed = stage.seed("rollout", step, rank)
-        return sampled_and_scored(stage, sampler, batch(step)[rank::size], config, seed)
+        seed = stage.seed("rollout", step, parallel.data_rank())
+        return sampled_and_scored(stage, sampler, parallel.local_share(batch(step)), config, seed)
 
     if config.schedule != "asynchronous":
         return SynchronousSchedule(this_rank, staleness=int(config.schedule == "one_step_off"))

@@ -33,6 +33,7 @@ from q3mega.rewards.models.judge import judge, judge_examples
 from q3mega.rewards.models.preference import preference
 from q3mega.rollout import Completion
 from q3mega.rollout.logprobs import each_sequence
+from q3mega.stages.common.chat_models import chat_model
 from q3mega.stages.common.stage import Stage
 
 CALL_SHARE = 0.3  # of a generated agent task's reward is for the call, the rest for the answer
@@ -181,7 +182,7 @@ class AskedJudge:
     """The recipe's judge, which grades against the reference (`rewards.reference_judge`)."""
 
     def __init__(self, stage: Stage[GeneralRL], spec: ChatModelSpec) -> None:
-        self.asked = stage.chat_model(spec, "judge_model")
+        self.asked = chat_model(stage, spec, "judge_model")
         self.judge = ReferenceJudge(self.asked.opinion, self.asked.count)
         self.found: dict[str, float] = {}
         if stage.config.judge_examples:
@@ -298,7 +299,7 @@ def train_preference(stage: Stage[GeneralRL]) -> Engine:
     loss = preference_loss(stage.tokenizer.eod, 1.0 / config.pairs)
     for step in range(config.steps):
         pairs = preference_pairs(stage, config.pairs, "pairs", step)
-        local_pairs = pairs[parallel.data_rank() :: parallel.data_size()]
+        local_pairs = parallel.local_share(pairs)
         texts = [preference_text(p, reply) for p, *both in local_pairs for reply in both]
         samples = [Sample(t, [0.0] * len(t)) for t in stage.tokenizer.encode_batch(texts)]
         model.train_step([collate(samples)], loss)

@@ -11,10 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from q3mega.chat_models.base import ChatModel, LocalChat
-from q3mega.chat_models.handle import ChatModelHandle
 from q3mega.config.recipe import ModelSpec, Recipe
-from q3mega.config.servers import ChatModelSpec
 from q3mega.config.stage import StageConfig
 from q3mega.data.tokenizer import Tokenizer
 from q3mega.engine import Engine, OptimizerSpec, parallel
@@ -171,20 +168,6 @@ class Stage(Generic[_Config]):
             else None
         )
         return WeightSyncedSampler(engine, servers, folder)
-
-    def chat_model(self, spec: ChatModelSpec, field: str) -> ChatModelHandle:
-        """A teacher or judge of the recipe, which stands in this stage's `field`."""
-
-        def local(folder: Path) -> ChatModel:
-            tokenizer = Tokenizer(folder)
-            batch = self.config.sample_batch
-            sampler = InProcessSampler(self.engine(folder), tokenizer, max_batch=batch)
-            return LocalChat(sampler, tokenizer, self.seed("ask", parallel.data_rank()))
-
-        return ChatModelHandle(
-            spec, f"stages.{self.name}.{field}", leads=self.leads,
-            cache=self.data / "replies.sqlite", local=local,
-        )  # fmt: skip
 
     @property
     def answer_tokens(self) -> int:

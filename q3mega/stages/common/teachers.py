@@ -3,8 +3,9 @@
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from operator import itemgetter
 from pathlib import Path
+
+from torch import Tensor
 
 from q3mega.config.secrets import key_of
 from q3mega.config.stages import DistillOffPolicy, DistillOnPolicy
@@ -108,16 +109,17 @@ def keep_topk(stage: Distillation, samples: list[Sample]) -> None:
         teacher = served_teacher(stage)
     else:
         teacher = stage.engine(teacher_folder(stage))
-    rank, size = parallel.data_rank(), parallel.data_size()
+
+    def best_tokens(share: list[Sample]) -> list[tuple[Tensor, Tensor]]:
+        return best_of(teacher, [collate([sample]) for sample in share], k)
+
     with ExitStack() as leader:
         vocabulary = teacher.shape.vocab
         writer = TopKWriter(folder, k=k, vocab_size=vocabulary) if stage.leads else None
         store = leader.enter_context(writer) if writer else None
         for first in range(0, len(samples), KEPT_AT_ONCE):
-            part = list(enumerate(samples[first : first + KEPT_AT_ONCE]))[rank::size]
-            candidates = best_of(teacher, [collate([sample]) for _, sample in part], k)
-            numbered = [(i, *best) for (i, _), best in zip(part, candidates, strict=True)]
-            for _, ids, logprobs in sorted(parallel.gather_over_data(numbered), key=itemgetter(0)):
+            part = samples[first : first + KEPT_AT_ONCE]
+            for ids, logprobs in parallel.map_over_data_ranks(part, best_tokens):
                 if store:
                     store.add(ids, logprobs)
     stage.barrier()
