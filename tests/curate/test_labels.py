@@ -71,8 +71,8 @@ def test_a_domain_is_told_by_its_signs(name):
 
 def test_real_documents_have_the_domain_of_their_source_more_often_than_not():
     def share(source: str, *wanted: str) -> float:
-        found = [labelled(d).domain for d in package_text.documents(source)]
-        return sum(f in wanted for f in found) / len(found)
+        domains = [labelled(d).domain for d in package_text.documents(source)]
+        return sum(f in wanted for f in domains) / len(domains)
 
     assert share("stdlib", "code") > 0.5
     assert share("sympy_docs", "mathematics", "science") > 0.5

@@ -159,9 +159,9 @@ def test_it_fills_the_store_of_off_policy_distillation(engine, batches, tmp_path
         return TeacherTopK(stage.data / "topk")
 
     with token_server(engine) as server:
-        found = stored("served", teacher_url=server.url, teacher_serves=True)
+        served_store = stored("served", teacher_url=server.url, teacher_serves=True)
     for i, (ids, logprobs) in enumerate(top_logprobs(engine, [collate([s]) for s in samples], K)):
-        kept, values = found[i]
+        kept, values = served_store[i]
         assert torch.equal(kept[:-1], ids[:-1])  # nothing is learnt after the last token
         torch.testing.assert_close(values[:-1], logprobs[:-1], rtol=0, atol=1.1e-3)
-    assert len(found) == len(samples)
+    assert len(served_store) == len(samples)

@@ -114,10 +114,10 @@ def test_two_jobs_of_different_layouts_are_one(folder, torchrun, name, words):
     layouts = [{}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}, {"context": 2}]
     with taught(path, 2, *words) as (at, _):
         cases = [[layout, at, str(path)] for layout in layouts]  # one student after another
-        found = torchrun("distillation_student.py", 2, json.dumps(cases))
+        runs = torchrun("distillation_student.py", 2, json.dumps(cases))
     expected = in_process(path, name)
     assert expected[0][-1] < 0.9 * expected[0][0]  # it learns
-    for each in found:
+    for each in runs:
         close(each, expected)
 
 

@@ -113,5 +113,5 @@ def test_every_layout_draws_and_loads_the_same_weights_and_rank_0_gets_them_whol
         matrices = [x for x in tensors.values() if x.dim() == 2]
         assert len({float(x.double().sum()) for x in matrices}) == len(matrices)  # none is a copy
     cases = [(kind, layout, str(tmp_path / kind)) for kind, layout in layouts]
-    found = torchrun("full_weights_ranks.py", 2, json.dumps(cases))
-    assert found == [[[counts[kind], [], []]] * 2 for kind, _ in layouts]
+    differences = torchrun("full_weights_ranks.py", 2, json.dumps(cases))
+    assert differences == [[[counts[kind], [], []]] * 2 for kind, _ in layouts]

@@ -42,18 +42,20 @@ def steps(torchrun, tmp_path_factory):
     loads = {name(*p) for p in PAIRS} | {name(*p[:3], *p[1:3]) for p in PAIRS}
     saves = {json.dumps(json.loads(n)[:2]) for n in loads}
     folders = {n: str(tmp_path_factory.mktemp("checkpoints")) for n in saves}
-    found = {}
+    results = {}
     for what, names in (("save", sorted(saves)), ("load", sorted(loads))):
         for ranks in (1, 2):
-            mine = [n for n in names if json.loads(n)[-1]["processes"] == ranks]
+            names_of_ranks = [n for n in names if json.loads(n)[-1]["processes"] == ranks]
             cases = []
-            for kind, before, *after in map(json.loads, mine):
+            for kind, before, *after in map(json.loads, names_of_ranks):
                 folder = folders[json.dumps([kind, before])]
                 cases.append([kind, (after or [before])[0], initial[kind], folder])
-            found |= zip(
-                mine, torchrun("reshard_ranks.py", ranks, what, json.dumps(cases)), strict=True
+            results |= zip(
+                names_of_ranks,
+                torchrun("reshard_ranks.py", ranks, what, json.dumps(cases)),
+                strict=True,
             )
-    return found
+    return results
 
 
 @pytest.mark.dist

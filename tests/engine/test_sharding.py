@@ -13,7 +13,7 @@ def test_every_rank_gets_work_and_every_sample_counts_once(monkeypatch, samples)
     weight = 0.0
     for rank in range(3):
         monkeypatch.setattr(parallel, "data_rank", lambda rank=rank: rank)
-        mine = parallel.shard_by_length(batch, 16)
-        assert mine  # a rank with nothing to do would leave the others waiting
-        weight += sum(float(b.loss_weights.sum()) for b in mine)
+        micro_batches = parallel.shard_by_length(batch, 16)
+        assert micro_batches  # a rank with nothing to do would leave the others waiting
+        weight += sum(float(b.loss_weights.sum()) for b in micro_batches)
     assert weight == sum(sum(s.weights) for s in batch)

@@ -38,11 +38,11 @@ def earned(row, completion: str) -> float:
 
 @functools.cache
 def real_sentences(language: str) -> list[str]:
-    found = itertools.chain.from_iterable(
+    all_lines = itertools.chain.from_iterable(
         map(str.splitlines, package_text.documents(_SOURCES[language]))
     )
     # A Django catalogue alternates English and translation.
-    lines = list(found) if language == "en" else list(found)[1::2]
+    lines = list(all_lines) if language == "en" else list(all_lines)[1::2]
     longer = [s.rstrip(".。") for line in lines for s in sentences(line) if len(words(s)) > 5]
     return list(dict.fromkeys(longer))
 

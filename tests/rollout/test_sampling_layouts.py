@@ -79,10 +79,10 @@ def test_servers_get_the_weights_from_every_layout_and_answer_every_rank(torchru
             )
             for i, way in enumerate(layouts)
         ]
-        found = torchrun("weight_sync_ranks.py", 2, json.dumps(cases))
+        answers = torchrun("weight_sync_ranks.py", 2, json.dumps(cases))
         asked = len(server.asked)
     assert asked == len(layouts) * len(PROMPTS)  # once for the ranks that share a model
-    for way, got in zip(layouts, found, strict=True):
+    for way, got in zip(layouts, answers, strict=True):
         assert len(got) == len(PROMPTS) * (2 if way else 1)
         assert all(tokens == expected[i] for i, tokens, _ in got)
         assert len({version for *_, runs in got for version, _ in runs}) == 1

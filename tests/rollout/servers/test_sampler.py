@@ -422,9 +422,9 @@ def test_routes_of_other_tokens_are_refused(array):
     content = [{"token_id": t, "logprob": -1.0} for t in (1, 2)]
     encoded = base64.b64encode(file.getvalue()).decode()
     answer = choice | {"logprobs": {"content": content}, "routed_experts": encoded}
-    found = vllm.parsed(json.dumps({"choices": [answer]}).encode())
+    parsed = vllm.parsed(json.dumps({"choices": [answer]}).encode())
     with pytest.raises(UserError, match="routed_experts of a server"):
-        vllm.routes_of(found, 2)
+        vllm.routes_of(parsed, 2)
 
 
 # -- weights -----------------------------------------------------------------------------------
@@ -467,10 +467,10 @@ def test_text_ends_before_an_id_that_no_token_has(serve, tmp_path):
         assert after.tokens == before.tokens[:end] and after.logprobs == before.logprobs[:end]
         assert max(after.tokens, default=0) < 50
         assert sum(n for _, n in after.weight_versions) == sum(after.mask)
-    found = WeightSyncedSampler(trainer, servers, tmp_path).generate(
+    groups = WeightSyncedSampler(trainer, servers, tmp_path).generate(
         PROMPTS, SamplingParams(20, n=4)
     )
-    assert max(t for group in found for c in group for t in c.tokens) < 50
+    assert max(t for group in groups for c in group for t in c.tokens) < 50
 
 
 def test_an_update_that_is_cut_is_made_again(serve, kind, engine, tmp_path):

@@ -201,8 +201,8 @@ def test_routes_are_read_as_a_vllm_writes_them():
         [PYTHON, "-c", textwrap.dedent(write)], env=env, capture_output=True, text=True, check=True
     )
     choice = vllm.Choice.model_construct(token_ids=[1, 2], routed_experts=done.stdout.split()[-1])
-    found = vllm.routes_of(choice, prompt=3)
-    assert found.tolist() == (torch.arange(24).reshape(4, 6) % 7 + 1).tolist()
+    routes = vllm.routes_of(choice, prompt=3)
+    assert routes.tolist() == (torch.arange(24).reshape(4, 6) % 7 + 1).tolist()
 
 
 def test_a_server_that_is_killed_is_an_error_that_names_it(started):

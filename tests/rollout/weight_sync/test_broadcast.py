@@ -167,8 +167,8 @@ def test_rank_0_sends_what_all_ranks_hold(trainer, processes, torchrun, tmp_path
     layouts: list[dict] = [{"tensor": 2}, {"pipeline": 2}, {}]
     how = [str(tmp_path), processes[0].kind, processes[0].at, None, PROMPTS]
     cases = [({"processes": 2, **way}, *how) for way in layouts]
-    found = torchrun("weight_sync_ranks.py", 2, json.dumps(cases))
-    for got in found:
+    results = torchrun("weight_sync_ranks.py", 2, json.dumps(cases))
+    for got in results:
         assert all(tokens == drawn(groups)[i] for i, tokens, _ in got)
         assert len({version for *_, runs in got for version, _ in runs}) == 1
 
